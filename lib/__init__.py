@@ -1,0 +1,1 @@
+"""What is easy to get wrong in a training script; see README.md."""

@@ -1,0 +1,279 @@
+"""The order of samples, and how an optimizer step's samples are dealt to processes and micro-batches.
+
+The order of an epoch is a function of (seed, epoch) alone. It is then cut into *windows*, one for each optimizer step;
+a window is dealt to the processes and their micro-batches so that every sample is used once. A position in the epoch
+is a number of samples, so a run can be resumed on another number of processes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+# A pool is sorted by length and cut into blocks; blocks are shuffled, and so are the runs of like lengths inside one.
+# Neighbouring runs are of a like length too, so that two processes get batches that take equally long.
+POOL, BLOCK, RUN = 8192, 256, 32
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int, lengths: np.ndarray | None = None) -> np.ndarray:
+    """The order of one epoch, int64 [num_samples]: a function of (seed, epoch) and the data alone.
+
+    With ``lengths`` [num_samples] (tokens, frames) samples of a like length stand together, in runs of 32, so that a
+    batch needs little padding; which samples share a run changes every epoch.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    order = rng.permutation(num_samples)
+    if lengths is None or num_samples <= RUN:
+        return order
+    # A little noise keeps a small set from forming the same batches in every epoch.
+    noisy = np.asarray(lengths, dtype=np.float64)[order] * rng.uniform(0.97, 1.03, num_samples)
+    blocks: list[np.ndarray] = []
+    leftover = order[:0]
+    for start in range(0, num_samples, POOL):
+        # Longest first: what is left over after the last whole run is then short, and costs little padding.
+        by_length = order[start : start + POOL][np.argsort(-noisy[start : start + POOL], kind="stable")]
+        whole = len(by_length) - len(by_length) % RUN
+        leftover = by_length[whole:] if whole < len(by_length) else leftover
+        for block_start in range(0, whole, BLOCK):
+            runs = by_length[block_start : min(block_start + BLOCK, whole)].reshape(-1, RUN)
+            blocks.append(rng.permuted(runs[rng.permutation(len(runs))], axis=1).reshape(-1))
+    shuffled = [blocks[index] for index in rng.permutation(len(blocks))]
+    return np.concatenate([*shuffled, leftover])
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's part of a window: ``micro_batches`` of row numbers and, for each, whether its rows count."""
+
+    micro_batches: list[np.ndarray]
+    counts: list[bool]
+
+
+def deal(window: np.ndarray, batch_size: int, num_processes: int, process_index: int) -> Share:
+    """Deals the row numbers of one optimizer step, ``window`` [n], to this process.
+
+    All processes get the same number of micro-batches, each at most ``batch_size`` rows and of equal size to within
+    one. Where there are fewer rows than places, a process repeats a row that does not count, so that collectives stay
+    in step.
+    """
+    steps = max(1, -(-len(window) // (batch_size * num_processes)))
+    parts = np.array_split(window, steps * num_processes)
+    mine = [parts[step * num_processes + process_index] for step in range(steps)]
+    return Share([part if len(part) else window[:1] for part in mine], [len(part) > 0 for part in mine])
+
+
+@dataclass
+class Window:
+    """The micro-batches of one optimizer step on this process; iterate over it once.
+
+    ``num_samples`` counts the samples of the step on all processes, ``position`` those of the epoch after the step.
+    Each batch is a dict of tensors with ``index`` [B] (row numbers) and ``weight`` [B] (1, or 0 where a row only
+    keeps processes in step).
+    """
+
+    num_samples: int
+    position: int
+    num_micro_batches: int
+    _fetch: Callable[[], dict[str, torch.Tensor]]
+
+    def __len__(self) -> int:
+        return self.num_micro_batches
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for _ in range(self.num_micro_batches):
+            yield self._fetch()
+
+
+@dataclass
+class TrainBatches:
+    """Windows of micro-batches over a map-style ``dataset``, in the order of :func:`epoch_order`.
+
+    ``batch_size`` is per process and micro-batch. ``lengths`` turns on length buckets. Any number of ``num_workers``
+    gives the same batches. ``seconds_waited`` adds up the time spent waiting for data.
+    """
+
+    dataset: Sequence[Any]
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
+    batch_size: int
+    gradient_accumulation_steps: int = 1
+    seed: int = 0
+    lengths: np.ndarray | None = None
+    num_workers: int = 0
+    num_processes: int = 1
+    process_index: int = 0
+    device: torch.device | str = "cpu"
+    seconds_waited: float = 0.0
+    _loader: Any = field(default=None, repr=False)
+    _plan: list[np.ndarray] = field(default_factory=list, repr=False)
+
+    @property
+    def window_size(self) -> int:
+        """Samples of one optimizer step over all processes: the global batch."""
+        return self.batch_size * self.num_processes * self.gradient_accumulation_steps
+
+    def num_windows(self, position: int = 0) -> int:
+        """Optimizer steps from ``position`` (in samples) to the end of an epoch."""
+        return -(-(len(self.dataset) - position) // self.window_size)
+
+    def windows(self, epoch: int, position: int = 0) -> Iterator[Window]:
+        """The windows of ``epoch`` from ``position`` (samples of it already used) on."""
+        order = epoch_order(len(self.dataset), self.seed, epoch, self.lengths)
+        starts = range(position, len(order), self.window_size)
+        shares = [
+            deal(order[start : start + self.window_size], self.batch_size, self.num_processes, self.process_index)
+            for start in starts
+        ]
+        self._plan[:] = [rows for share in shares for rows in share.micro_batches]
+        batches = iter(self._make_loader())
+        for start, share in zip(starts, shares, strict=True):
+            end = min(start + self.window_size, len(order))
+            pending = iter(share.counts)
+            yield Window(
+                num_samples=end - start,
+                position=end,
+                num_micro_batches=len(share.counts),
+                _fetch=lambda pending=pending: self._next(batches, next(pending)),
+            )
+
+    def _make_loader(self) -> Any:
+        if self._loader is None:
+            self._loader = make_loader(self.dataset, self.collate, self._plan, self.num_workers, self.device)
+        return self._loader
+
+    def _next(self, batches: Iterator[dict[str, torch.Tensor]], counts: bool) -> dict[str, torch.Tensor]:
+        started = time.perf_counter()
+        batch = to_device(next(batches), self.device)
+        batch["weight"] = batch["index"].new_full(batch["index"].shape, float(counts), dtype=_float32())
+        self.seconds_waited += time.perf_counter() - started
+        return batch
+
+
+def evaluation_batches(
+    dataset: Sequence[Any],
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    batch_size: int,
+    *,
+    lengths: np.ndarray | None = None,
+    num_workers: int = 0,
+    num_processes: int = 1,
+    process_index: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This process's batches of an evaluation in which every sample is used once over all processes.
+
+    All processes get the same number of batches; what only fills up has ``weight`` 0. With ``lengths`` [n] samples are
+    sorted by length, which changes the padding and nothing else. Put the results together with
+    :func:`gather_rows`.
+    """
+    rows = np.arange(len(dataset)) if lengths is None else np.argsort(-np.asarray(lengths), kind="stable")
+    shares = [
+        deal(rows[start : start + batch_size * num_processes], batch_size, num_processes, process_index)
+        for start in range(0, len(rows), batch_size * num_processes)
+    ]
+    plan = [share.micro_batches[0] for share in shares]
+    loader = make_loader(dataset, collate, plan, num_workers, device)
+    for share, batch in zip(shares, loader, strict=True):
+        batch = to_device(batch, device)
+        batch["weight"] = batch["index"].new_full(batch["index"].shape, float(share.counts[0]), dtype=_float32())
+        yield batch
+
+
+def gather_rows(accelerator: Any, num_samples: int, columns: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Puts per-sample results of all processes into the order of the data set, on every process.
+
+    ``columns`` holds ``index`` [n_local] and ``weight`` [n_local] beside tensors [n_local, ...]; rows of weight 0 are
+    dropped.
+
+    Raises:
+        RuntimeError: a sample is missing or was evaluated twice.
+    """
+    gathered = {}
+    for name, values in columns.items():
+        padded = accelerator.pad_across_processes(values, dim=0, pad_index=0)  # padding has weight 0 as well
+        gathered[name] = accelerator.gather(padded).float().cpu().numpy() if values.is_floating_point() else (
+            accelerator.gather(padded).cpu().numpy()
+        )
+    keep = gathered.pop("weight") > 0
+    index = gathered.pop("index")[keep]
+    if len(index) != num_samples or len(np.unique(index)) != num_samples:
+        raise RuntimeError(f"{len(index)} results of {len(np.unique(index))} samples gathered for {num_samples}")
+    order = np.argsort(index)
+    return {name: values[keep][order] for name, values in gathered.items()}
+
+
+class _PlannedBatches:
+    """A batch sampler that reads the plan of the epoch each time it is iterated, so that workers can stay alive."""
+
+    def __init__(self, plan: list[np.ndarray]) -> None:
+        self.plan = plan
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (rows.tolist() for rows in self.plan)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+
+class _Indexed:
+    """Adds the row number to every sample; it becomes ``index`` in the batch."""
+
+    def __init__(self, dataset: Sequence[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, row: int) -> tuple[int, Any]:
+        return row, self.dataset[row]
+
+
+class _CollateIndexed:
+    def __init__(self, collate: Callable[[list[Any]], dict[str, torch.Tensor]]) -> None:
+        self.collate = collate
+
+    def __call__(self, samples: list[tuple[int, Any]]) -> dict[str, torch.Tensor]:
+        import torch
+
+        batch = self.collate([sample for _, sample in samples])
+        batch["index"] = torch.tensor([row for row, _ in samples], dtype=torch.int64)
+        return batch
+
+
+def make_loader(
+    dataset: Sequence[Any],
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    plan: list[np.ndarray],
+    num_workers: int,
+    device: torch.device | str,
+) -> torch.utils.data.DataLoader:
+    """A DataLoader over the batches of row numbers in ``plan``; it never draws from the global random state."""
+    import torch
+
+    return torch.utils.data.DataLoader(
+        _Indexed(dataset),
+        batch_sampler=_PlannedBatches(plan),
+        collate_fn=_CollateIndexed(collate),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.device(device).type == "cuda",
+        # Without a generator of its own, each new iterator would advance the one that dropout uses.
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
+    """The batch with every tensor on ``device``."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _float32() -> torch.dtype:
+    import torch
+
+    return torch.float32

@@ -1,0 +1,519 @@
+"""Checkpoints from which a run goes on exactly: written whole or not at all, checked before they are used.
+
+A checkpoint is a folder ``checkpoints/step_000500`` with ``model.safetensors`` and ``optimizer.safetensors`` (whole,
+unsharded tensors under the model's own names, so that they load on any number of processes), ``state.json`` (position,
+schedule, scaler, counters), ``rng.json`` (the random states of every process) and ``manifest.json`` (size and SHA-256
+of each). Nothing in it is pickled. It is written beside its place and renamed when it is on the disk.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from lib.optim import Schedule
+
+MANIFEST = "manifest.json"
+
+
+# ----------------------------------------------------------------------------------------------------------- saving
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    state: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Saves everything exact resume needs as ``folder/step_NNNNNN`` and removes all but the ``keep`` newest.
+
+    To be called on every process. ``state`` holds the run's own counters, as JSON can.
+
+    Raises:
+        UserError: the disk is full or cannot be written; earlier checkpoints are untouched.
+    """
+    tensors, optimizer_rest = _split_tensors(_optimizer_state(accelerator, model, optimizer))
+    weights = model_state(accelerator, model)
+    rng = _gather_objects(accelerator, _rng_state(accelerator))
+    scaler = getattr(accelerator, "scaler", None)
+    content = {
+        "format": 1,
+        "step": step,
+        "num_processes": accelerator.num_processes,
+        "state": state,
+        "schedule": schedule.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "optimizer": optimizer_rest,
+    }
+    target = folder / f"step_{step:06d}"
+
+    def write(draft: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(_contiguous(weights), draft / "model.safetensors", metadata={"format": "pt"})
+        save_file(_contiguous(tensors), draft / "optimizer.safetensors", metadata={"format": "pt"})
+        (draft / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (draft / "rng.json").write_text(json.dumps(rng), encoding="utf-8")
+        _write_manifest(draft)
+
+    with _main_process_writes(accelerator, f"checkpoint {target}"):
+        if accelerator.is_main_process:
+            _publish(target, write)
+            _prune(folder, keep, newest=target)
+    return target
+
+
+def save_model_folder(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    folder: Path,
+    extra: Callable[[Path], None] | None = None,
+) -> None:
+    """Saves the model in Hugging Face layout, to be opened with ``from_pretrained``; to be called on every process.
+
+    With LoRA ``folder`` holds the merged model and ``folder/adapter`` the adapter. ``extra`` writes what belongs
+    beside the weights (tokenizer, model card) into the folder it is given. Each file is replaced whole.
+    """
+    from lib.lora import is_lora, merged_state_dict
+
+    state = model_state(accelerator, model)
+    plain = unwrapped(accelerator, model)
+
+    def write(draft: Path) -> None:
+        if is_lora(plain):
+            plain.get_base_model().save_pretrained(draft, state_dict=_contiguous(merged_state_dict(plain, state)))
+            plain.save_pretrained(draft / "adapter", state_dict=state, save_embedding_layers=False)
+            with contextlib.suppress(FileNotFoundError):
+                (draft / "adapter" / "README.md").unlink()  # PEFT's template, all of it placeholders
+        else:
+            plain.save_pretrained(draft, state_dict=_contiguous(state))
+        if extra is not None:
+            extra(draft)
+
+    with _main_process_writes(accelerator, f"model {folder}"):
+        if accelerator.is_main_process:
+            draft = _fresh_draft(folder)
+            try:
+                write(draft)
+                _sync_files(draft)
+            except BaseException:
+                shutil.rmtree(draft, ignore_errors=True)
+                raise
+            # File by file: only the weights change between two saves, and a rename replaces them in one go.
+            for path in sorted(draft.rglob("*")):
+                target = folder / path.relative_to(draft)
+                if path.is_dir():
+                    target.mkdir(parents=True, exist_ok=True)
+                else:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, target)
+            shutil.rmtree(draft)
+
+
+def _publish(target: Path, write: Callable[[Path], None]) -> None:
+    """``write``s into a folder beside ``target``, brings it to the disk and renames it."""
+    draft = _fresh_draft(target)
+    try:
+        write(draft)
+        _sync_files(draft)
+        if target.exists():  # the same step, saved again after a resume
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(target, old)
+            os.rename(draft, target)
+            shutil.rmtree(old)
+        else:
+            os.rename(draft, target)
+        _sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _fresh_draft(target: Path) -> Path:
+    draft = target.with_name(f".{target.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    return draft
+
+
+def _sync_files(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _prune(folder: Path, keep: int, newest: Path) -> None:
+    for old in [path for path in step_folders(folder) if path != newest][max(0, keep - 1) :]:
+        shutil.rmtree(old, ignore_errors=True)
+    for draft in folder.glob(".step_*"):  # what a killed run left half written
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _main_process_writes(accelerator: Accelerator, what: str) -> Iterator[None]:
+    """An OSError on the main process becomes one UserError on all of them, instead of a hang of the others."""
+    from safetensors import SafetensorError
+
+    problem = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        problem = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    problem = next((text for text in _gather_objects(accelerator, problem) if text), None)
+    if problem:
+        raise UserError(
+            f"cannot write {what}: {problem}; what was saved before is intact: free space, then go on with --resume"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, newest first."""
+    found = [path for path in folder.glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def what_is_wrong(checkpoint: Path) -> str | None:
+    """None for a complete checkpoint; otherwise what is missing or damaged."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+            if _sha256(path) != expected["sha256"]:
+                return f"{name} is damaged (its checksum differs)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is missing or damaged"
+    return None
+
+
+def find_checkpoint(accelerator: Accelerator, folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint in ``folder`` (or ``folder`` itself), the same on every process.
+
+    A damaged one is passed over with a warning. None where there is none at all.
+
+    Raises:
+        UserError: there are checkpoints and none is complete.
+    """
+    choice: tuple[str | None, list[str]] = (None, [])
+    if accelerator.is_main_process:
+        candidates = [folder] if (folder / MANIFEST).is_file() else step_folders(folder)
+        damaged = []
+        good = None
+        for path in candidates:
+            problem = what_is_wrong(path)
+            if problem is None:
+                good = str(path)
+                break
+            damaged.append(f"{path}: {problem}")
+        choice = (good, damaged)
+    good, damaged = _gather_objects(accelerator, choice)[0]
+    if good is None and damaged:
+        raise UserError(f"no complete checkpoint to resume from ({'; '.join(damaged)}): start again with --overwrite")
+    for line in damaged:
+        warn(f"checkpoint {line}; falling back to {Path(good).name}")
+    return Path(good) if good else None
+
+
+def load_checkpoint(
+    accelerator: Accelerator,
+    checkpoint: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+) -> dict[str, Any]:
+    """Loads ``checkpoint`` into all of them, restores this process's random states and returns the saved ``state``.
+
+    Raises:
+        UserError: the checkpoint belongs to another model or another optimizer.
+    """
+    from safetensors.torch import load_file
+
+    content = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    set_model_state(accelerator, model, load_file(checkpoint / "model.safetensors"), source=str(checkpoint))
+    tensors = load_file(checkpoint / "optimizer.safetensors")
+    _set_optimizer_state(accelerator, model, optimizer, _join_tensors(content["optimizer"], tensors), checkpoint)
+    schedule.load_state_dict(content["schedule"])
+    scaler = getattr(accelerator, "scaler", None)
+    if scaler is not None and content["scaler"]:
+        scaler.load_state_dict(content["scaler"])
+    rng = json.loads((checkpoint / "rng.json").read_text(encoding="utf-8"))
+    if accelerator.process_index < len(rng):
+        _set_rng_state(rng[accelerator.process_index])
+    return content["state"]
+
+
+# ------------------------------------------------------------------------------------------------- states of a model
+
+
+def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
+    """The model without DDP's and torch.compile's wrappers; FSDP2 wraps nothing."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
+def model_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The whole state dict on the CPU under the plain model's names; on every process (empty off the main one if sharded)."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    plain = unwrapped(accelerator, model)
+    if not is_sharded(accelerator):
+        return {name: tensor.detach().cpu() for name, tensor in plain.state_dict().items()}
+    return get_model_state_dict(plain, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def set_model_state(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    state: dict[str, torch.Tensor],
+    source: str,
+    partly: bool = False,
+) -> None:
+    """Loads a whole state dict into a plain, DDP or FSDP2 model; ``partly`` allows for tensors not in ``state``.
+
+    Raises:
+        UserError: names or shapes do not fit the model.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    plain = unwrapped(accelerator, model)
+    own = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
+    wrong = [name for name in state if name not in own or own[name] != tuple(state[name].shape)]
+    wrong += [] if partly else [name for name in own if name not in state]
+    if wrong:
+        raise UserError(f"{source} belongs to another model: {wrong[0]} differs (and {len(wrong) - 1} more)")
+    if is_sharded(accelerator):
+        options = StateDictOptions(full_state_dict=True, strict=not partly)
+        set_model_state_dict(plain, state, options=options)
+    else:
+        plain.load_state_dict(state, strict=not partly)
+
+
+def load_trained_weights(accelerator: Accelerator, model: torch.nn.Module, folder: Path) -> None:
+    """Loads what :func:`save_model_folder` wrote back into the model it came from."""
+    from safetensors.torch import load_file
+
+    from lib.lora import adapter_name, is_lora
+
+    plain = unwrapped(accelerator, model)
+    if is_lora(plain):
+        kept = load_file(folder / "adapter" / "adapter_model.safetensors")
+        names = {adapter_name(name): name for name in plain.state_dict()}
+        state = {names[name]: tensor for name, tensor in kept.items()}
+        set_model_state(accelerator, model, state, source=str(folder), partly=True)
+        return
+    state = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        state.update(load_file(path))
+    # Tied weights are stored once; the model shares them anyway.
+    set_model_state(accelerator, model, state, source=str(folder), partly=True)
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """True under FSDP, where a process holds only its part of each parameter."""
+    from accelerate import DistributedType
+
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def _plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _optimizer_state(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=is_sharded(accelerator))
+    return get_optimizer_state_dict(unwrapped(accelerator, model), _plain_optimizer(optimizer), options=options)
+
+
+def _set_optimizer_state(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, state: dict[str, Any], checkpoint: Path
+) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    groups = _plain_optimizer(optimizer).param_groups
+    saved = state["param_groups"]
+    unknown = set(saved[0]) ^ set(groups[0]) if saved else {"groups"}
+    if len(saved) != len(groups) or unknown:
+        raise UserError(f"{checkpoint} was trained with another optimizer: give --optimizer as before")
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(unwrapped(accelerator, model), _plain_optimizer(optimizer), state, options=options)
+
+
+def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What safetensors takes: contiguous CPU tensors that share no memory."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.numel() and tensor.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.data_ptr())
+        result[name] = tensor
+    return result
+
+
+def _split_tensors(tree: Any, prefix: str = "") -> tuple[dict[str, torch.Tensor], Any]:
+    """Takes the tensors out of nested dicts and lists: ({path: tensor}, the rest with ``{"tensor": path}`` there)."""
+    import torch
+
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}, {"tensor": prefix}
+    tensors: dict[str, torch.Tensor] = {}
+    if isinstance(tree, dict):
+        rest: Any = {"dict": {}}
+        for key, value in tree.items():
+            inner, rest["dict"][key] = _split_tensors(value, f"{prefix}/{key}")
+            tensors.update(inner)
+        return tensors, rest
+    if isinstance(tree, list | tuple):
+        rest = {"list" if isinstance(tree, list) else "tuple": []}
+        for position, value in enumerate(tree):
+            inner, kept = _split_tensors(value, f"{prefix}/{position}")
+            tensors.update(inner)
+            next(iter(rest.values())).append(kept)
+        return tensors, rest
+    return tensors, {"value": tree}
+
+
+def _join_tensors(rest: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The inverse of :func:`_split_tensors`."""
+    ((kind, content),) = rest.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _join_tensors(value, tensors) for key, value in content.items()}
+    if kind in ("list", "tuple"):
+        items = [_join_tensors(value, tensors) for value in content]
+        return items if kind == "list" else tuple(items)
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------- random states
+
+
+def _rng_state(accelerator: Accelerator) -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
+    }
+    if accelerator.device.type == "cuda":
+        state["cuda"] = base64.b64encode(torch.cuda.get_rng_state().numpy().tobytes()).decode()
+    return state
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    import numpy as np
+    import torch
+
+    def as_bytes(text: str) -> torch.Tensor:
+        return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
+
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(as_bytes(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(as_bytes(state["cuda"]))
+
+
+def _gather_objects(accelerator: Accelerator, item: Any) -> list[Any]:
+    """``item`` of every process, in order, on every process."""
+    if accelerator.num_processes == 1:
+        return [item]
+    from accelerate.utils import gather_object
+
+    return gather_object([item])
+
+
+# --------------------------------------------------------------------------------------------------- the stop signal
+
+
+class StopSignal:
+    """Notes SIGTERM, SIGINT and SIGUSR1 so that the loop can save and leave; a second SIGINT leaves at once.
+
+    ``received`` is this process's own; the processes agree on it together with the loss of each step. Where the
+    launcher dies without telling its child (Accelerate's does, on one process), Linux sends the SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                signal.signal(number, self._note)
+            _ask_for_signal_when_parent_dies()
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if self.received is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    @property
+    def exit_code(self) -> int:
+        """The shell's code for an end by this signal."""
+        return 128 + (self.received or signal.SIGTERM)
+
+
+def _ask_for_signal_when_parent_dies() -> None:
+    import ctypes
+    import sys
+
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

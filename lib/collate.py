@@ -1,0 +1,45 @@
+"""From samples to batches: dicts of tensors, padded to the longest of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+
+def collate_text(pad_token_id: int, multiple_of: int = 1) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+    """Collate for token samples: ``input_ids``, ``attention_mask`` (and ``token_type_ids``) [B, T], ``labels`` [B].
+
+    T is the longest text of the batch, rounded up to ``multiple_of`` (8 suits a GPU's matrix units and, compiled, keeps
+    the number of shapes small).
+    """
+    return TextCollate(pad_token_id, multiple_of)
+
+
+class TextCollate:
+    """See :func:`collate_text`; a class because worker processes need to pickle it."""
+
+    def __init__(self, pad_token_id: int, multiple_of: int = 1) -> None:
+        self.pad_token_id = pad_token_id
+        self.multiple_of = multiple_of
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        import torch
+
+        lengths = np.array([len(sample["input_ids"]) for sample in samples])
+        width = -(-max(1, int(lengths.max())) // self.multiple_of) * self.multiple_of
+        real = np.arange(width) < lengths[:, None]
+        batch = {"attention_mask": real.astype(np.int64)}
+        for name, padding in (("input_ids", self.pad_token_id), ("token_type_ids", 0)):
+            if name in samples[0]:
+                values = np.full((len(samples), width), padding, dtype=np.int64)
+                values[real] = np.concatenate([sample[name] for sample in samples])
+                batch[name] = values
+        tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
+        if "label" in samples[0]:
+            tensors["labels"] = torch.tensor([int(sample["label"]) for sample in samples], dtype=torch.int64)
+        return tensors

@@ -1,0 +1,50 @@
+"""One line for what a user can mend, a traceback for a defect of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+
+
+class UserError(Exception):
+    """An error the user can mend: printed as one line, exit code 2."""
+
+
+class Stopped(Exception):  # noqa: N818  (an end, not an error)
+    """The run was asked to stop and has saved; ``exit_code`` is the shell's 128 + signal."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def is_main_rank() -> bool:
+    """True on the process whose launcher rank is 0; works before torch is imported."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Around ``main()``: a :class:`UserError` becomes ``error: ...`` on rank 0 and exit code 2 on every rank."""
+    try:
+        yield
+    except UserError as error:
+        leave(f"error: {error}", 2)
+    except Stopped as stopped:
+        leave(str(stopped), stopped.exit_code)
+    except KeyboardInterrupt:
+        leave("interrupted", 130)
+
+
+def leave(message: str, exit_code: int) -> None:
+    """Prints ``message`` once and exits; process groups are torn down first, so that no rank warns about it."""
+    if is_main_rank() and message:
+        print(message, file=sys.stderr, flush=True)
+    if "torch" in sys.modules:
+        distributed = sys.modules["torch"].distributed
+        # Where only this rank failed the others are inside a collective: a barrier here would never end.
+        if exit_code != 2 and distributed.is_available() and distributed.is_initialized():
+            distributed.destroy_process_group()
+    sys.exit(exit_code)

@@ -1,0 +1,162 @@
+"""Parameter groups, optimizers (8-bit too) and schedules that count optimizer steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from typing import TYPE_CHECKING, Any, Literal
+
+from lib.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+OptimizerName = Literal[
+    "adamw", "sgd", "adamw8bit", "lion8bit", "paged_adamw", "paged_adamw8bit", "paged_lion8bit"
+]
+SchedulerName = Literal["linear", "cosine", "constant", "polynomial", "onecycle", "plateau"]
+
+# Ours -> the class in bitsandbytes.
+BITSANDBYTES = {
+    "adamw8bit": "AdamW8bit",
+    "lion8bit": "Lion8bit",
+    "paged_adamw": "PagedAdamW32bit",
+    "paged_adamw8bit": "PagedAdamW8bit",
+    "paged_lion8bit": "PagedLion8bit",
+}
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups: matrices decay, vectors (biases, norms, scales) do not."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trainable if parameter.ndim >= 2]
+    plain = [parameter for parameter in trainable if parameter.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(
+    model: torch.nn.Module,
+    name: OptimizerName,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+    sharded: bool = False,
+    device_type: str = "cpu",
+) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters of ``model``.
+
+    Raises:
+        UserError: nothing is trainable, or the optimizer cannot run here (8-bit under FSDP, paged without CUDA).
+    """
+    import torch
+
+    groups = parameter_groups(model, weight_decay)
+    if not groups:
+        raise UserError("nothing is trainable: the strategy froze every parameter")
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"--optimizer {name} needs bitsandbytes: pip install bitsandbytes")
+    if sharded:
+        raise UserError(f"--optimizer {name} does not know sharded parameters (FSDP): use --optimizer adamw")
+    if name.startswith("paged") and device_type != "cuda":
+        raise UserError(f"--optimizer {name} pages to a CUDA GPU's host memory: use --optimizer adamw8bit here")
+    import bitsandbytes
+
+    kind = getattr(bitsandbytes.optim, BITSANDBYTES[name])
+    return kind(groups, lr=lr, betas=betas, **({} if "lion" in name else {"eps": eps}))
+
+
+def warmup_in_steps(warmup: float, total_steps: int) -> int:
+    """Warm-up in optimizer steps; a value below 1 is a share of ``total_steps``."""
+    return math.ceil(warmup * total_steps) if warmup < 1 else min(int(warmup), total_steps)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer,
+    name: SchedulerName,
+    total_steps: int,
+    warmup: float = 0.0,
+    plateau_factor: float = 0.5,
+    plateau_patience: int = 2,
+    higher_is_better: bool = True,
+) -> Schedule:
+    """A schedule over ``total_steps`` optimizer steps, to be stepped once for each of them.
+
+    ``linear``, ``cosine``, ``polynomial`` (power 1 down to 1e-7: transformers' own) fall to the end, ``constant``
+    stays, ``onecycle`` is Smith's 1cycle policy (arXiv:1708.07120) as torch has it, with the warm-up as its rising
+    part (30 % where none is given), ``plateau`` lowers the rate when the evaluated metric stops improving.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    total_steps = max(1, total_steps)
+    steps = warmup_in_steps(warmup, total_steps)
+    if name == "onecycle":
+        rates = [group["lr"] for group in optimizer.param_groups]
+        share = min(max(steps / total_steps, 1 / total_steps), 1.0) if steps else 0.3
+        # One step more than torch needs: it is stepped after the last update too.
+        inner = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps + 1, pct_start=share)
+        return Schedule(inner, None)
+    if name == "plateau":
+        inner = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=steps)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer,
+            mode="max" if higher_is_better else "min",
+            factor=plateau_factor,
+            patience=plateau_patience,
+        )
+        return Schedule(inner, plateau, warmup_steps=steps)
+    full_name = "constant_with_warmup" if name == "constant" else name
+    return Schedule(get_scheduler(full_name, optimizer, num_warmup_steps=steps, num_training_steps=total_steps), None)
+
+
+class Schedule:
+    """One object for schedules that follow steps and the one that follows a metric; both are kept in a checkpoint."""
+
+    def __init__(self, inner: Any, plateau: Any, warmup_steps: int = 0) -> None:
+        self.inner = inner
+        self.plateau = plateau
+        self.warmup_steps = warmup_steps
+        self.steps = 0
+
+    def step(self) -> None:
+        """Once after each optimizer step."""
+        self.steps += 1
+        if self.plateau is None or self.steps <= self.warmup_steps:
+            self.inner.step()
+
+    def evaluated(self, value: float) -> None:
+        """Once after each evaluation, with the metric that decides; only ``plateau`` reacts, after the warm-up."""
+        if self.plateau is not None and self.steps >= self.warmup_steps:
+            self.plateau.step(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers alone: what JSON can hold."""
+        states = {"steps": self.steps, "inner": _numbers(self.inner.state_dict())}
+        if self.plateau is not None:
+            states["plateau"] = _numbers(self.plateau.state_dict())
+        return states
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The counters of ``state``; the length of the schedule is this run's own, so that a run can be prolonged."""
+        self.steps = state["steps"]
+        self.inner.load_state_dict({k: v for k, v in state["inner"].items() if k != "total_steps"})
+        if self.plateau is not None and "plateau" in state:
+            self.plateau.load_state_dict(state["plateau"])
+
+
+def _numbers(state: dict[str, Any]) -> dict[str, Any]:
+    """Drops the functions that schedulers put into their state; JSON has no infinity, so it becomes text."""
+    kept = {}
+    for key, value in state.items():
+        if isinstance(value, bool | int | float | str) or value is None:
+            kept[key] = value
+        elif isinstance(value, list | tuple) and all(isinstance(item, bool | int | float | None) for item in value):
+            kept[key] = list(value)
+    return kept

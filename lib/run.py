@@ -1,0 +1,554 @@
+"""The run directory, its log and trackers, the Accelerator and the seeds: everything around the loop."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import logging
+import logging.handlers
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
+from lib.config import flat, read_yaml, to_yaml
+from lib.errors import Stopped, UserError, is_main_rank
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from lib.optim import Schedule
+
+log = logging.getLogger("accelerando")
+SUCCESS = 25
+logging.addLevelName(SUCCESS, "SUCCESS")
+
+
+# ----------------------------------------------------------------------------------------------------- accelerator
+
+
+def make_accelerator(seed: int, amp: str | None) -> Accelerator:
+    """The Accelerator (precision from ``amp``, or from the launch config where it is None), with seeds set.
+
+    Accumulation stays with the script, so Accelerate divides no loss. Raises UserError for fp16 without a GPU.
+    """
+    start_log()
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # loading and saving weights; ours are shown only on a terminal
+    # Accelerate's launcher sets one thread unless told otherwise; without a GPU that would waste the other cores.
+    if not torch.cuda.is_available() and os.environ.get("OMP_NUM_THREADS") == "1":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    wanted = amp or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if wanted == "fp16" and not torch.cuda.is_available():
+        raise UserError("fp16 needs a CUDA GPU: --amp bf16 is the mixed precision of a CPU, --amp no the full one")
+    try:
+        accelerator = Accelerator(mixed_precision=amp, gradient_accumulation_steps=1)
+    except ValueError as error:
+        raise UserError(f"--amp {amp}: {error}") from None
+    set_seed(seed)
+    return accelerator
+
+
+def seed_processes_apart(seed: int, accelerator: Accelerator) -> None:
+    """After the model is built alike everywhere, each process draws its own dropout masks."""
+    from accelerate.utils import set_seed
+
+    set_seed(seed + 1000 * accelerator.process_index)
+
+
+# --------------------------------------------------------------------------------------------------- run directory
+
+
+@dataclass
+class TrainState:
+    """Where the run is; saved in every checkpoint."""
+
+    step: int = 0  # optimizer steps taken
+    epoch: int = 0
+    position: int = 0  # samples of this epoch already used
+    samples: int = 0  # samples used in all
+    best_value: float | None = None
+    best_step: int = 0
+    bad_evaluations: int = 0  # evaluations in a row without an improvement
+    evaluated_step: int = -1
+    finished: bool = False
+    loss_sum: float = 0.0  # of the samples since the last evaluation
+    loss_count: int = 0
+    log_loss_sum: float = 0.0  # of the samples since the last line of the log
+    log_loss_count: int = 0
+    seconds: float = 0.0  # of training, over all restarts
+    wait_seconds: float = 0.0  # of these, spent waiting for data
+    epoch_size: int = 0  # samples of an epoch
+    trackers: dict[str, str] = field(default_factory=dict)  # ids under which trackers go on
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs with their fraction, for the log."""
+        return self.epoch + (self.position / self.epoch_size if self.epoch_size else 0.0)
+
+
+@dataclass
+class Run:
+    """One run: its folder, its processes, the numbers it recorded. ``resumed`` is the checkpoint it goes on from."""
+
+    directory: Path
+    accelerator: Accelerator
+    args: Any
+    state: TrainState
+    history: list[dict[str, Any]] = field(default_factory=list)
+    resumed: Path | None = None
+    trackers: list[Any] = field(default_factory=list)
+    stop: StopSignal | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where exact resume finds what it needs."""
+        return self.directory / "checkpoints"
+
+
+def choose_directory(args: Any, default_name: str) -> Path:
+    """The folder of this run; nothing is written yet.
+
+    Raises:
+        UserError: it exists and neither ``resume`` nor ``overwrite`` was given; ``resume`` names no run.
+    """
+    if args.resume and args.resume != "auto":
+        path = Path(args.resume)
+        for folder in (path, *path.parents[:2]):
+            if (folder / "checkpoints").is_dir():
+                return folder
+        raise UserError(f"--resume {path}: no run there; give a folder with checkpoints/ in it, such as runs/<name>")
+    directory = Path(args.output_dir) / (args.run_name or default_name)
+    if directory.is_file():
+        raise UserError(f"{directory} is a file: choose another --output_dir or --run_name")
+    if directory.is_dir() and any(directory.iterdir()) and not args.resume:
+        if not args.overwrite:
+            raise UserError(
+                f"{directory} exists: --resume goes on with it, --overwrite starts it again, --run_name names another"
+            )
+        if not (directory / "config.yaml").is_file():
+            raise UserError(f"--overwrite {directory}: not a run (no config.yaml in it), so it is left alone")
+    return directory
+
+
+def start_run(accelerator: Accelerator, args: Any, default_name: str) -> Run:
+    """Makes the run directory (or opens it again), starts log and trackers; called when data and model are ready.
+
+    A run that is resumed gets its counters and its history from the checkpoint it will go on from.
+    """
+    directory = choose_directory(args, default_name)
+    accelerator.wait_for_everyone()  # every process has looked before the main one makes the folder
+    run = Run(directory, accelerator, args, TrainState())
+    if args.resume:
+        exact = Path(args.resume) if "step_" in Path(args.resume).name else run.checkpoints
+        run.resumed = find_checkpoint(accelerator, exact, log.warning)
+    if accelerator.is_main_process:
+        try:
+            _prepare_directory(run)
+        except OSError as error:
+            raise UserError(f"cannot make {directory}: {error.strerror}") from None
+    accelerator.wait_for_everyone()
+    if run.resumed:
+        content = json.loads((run.resumed / "state.json").read_text(encoding="utf-8"))
+        run.state = TrainState(**content["state"])
+        run.history = _read_history(directory / "metrics.jsonl", up_to=run.state.step)
+    if accelerator.is_main_process:
+        _write_history(run)
+        attach_log_file(directory / "logs" / "train.log")
+    log.info("Run directory %s", directory)
+    log.info("%s", describe_processes(accelerator))
+    if args.resume and not run.resumed:
+        log.warning("No checkpoint in %s yet: starting from the beginning", directory)
+    _start_trackers(run)
+    run.stop = StopSignal()
+    return run
+
+
+def describe_processes(accelerator: Accelerator) -> str:
+    """One line on what this runs on."""
+    import torch
+
+    kind = str(accelerator.distributed_type).rsplit(".", 1)[-1].replace("NO", "single process")
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else str(accelerator.device)
+    threads = f", {torch.get_num_threads()} threads each" if accelerator.device.type == "cpu" else ""
+    count = accelerator.num_processes
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    return f"{count} process{'es' if count > 1 else ''} ({kind}) on {device}{threads}, precision {precision}"
+
+
+def _prepare_directory(run: Run) -> None:
+    directory, args = run.directory, run.args
+    if directory.exists() and args.overwrite and not run.resumed:
+        shutil.rmtree(directory)
+    for name in ("checkpoints", "logs", "plots"):
+        (directory / name).mkdir(parents=True, exist_ok=True)
+    config = directory / "config.yaml"
+    if run.resumed and config.is_file():
+        before = {key: value for group in read_yaml(config).values() for key, value in group.items()}
+        for key, value in flat(args).items():
+            if key in before and before[key] != value:
+                log.warning("Resumed with another %s: %s instead of %s", key, value, before[key])
+    write_text(config, to_yaml(args))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a text file whole."""
+    draft = path.with_name(f".{path.name}.draft")
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+
+
+# -------------------------------------------------------------------------------------------------------------- log
+
+
+class _LineFormatter(logging.Formatter):
+    """``2026-01-31 12:00:00 | INFO     | ...``; with colours on a terminal."""
+
+    COLOURS = {"WARNING": "33", "ERROR": "31", "SUCCESS": "32"}
+
+    def __init__(self, colour: bool) -> None:
+        super().__init__("%(asctime)s | %(levelname)-8s | %(message)s", "%Y-%m-%d %H:%M:%S")
+        self.colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        if not self.colour:
+            return line
+        import re
+
+        stamp, level, message = line.split(" | ", 2)
+        code = self.COLOURS.get(record.levelname)
+        message = f"\033[{code}m{message}\033[0m" if code else message
+        if not code:
+            message = re.sub(r"\b(epoch \S+)", "\033[33m\\1\033[0m", message, flags=re.IGNORECASE)
+            message = re.sub(r"^(train)\b", "\033[34m\\1\033[0m", message)
+            message = re.sub(r"^(validation|test)\b", "\033[35m\\1\033[0m", message)
+            message = re.sub(r"((?:loss|accuracy) +)(\d\S*)", "\\1\033[33m\\2\033[0m", message)
+        return f"\033[36m{stamp}\033[0m | {level} | {message}"
+
+
+class _ConsoleHandler(logging.StreamHandler):
+    """Writes above a progress bar instead of into it; ``only_file`` records stay out of the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "only_file", False):
+            return
+        if "tqdm" in sys.modules:
+            from tqdm import tqdm
+
+            with tqdm.external_write_mode(file=sys.stderr):
+                super().emit(record)
+        else:
+            super().emit(record)
+
+
+def start_log() -> None:
+    """Console output on the main process; lines are kept for the file that :func:`attach_log_file` opens later."""
+    quiet_libraries()
+    for handler in log.handlers[:]:
+        log.removeHandler(handler)
+    log.propagate = False
+    log.setLevel(logging.INFO if is_main_rank() else logging.CRITICAL)
+    if not is_main_rank():
+        return
+    console = _ConsoleHandler(sys.stdout)
+    console.setFormatter(_LineFormatter(colour=on_terminal()))
+    log.addHandler(console)
+    log.addHandler(logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False))
+
+
+def attach_log_file(path: Path) -> None:
+    """Opens ``path`` and writes into it what was logged so far."""
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(_LineFormatter(colour=False))
+    for handler in log.handlers[:]:
+        if isinstance(handler, logging.handlers.MemoryHandler):
+            for record in handler.buffer:
+                file.handle(record)
+            log.removeHandler(handler)
+    log.addHandler(file)
+
+
+def success(message: str, *values: Any) -> None:
+    """A line about something that went well."""
+    log.log(SUCCESS, message, *values)
+
+
+def on_terminal() -> bool:
+    """True when a person watches: colours and progress bars; otherwise plain lines."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def quiet_libraries() -> None:
+    """Keeps the console for what the user can act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    warnings.filterwarnings("ignore", message=".*Paged optimizers are not supported on CPU.*")
+    for name in ("transformers", "datasets", "peft", "bitsandbytes", "torch.distributed", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def progress_bar(total: int, initial: int, unit: str, description: str = "") -> Any:
+    """A bar on a terminal, nothing elsewhere; shown when it takes longer than two seconds."""
+    from tqdm import tqdm
+
+    hidden = not (is_main_rank() and on_terminal())
+    return tqdm(
+        total=total, initial=initial, unit=unit, desc=description, disable=hidden, delay=2, leave=False, ncols=80,
+        file=sys.stderr, dynamic_ncols=True,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ metrics, trackers
+
+
+def record(run: Run, kind: str, values: dict[str, Any]) -> None:
+    """Adds one line to ``metrics.jsonl`` and sends the numbers to the trackers as ``kind/name``.
+
+    ``kind`` is "train" (every ``log_every`` steps), "validation" (every evaluation; these also make ``metrics.csv``)
+    or "test".
+    """
+    row = {"kind": kind, "step": run.state.step, "epoch": round(run.state.epochs_done, 4), **values}
+    run.history.append(row)
+    if not run.accelerator.is_main_process:
+        return
+    with open(run.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    if kind != "train":
+        _write_csv(run)
+    numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+    for tracker in run.trackers:
+        tracker.log(numbers, step=run.state.step)
+
+
+def evaluations(run: Run) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl`` that come from an evaluation on the validation set."""
+    return [row for row in run.history if row["kind"] == "validation"]
+
+
+def _read_history(path: Path, up_to: int) -> list[dict[str, Any]]:
+    rows = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(ValueError):  # a line cut off by a kill
+                row = json.loads(line)
+                if row["step"] <= up_to and row["kind"] != "test":
+                    rows.append(row)
+    return rows
+
+
+def _write_history(run: Run) -> None:
+    write_text(run.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
+    _write_csv(run)
+
+
+def _write_csv(run: Run) -> None:
+    import csv
+    import io
+
+    rows = [row for row in run.history if row["kind"] != "train"]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or ["kind", "step", "epoch"], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(run.directory / "metrics.csv", text.getvalue())
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """UserError when a tracker named by ``report_to`` is unknown or not installed."""
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "none": None}
+    for name in names:
+        if name not in packages:
+            raise UserError(f"--report_to {name}: choose from {', '.join(packages)}")
+        if packages[name] and importlib.util.find_spec(packages[name]) is None:
+            raise UserError(f"--report_to {name} needs a package: pip install {packages[name]}")
+
+
+def _start_trackers(run: Run) -> None:
+    """Accelerate's own trackers, each under a name of its own choosing; ids are kept so that a resumed run goes on."""
+    args, names = run.args, [name for name in run.args.report_to if name != "none"]
+    if not run.accelerator.is_main_process:
+        return
+    from accelerate import tracking
+
+    run_name = run.directory.name
+    if "tensorboard" in names:
+        purge = {"purge_step": run.state.step + 1} if run.resumed else {}
+        run.trackers.append(tracking.TensorBoardTracker("tensorboard", str(run.directory), **purge))
+    if "wandb" in names:
+        identity = run.state.trackers.get("wandb")
+        run.trackers.append(
+            tracking.WandBTracker(
+                args.wandb_project,
+                entity=args.wandb_entity,
+                name=args.wandb_name or run_name,
+                tags=list(args.wandb_tags) or None,
+                notes=args.wandb_notes,
+                dir=str(run.directory),
+                **({"id": identity, "resume": "allow"} if identity else {}),
+            )
+        )
+    if "mlflow" in names:
+        run.trackers.append(
+            tracking.MLflowTracker(
+                args.experiment_name, run_id=run.state.trackers.get("mlflow"), run_name=run_name
+            )
+        )
+    for tracker in run.trackers:
+        try:
+            tracker.start()
+            if tracker.name == "wandb":
+                run.state.trackers["wandb"] = tracker.run.id
+            if tracker.name == "mlflow":
+                run.state.trackers["mlflow"] = tracker.active_run.info.run_id
+            if tracker.name != "tensorboard" and not run.resumed:  # TensorBoard shows the settings as text instead
+                tracker.store_init_configuration(flat(args))
+        except Exception as error:  # a tracker's own errors have no common base class
+            raise UserError(f"--report_to {tracker.name}: {str(error).strip().splitlines()[0]}") from error
+    for tracker in run.trackers:
+        if tracker.name == "tensorboard" and not run.resumed:
+            tracker.writer.add_text("config", "```yaml\n" + to_yaml(args) + "```", 0)
+
+
+# ------------------------------------------------------------------------------------------------- saving and ending
+
+
+def save(
+    run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, keep: int
+) -> Path:
+    """A checkpoint of this moment, on every process; see :func:`lib.checkpoint.save_checkpoint`."""
+    state = dataclasses.asdict(run.state)
+    path = save_checkpoint(
+        run.accelerator, run.checkpoints, run.state.step, model, optimizer, schedule, state, keep
+    )
+    log.info("Saved %s", path, extra={"only_file": on_terminal()})
+    return path
+
+
+def restore(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+    """Goes on from the checkpoint that :func:`start_run` found, if there is one."""
+    if run.resumed is None:
+        return
+    load_checkpoint(run.accelerator, run.resumed, model, optimizer, schedule)
+    log.info(
+        "Resumed from %s: step %d, epoch %d, %d samples into it",
+        run.resumed, run.state.step, run.state.epoch + 1, run.state.position,
+    )  # fmt: skip
+
+
+def leave_after_stop(run: Run, checkpoint: Path) -> None:
+    """Ends the run after a stop signal; never returns."""
+    for tracker in run.trackers:
+        tracker.finish()
+    log.warning("Stopped by a signal: %s is complete; the same command with --resume goes on", checkpoint)
+    raise Stopped("", run.stop.exit_code)
+
+
+def finish_run(run: Run) -> None:
+    """Closes trackers and processes."""
+    for tracker in run.trackers:
+        tracker.finish()
+    run.accelerator.wait_for_everyone()
+    run.accelerator.end_training()
+
+
+def peak_memory_mb(accelerator: Accelerator) -> float:
+    """The most memory this process has used, in MB (10^6 bytes): the GPU's where there is one, else resident."""
+    import resource
+
+    if accelerator.device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e6
+    scale = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+
+@contextlib.contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """The main process does the work of the block; the others do it after, finding it cached."""
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+    yield
+    if accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+
+
+# -------------------------------------------------------------------------------------------------- inside the loop
+
+
+def after_step(run: Run, num_samples: int, position: int, loss_sum: torch.Tensor, seconds: float, waited: float) -> bool:
+    """Counts an optimizer step of ``num_samples`` samples; True when some process was asked to stop.
+
+    ``loss_sum`` is the sum of this process's sample losses; one collective adds them up and carries the stop signal.
+    """
+    import torch
+
+    stop = float(run.stop.received is not None)
+    totals = torch.stack([loss_sum.detach().double(), loss_sum.new_tensor(stop, dtype=torch.float64)])
+    loss, stop = run.accelerator.reduce(totals, reduction="sum").tolist()
+    state = run.state
+    state.step += 1
+    state.position = position
+    state.samples += num_samples
+    state.loss_sum += loss
+    state.loss_count += num_samples
+    state.log_loss_sum += loss
+    state.log_loss_count += num_samples
+    state.seconds += seconds
+    state.wait_seconds += waited
+    return stop > 0
+
+
+def stop_requested(run: Run) -> bool:
+    """True on every process when one of them was asked to stop; a collective."""
+    if run.accelerator.num_processes == 1:
+        return run.stop.received is not None
+    import torch
+
+    flag = torch.tensor([float(run.stop.received is not None)], device=run.accelerator.device)
+    return run.accelerator.reduce(flag, reduction="sum").item() > 0
+
+
+def is_due(every: int, step: int, end_of_epoch: bool, last_step: bool) -> bool:
+    """Whether something that happens ``every`` N steps (0: every epoch) happens now; it always does at the end."""
+    return last_step or (step % every == 0 if every else end_of_epoch)
+
+
+def is_improvement(value: float, best: float | None, min_delta: float, higher_is_better: bool) -> bool:
+    """Whether ``value`` beats ``best`` by more than ``min_delta``; nan never does."""
+    if value != value:
+        return False
+    if best is None:
+        return True
+    return value > best + min_delta if higher_is_better else value < best - min_delta
+
+
+def out_of_patience(state: TrainState, early_stop: int | None) -> bool:
+    """Whether ``early_stop`` evaluations in a row brought no improvement."""
+    return early_stop is not None and state.bad_evaluations >= early_stop
