@@ -297,8 +297,17 @@ def load_checkpoint(
 
 
 def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    """The model without DDP's and torch.compile's wrappers; FSDP2 wraps nothing."""
-    return accelerator.unwrap_model(model, keep_torch_compile=False)
+    """The model without DDP's and torch.compile's wrappers; FSDP2 wraps nothing, but is brought to its sharded form."""
+    plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if is_sharded(accelerator):
+        from torch.distributed.fsdp import FSDPModule
+
+        # An evaluation ends without the backward that frees the root's gathered parameters, and the optimizer knows
+        # only the sharded ones.
+        for module in plain.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    return plain
 
 
 def model_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -205,10 +205,10 @@ def _canonical_argv(argv: list[str], known: dict[str, dataclasses.Field], table:
             raise UserError(_launch_answer(flag, value or (argv[position] if follows else "")))
         alias = table.get(name) if name not in known else None
         if isinstance(alias, tuple):
-            if not equals:
-                value = argv[position].lower() if follows and argv[position].lower() in alias[1] else "true"
-                position += int(follows and argv[position].lower() in alias[1])
-            result += ["--" + alias[0], _translate(flag, value, alias)]
+            if not equals and follows:
+                value = argv[position]
+                position += 1
+            result += ["--" + alias[0], _translate(value or "true", alias)]
             continue
         name = alias or name
         negated = name.removeprefix("no_")
@@ -239,12 +239,8 @@ def _launch_answer(flag: str, value: str) -> str:
     return f"{flag} is decided by the launcher: {line} ..."
 
 
-def _translate(name: str, value: str, alias: tuple[str, dict[str, str]]) -> str:
-    if value.lower() in alias[1]:
-        return alias[1][value.lower()]
-    if value in alias[1].values():
-        return value
-    raise UserError(f"{name}: {value!r} is not one of {', '.join(alias[1])}")
+def _translate(value: str, alias: tuple[str, dict[str, str]]) -> str:
+    return alias[1].get(value.lower(), value)
 
 
 def _suggestion(name: str, known: dict[str, Any], table: dict[str, Alias], prefix: str) -> str:
@@ -288,7 +284,7 @@ def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str,
         name = key.replace("-", "_")
         alias = table.get(dotted) or (table.get(name) if name not in known else None)
         if isinstance(alias, tuple):
-            argv += ["--" + alias[0], _translate(f"{path}: {dotted}", str(value).lower(), alias)]
+            argv += ["--" + alias[0], _translate(str(value), alias)]
             continue
         name = alias or name
         if name not in known:

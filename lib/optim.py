@@ -44,12 +44,11 @@ def make_optimizer(
     eps: float = 1e-8,
     momentum: float = 0.9,
     sharded: bool = False,
-    device_type: str = "cpu",
 ) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters of ``model``.
+    """The optimizer over all trainable parameters of ``model``; paged ones page where there is a CUDA GPU.
 
     Raises:
-        UserError: nothing is trainable, or the optimizer cannot run here (8-bit under FSDP, paged without CUDA).
+        UserError: nothing is trainable, or the optimizer is one of bitsandbytes' and parameters are sharded.
     """
     import torch
 
@@ -64,8 +63,6 @@ def make_optimizer(
         raise UserError(f"--optimizer {name} needs bitsandbytes: pip install bitsandbytes")
     if sharded:
         raise UserError(f"--optimizer {name} does not know sharded parameters (FSDP): use --optimizer adamw")
-    if name.startswith("paged") and device_type != "cuda":
-        raise UserError(f"--optimizer {name} pages to a CUDA GPU's host memory: use --optimizer adamw8bit here")
     import bitsandbytes
 
     kind = getattr(bitsandbytes.optim, BITSANDBYTES[name])
@@ -146,7 +143,10 @@ class Schedule:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The counters of ``state``; the length of the schedule is this run's own, so that a run can be prolonged."""
         self.steps = state["steps"]
-        self.inner.load_state_dict({k: v for k, v in state["inner"].items() if k != "total_steps"})
+        kept = {key: value for key, value in state["inner"].items() if key not in ("total_steps", "base_lrs")}
+        if hasattr(self.inner, "lr_lambdas"):
+            kept["lr_lambdas"] = [None] * len(self.inner.lr_lambdas)  # torch asks for them; None keeps this run's own
+        self.inner.load_state_dict(kept)
         if self.plateau is not None and "plateau" in state:
             self.plateau.load_state_dict(state["plateau"])
 

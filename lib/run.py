@@ -70,6 +70,25 @@ def seed_processes_apart(seed: int, accelerator: Accelerator) -> None:
     set_seed(seed + 1000 * accelerator.process_index)
 
 
+def choose_sharded_layers(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Under FSDP, names the layer classes that are sharded one by one: the model's own list, less two kinds.
+
+    Accelerate shards the token embedding by itself and fails where a listed layer contains it (BERT), or where a listed
+    class does not occur in this model.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.transformer_cls_names_to_wrap is not None:
+        return
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    usable = {
+        type(module).__name__
+        for module in model.modules()
+        if embedding is None or all(child is not embedding for child in module.modules())
+    }
+    names = getattr(model, "_no_split_modules", None) or []
+    plugin.transformer_cls_names_to_wrap = sorted(set(names) & usable)
+
+
 # --------------------------------------------------------------------------------------------------- run directory
 
 

@@ -391,7 +391,7 @@ def main() -> None:
     from lib.optim import make_optimizer, make_scheduler
     from lib.results import worst_mistakes, write_classification_results, write_summary
     from lib.run import (
-        after_step, count_parameters, finish_run, is_due, is_improvement, leave_after_stop, log, make_accelerator, out_of_patience,
+        after_step, choose_sharded_layers, count_parameters, finish_run, is_due, is_improvement, leave_after_stop, log, make_accelerator, out_of_patience,
         peak_memory_mb, progress_bar, record, restore, save, seed_processes_apart, start_run, success,
     )  # fmt: skip
 
@@ -421,6 +421,7 @@ def main() -> None:
     )  # fmt: skip
     if args.compile_model:
         model = torch.compile(model, dynamic=True)
+    choose_sharded_layers(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
     higher_is_better = args.best_metric != "loss"
     schedule = make_scheduler(

@@ -1,0 +1,136 @@
+"""Invariants 2, 4 and 6 at their root: one order, fair shares, nothing lost or doubled."""
+
+import numpy as np
+import pytest
+import torch
+
+from lib.batches import TrainBatches, deal, epoch_order, evaluation_batches
+from lib.collate import collate_text
+
+SIZES = [1, 2, 5, 31, 32, 33, 255, 257, 1000, 9001]
+
+
+class Numbers:
+    """A data set whose sample is its own row number, as a text of ``lengths[row]`` tokens."""
+
+    def __init__(self, lengths: np.ndarray) -> None:
+        self.lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> dict:
+        return {"input_ids": np.full(self.lengths[row], row + 1), "label": row % 3}
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_an_epoch_has_every_sample_once_and_depends_on_seed_and_epoch(size: int, bucketed: bool) -> None:
+    lengths = np.random.default_rng(size).integers(1, 60, size) if bucketed else None
+    order = epoch_order(size, 7, 0, lengths)
+    assert sorted(order) == list(range(size))
+    assert np.array_equal(order, epoch_order(size, 7, 0, lengths))
+    if size > 30:
+        assert not np.array_equal(order, epoch_order(size, 7, 1, lengths))
+        assert not np.array_equal(order, epoch_order(size, 8, 0, lengths))
+
+
+def test_length_buckets_leave_little_padding_and_still_mix() -> None:
+    lengths = np.random.default_rng(0).gamma(6, 8, 10_000).astype(int) + 1
+
+    def padding(order: np.ndarray, size: int = 32) -> float:
+        padded = sum(lengths[order[i : i + size]].max() * len(order[i : i + size]) for i in range(0, len(order), size))
+        return 1 - lengths.sum() / padded
+
+    first, second = epoch_order(10_000, 1, 0, lengths), epoch_order(10_000, 1, 1, lengths)
+    assert padding(epoch_order(10_000, 1, 0)) > 0.4
+    assert padding(first) < 0.06
+    together = [{frozenset(order[i : i + 32].tolist()) for i in range(0, 9_984, 32)} for order in (first, second)]
+    assert len(together[0] & together[1]) == 0  # no batch is formed again
+    # Long and short texts come in turns, not one after the other.
+    means = lengths[first[: 256 * 30]].reshape(30, 256).mean(axis=1)
+    assert abs(np.corrcoef(means, np.arange(30))[0, 1]) < 0.5
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8])
+@pytest.mark.parametrize("batch_size", [1, 4, 7])
+@pytest.mark.parametrize("size", [1, 2, 5, 16, 23, 56])
+def test_a_window_is_dealt_out_once_in_equal_steps(size: int, batch_size: int, processes: int) -> None:
+    window = np.arange(100, 100 + size)
+    shares = [deal(window, batch_size, processes, rank) for rank in range(processes)]
+    assert len({len(share.micro_batches) for share in shares}) == 1
+    rows = [part for share in shares for part, counts in zip(share.micro_batches, share.counts, strict=True) if counts]
+    assert sorted(np.concatenate(rows)) == list(window)
+    assert max(map(len, rows)) - min(map(len, rows)) <= 1
+    assert all(len(part) <= batch_size for share in shares for part in share.micro_batches)
+    assert all(len(part) >= 1 for share in shares for part in share.micro_batches)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("size", "processes", "accumulation"), [(103, 1, 1), (103, 2, 3), (5, 3, 2), (64, 2, 1)])
+def test_windows_cover_the_epoch_for_any_number_of_workers(
+    size: int, processes: int, accumulation: int, workers: int
+) -> None:
+    lengths = np.random.default_rng(1).integers(1, 9, size)
+    seen: list[int] = []
+    for rank in range(processes):
+        batches = TrainBatches(
+            Numbers(lengths), collate_text(0), 4, accumulation, 3, lengths, workers, processes, rank
+        )
+        windows = [(w.num_samples, w.position, list(w)) for w in batches.windows(0)]
+        assert sum(count for count, _, _ in windows) == size
+        assert windows[-1][1] == size
+        assert len(windows) == batches.num_windows()
+        for _, _, parts in windows:
+            for batch in parts:
+                assert torch.equal(batch["input_ids"][:, 0], batch["index"] + 1)
+                seen += batch["index"][batch["weight"] > 0].tolist()
+    assert sorted(seen) == list(range(size))
+
+
+def test_going_on_elsewhere_sees_the_remaining_samples_once() -> None:
+    """Two windows on one process, the rest of the epoch on three."""
+    lengths = np.random.default_rng(2).integers(1, 9, 107)
+    first = TrainBatches(Numbers(lengths), collate_text(0), 8, 1, 3, lengths)
+    windows = iter(first.windows(4))
+    seen = [row for window in (next(windows), next(windows)) for batch in window for row in batch["index"].tolist()]
+    for rank in range(3):
+        rest = TrainBatches(Numbers(lengths), collate_text(0), 5, 2, 3, lengths, 0, 3, rank)
+        for window in rest.windows(4, position=16):
+            for batch in window:
+                seen += batch["index"][batch["weight"] > 0].tolist()
+    assert sorted(seen) == list(range(107))
+
+
+def test_iterating_never_draws_from_the_global_random_state() -> None:
+    batches = TrainBatches(Numbers(np.full(20, 3)), collate_text(0), 4)
+    before = torch.get_rng_state()
+    assert sum(len(list(window)) for window in batches.windows(0)) == 5
+    assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("processes", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 4, 33])
+def test_evaluation_batches_are_as_many_on_each_process_and_cover_all(size: int, processes: int) -> None:
+    lengths = np.random.default_rng(3).integers(1, 9, size)
+    seen, counts = [], []
+    for rank in range(processes):
+        batches = list(
+            evaluation_batches(
+                Numbers(lengths), collate_text(0), 3, lengths=lengths, num_processes=processes, process_index=rank
+            )
+        )
+        counts.append(len(batches))
+        for batch in batches:
+            seen += batch["index"][batch["weight"] > 0].tolist()
+    assert sorted(seen) == list(range(size))
+    assert len(set(counts)) == 1
+
+
+def test_collate_pads_to_the_longest_and_marks_what_is_real() -> None:
+    samples = [{"input_ids": np.array([5, 6]), "label": 1}, {"input_ids": np.array([7, 8, 9]), "label": 0}]
+    batch = collate_text(pad_token_id=2)(samples)
+    assert batch["input_ids"].tolist() == [[5, 6, 2], [7, 8, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch["labels"].tolist() == [1, 0]
+    assert collate_text(2, multiple_of=8)(samples)["input_ids"].shape == (2, 8)

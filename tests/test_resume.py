@@ -1,0 +1,155 @@
+"""Invariant 1: whatever happens to a run, resumed it ends with the weights of one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TEXT, history, kill, launch, start, weights
+
+# Dropout is on, windows are ragged, saves and evaluations fall inside epochs and on different steps.
+FLAGS = (
+    "--epochs", "4", "--batch_size", "12", "--gradient_accumulation_steps", "2", "--eval_every", "5",
+    "--save_every", "3", "--warmup_steps", "4", "--early_stop", "50",
+)  # fmt: skip
+TIMING = {"samples_per_second", "data_wait_share", "peak_memory_mb"}
+
+
+def numbers(run: Path) -> list[dict]:
+    """All recorded rows, less what a clock or the memory says."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+
+
+def flags_for(processes: int) -> tuple[str, ...]:
+    return FLAGS if processes == 1 else (*FLAGS, "--batch_size", "6")
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def unbroken(request, text_args, tmp_path_factory) -> tuple[Path, int]:
+    folder = tmp_path_factory.mktemp("unbroken")
+    launch(TEXT, *text_args, *flags_for(request.param), "--run_name", "run", cwd=folder, processes=request.param)
+    return folder / "runs" / "run", request.param
+
+
+def wait_for_step(run: Path, step: int, process, timeout: float = 60) -> None:
+    """Until the log has reached ``step``, or the process has ended."""
+    limit = time.time() + timeout
+    path = run / "metrics.jsonl"
+    while time.time() < limit and process.poll() is None:
+        if path.is_file() and any(f'"step": {step},' in line for line in path.read_text().splitlines()):
+            return
+        time.sleep(0.002)
+
+
+def wait_for_draft(run: Path, process, timeout: float = 60) -> None:
+    """Until a checkpoint is being written."""
+    limit = time.time() + timeout
+    while time.time() < limit and process.poll() is None:
+        if (run / "checkpoints").is_dir() and any((run / "checkpoints").glob(".step_*")):
+            return
+        time.sleep(0.0002)
+
+
+def kill_and_resume(folder: Path, args: list[str], processes: int, kills: int, seed: int) -> Path:
+    """Kills the run ``kills`` times, every third time while it saves, and lets it finish."""
+    rng = random.Random(seed)
+    run = folder / "runs" / "run"
+    for number in range(kills):
+        process = start(TEXT, *args, "--resume", cwd=folder, processes=processes)
+        if number % 3 == 2:
+            wait_for_draft(run, process)
+        else:
+            rows = history(run, "train") if (run / "metrics.jsonl").is_file() else []
+            wait_for_step(run, (rows[-1]["step"] if rows else 0) + rng.randint(1, 6), process)
+            time.sleep(rng.random() * 0.05)
+        kill(process)
+    launch(TEXT, *args, "--resume", cwd=folder, processes=processes)
+    resumed = (folder / "stdout.txt").read_text().count("Resumed from")
+    assert resumed >= (kills - 1) // 2, f"only {resumed} of {kills} starts found a checkpoint"
+    return run
+
+
+def test_killed_and_resumed_ends_with_the_same_bytes(unbroken, text_args, tmp_path: Path) -> None:
+    reference, processes = unbroken
+    args = [*text_args, *flags_for(processes), "--run_name", "run"]
+    run = kill_and_resume(tmp_path, args, processes, kills=4 if processes == 1 else 3, seed=processes)
+    assert weights(run / "last") == weights(reference / "last")
+    assert weights(run / "best") == weights(reference / "best")
+    assert numbers(run) == numbers(reference)
+
+
+def test_terminated_saves_at_once_and_goes_on(unbroken, text_args, tmp_path: Path) -> None:
+    reference, processes = unbroken
+    args = [*text_args, *flags_for(processes), "--run_name", "run", "--save_every", "1000"]
+    run = tmp_path / "runs" / "run"
+    process = start(TEXT, *args, cwd=tmp_path, processes=processes)
+    wait_for_step(run, 7, process)
+    process.send_signal(signal.SIGTERM)
+    asked = time.time()
+    code = process.wait(timeout=30)
+    assert time.time() - asked < 10
+    assert code == 143 if processes == 1 else code != 0  # torchrun has a code of its own
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    assert (checkpoint / "manifest.json").is_file()
+    assert not (run / "results.json").exists()
+    text = (tmp_path / "stdout.txt").read_text()
+    assert "the same command with --resume goes on" in text
+    launch(TEXT, *args, "--resume", cwd=tmp_path, processes=processes)
+    assert weights(run / "last") == weights(reference / "last")
+    assert numbers(run) == numbers(reference)
+
+
+def test_going_on_with_another_number_of_processes(text_args, tmp_path: Path) -> None:
+    """One process, then two, then one: every sample of each epoch is used once."""
+    args = [*text_args, *FLAGS, "--run_name", "run"]
+    run = tmp_path / "runs" / "run"
+    for processes, step in ((1, 6), (2, 14)):
+        process = start(TEXT, *args, "--resume", cwd=tmp_path, processes=processes)
+        wait_for_step(run, step, process)
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=30)
+        kill(process)
+    launch(TEXT, *args, "--resume", cwd=tmp_path)
+    results = json.loads((run / "results.json").read_text())
+    assert results["samples"] == 4 * 203
+    assert results["epochs"] == 4
+    assert results["test"]["count"] == 67
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(unbroken, text_args, tmp_path: Path) -> None:
+    reference, processes = unbroken
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(reference, run)
+    newest, older = sorted((run / "checkpoints").iterdir(), reverse=True)[:2]
+    file = newest / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    args = [*text_args, *flags_for(processes), "--run_name", "run"]
+    done = launch(TEXT, *args, "--resume", cwd=tmp_path, processes=processes)
+    (line,) = [line for line in done.out.splitlines() if "falling back" in line]
+    assert newest.name in line
+    assert "optimizer.safetensors is damaged" in line
+    assert older.name in line
+    assert weights(run / "last") == weights(reference / "last")
+
+
+def test_a_finished_run_is_resumed_to_the_same_end_and_can_be_prolonged(unbroken, text_args, tmp_path: Path) -> None:
+    reference, processes = unbroken
+    if processes == 2:
+        pytest.skip("the same code on any number of processes")
+    run = tmp_path / "runs" / "run"
+    shutil.copytree(reference, run)
+    args = [*text_args, *FLAGS, "--run_name", "run"]
+    launch(TEXT, *args, "--resume", cwd=tmp_path)
+    assert weights(run / "last") == weights(reference / "last")
+    launch(TEXT, *args, "--resume", str(run), "--num_epochs", "6", cwd=tmp_path)
+    results = json.loads((run / "results.json").read_text())
+    assert results["samples"] == 6 * 203
+    assert "Resumed with another epochs: 6 instead of 4" in (run / "logs" / "train.log").read_text()
