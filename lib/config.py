@@ -195,7 +195,9 @@ def _canonical_argv(argv: list[str], known: dict[str, dataclasses.Field], table:
     while position < len(argv):
         token = argv[position]
         position += 1
-        if not token.startswith("--") or token == "--":
+        if token == "--":  # what follows is positional, whatever it looks like
+            return result + argv[position:]
+        if not token.startswith("--"):
             result.append(token)
             continue
         flag, equals, value = token.partition("=")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,10 @@ def errors_in_one_line() -> Iterator[None]:
         leave(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:
         leave("interrupted", 130)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        leave(f"error: {error}; what was finished before is intact: free space, then run it again (training: with --resume)", 2)
 
 
 def leave(message: str, exit_code: int) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+    from lib.batches import Window
     from lib.optim import Schedule
 
 log = logging.getLogger("accelerando")
@@ -42,6 +43,8 @@ def make_accelerator(seed: int, amp: str | None) -> Accelerator:
     Accumulation stays with the script, so Accelerate divides no loss. Raises UserError for fp16 without a GPU.
     """
     start_log()
+    # On a CPU that is shared, threads that spin at each barrier slow a run down sixfold; read when OpenMP is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -282,6 +285,7 @@ def start_log() -> None:
     for handler in log.handlers[:]:
         log.removeHandler(handler)
     log.propagate = False
+    logging.raiseExceptions = False  # a full disk is reported once, by the save that fails, not by each line
     log.setLevel(logging.INFO if is_main_rank() else logging.CRITICAL)
     if not is_main_rank():
         return
@@ -521,8 +525,8 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------- inside the loop
 
 
-def after_step(run: Run, num_samples: int, position: int, loss_sum: torch.Tensor, seconds: float, waited: float) -> bool:
-    """Counts an optimizer step of ``num_samples`` samples; True when some process was asked to stop.
+def after_step(run: Run, window: Window, loss_sum: torch.Tensor) -> bool:
+    """Counts the optimizer step over ``window``; True when some process was asked to stop.
 
     ``loss_sum`` is the sum of this process's sample losses; one collective adds them up and carries the stop signal.
     """
@@ -533,14 +537,12 @@ def after_step(run: Run, num_samples: int, position: int, loss_sum: torch.Tensor
     loss, stop = run.accelerator.reduce(totals, reduction="sum").tolist()
     state = run.state
     state.step += 1
-    state.position = position
-    state.samples += num_samples
+    state.position = window.position
+    state.samples += window.num_samples
     state.loss_sum += loss
-    state.loss_count += num_samples
+    state.loss_count += window.num_samples
     state.log_loss_sum += loss
-    state.log_loss_count += num_samples
-    state.seconds += seconds
-    state.wait_seconds += waited
+    state.log_loss_count += window.num_samples
     return stop > 0
 
 

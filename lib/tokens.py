@@ -77,7 +77,13 @@ def tokenize_table(
 def _fingerprint(table: TextTable, tokenizer: Any, max_length: int) -> str:
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    digest.update(backend.to_str().encode() if backend is not None else repr(tokenizer).encode())
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        # Settings of the last call, not of the tokenizer.
+        rules["truncation"] = rules["padding"] = None
+        digest.update(json.dumps(rules).encode())
+    else:
+        digest.update(repr(tokenizer).encode())
     digest.update(json.dumps([max_length, tokenizer.model_input_names, table.pairs is not None]).encode())
     for texts, pairs in _chunks(table):
         digest.update(json.dumps([texts, pairs], ensure_ascii=False).encode())

@@ -475,8 +475,8 @@ def main() -> None:
     bar = progress_bar(total_steps, state.step, " steps", "training")
     while state.step < total_steps and not out_of_patience(state, args.early_stop):
         log.info("Epoch %d/%d", state.epoch + 1, args.epochs)
+        clock = time.perf_counter()
         for window in train_batches.windows(state.epoch, state.position):
-            started, waited = time.perf_counter(), train_batches.seconds_waited
             model.train()
             loss_sum = torch.zeros((), device=accelerator.device)
             for number, batch in enumerate(window, start=1):
@@ -491,10 +491,7 @@ def main() -> None:
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            stop = after_step(
-                run, window.num_samples, window.position, loss_sum,
-                time.perf_counter() - started, train_batches.seconds_waited - waited,
-            )  # fmt: skip
+            stop = after_step(run, window, loss_sum)
             end_of_epoch, last_step = state.position == len(train_batches.dataset), state.step == total_steps
             bar.update()
             if state.step % args.log_every == 0:
@@ -504,9 +501,11 @@ def main() -> None:
                 bar.set_postfix_str(f"loss {train_loss:.4f}")
                 log.info("train step %d/%d  epoch %.2f  loss %.4f  lr %.3g  grad norm %.3f  %.0f samples/s",
                          state.step, total_steps, state.epochs_done, train_loss, lr, float(norm),
-                         state.samples / state.seconds)  # fmt: skip
+                         state.samples / max(state.seconds, 1e-9))  # fmt: skip
             if end_of_epoch:
                 state.epoch, state.position = state.epoch + 1, 0
+            state.seconds += time.perf_counter() - clock
+            state.wait_seconds += train_batches.take_seconds_waited()
             if is_due(args.eval_every, state.step, end_of_epoch, last_step) and not stop:
                 stop = not validate()
             if stop or is_due(args.save_every, state.step, end_of_epoch, last_step):
@@ -515,6 +514,7 @@ def main() -> None:
                 leave_after_stop(run, checkpoint)
             if last_step or out_of_patience(state, args.early_stop):
                 break
+            clock = time.perf_counter()  # evaluating and saving is not training
     bar.close()
     if out_of_patience(state, args.early_stop):
         log.info("Stopped early: no better %s in %d evaluations", args.best_metric, args.early_stop)

@@ -22,7 +22,7 @@ TEXT = SCRIPTS / "text_classify.py"
 # the same number everywhere.
 ENVIRONMENT = {
     **{key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))},
-    "OMP_NUM_THREADS": "2",
+    "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
@@ -115,8 +115,8 @@ def command(script: Path, *args: str, processes: int = 1, fsdp: bool = False) ->
     return [*launcher, *([str(ROOT / "tests" / "fsdp_cpu.py")] if fsdp else []), str(script), *words]
 
 
-def environment(processes: int = 1) -> dict[str, str]:
-    return {**ENVIRONMENT, "OMP_NUM_THREADS": "1" if processes > 1 else "2", "ACCELERATE_USE_CPU": "true"}
+def environment() -> dict[str, str]:
+    return {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
 
 
 def launch(
@@ -125,7 +125,7 @@ def launch(
     """Runs ``script`` to its end in ``cwd``."""
     done = subprocess.run(
         command(script, *args, processes=processes, fsdp=fsdp),
-        cwd=cwd, env=environment(processes), capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
+        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert not check or done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return Finished(done.returncode, done.stdout, done.stderr)
@@ -135,7 +135,7 @@ def start(script: Path, *args: str, cwd: Path, processes: int = 1, fsdp: bool = 
     """Starts ``script`` in a process group of its own, so that :func:`kill` reaches every rank."""
     return subprocess.Popen(
         command(script, *args, processes=processes, fsdp=fsdp),
-        cwd=cwd, env=environment(processes), start_new_session=True, stdin=subprocess.DEVNULL,
+        cwd=cwd, env=environment(), start_new_session=True, stdin=subprocess.DEVNULL,
         stdout=open(cwd / "stdout.txt", "ab"), stderr=open(cwd / "stderr.txt", "ab"),  # noqa: SIM115
     )  # fmt: skip
 

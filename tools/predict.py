@@ -163,11 +163,14 @@ class TextModel:
     max_length: int
 
 
-def load_text_model(folder: Path, config: dict[str, Any], device: Any, max_length: int | None = None) -> TextModel:
-    """The model and tokenizer in ``folder``.
+def load_text_model(
+    folder: Path, config: dict[str, Any], device: Any, max_length: int | None = None, pairs: bool = False
+) -> TextModel:
+    """The model and tokenizer in ``folder``, for single texts or ``pairs``.
 
     Raises:
-        UserError: no tokenizer, weights that are missing or do not fit, a ``max_length`` beyond the model's positions.
+        UserError: no tokenizer, weights that are missing or do not fit, a ``max_length`` beyond the model's positions
+            or too small for any text.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         # Checked here, because AutoTokenizer may make an empty one without a word.
@@ -201,7 +204,7 @@ def load_text_model(folder: Path, config: dict[str, Any], device: Any, max_lengt
         tokenizer=tokenizer,
         labels=[str(names[index]) for index in range(model.config.num_labels)],
         device=device,
-        max_length=_length_limit(tokenizer, model.config, max_length),
+        max_length=_length_limit(tokenizer, model.config, max_length, pairs),
     )
 
 
@@ -292,7 +295,7 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any]) -> None:
     if first is None:
         source = args.file or "standard input"
         raise UserError(f"{source}: no text in it; give texts on the command line, with --file or on standard input")
-    loaded = load_text_model(folder, config, choose_device(args.device), args.max_length)
+    loaded = load_text_model(folder, config, choose_device(args.device), args.max_length, pairs=first[1] is not None)
 
     import numpy as np
     from tqdm.auto import tqdm
@@ -315,13 +318,15 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any]) -> None:
                 row += len(texts)
 
 
-def _length_limit(tokenizer: Any, config: Any, asked: int | None) -> int:
+def _length_limit(tokenizer: Any, config: Any, asked: int | None, pairs: bool) -> int:
     positions = getattr(config, "max_position_embeddings", None)
     known = [limit for limit in (tokenizer.model_max_length, positions) if limit and 0 < limit < 10**9]
     if asked is None:
         return min(known, default=NO_LIMIT_LENGTH)
     if positions and 0 < positions < asked:
         raise UserError(f"--max_length {asked}: the model has {positions} positions")
+    if asked <= (special := tokenizer.num_special_tokens_to_add(pair=pairs)):
+        raise UserError(f"--max_length {asked}: leaves no room for text beside {special} special tokens")
     return asked
 
 
@@ -395,8 +400,6 @@ def check(args: Args) -> None:
         raise UserError(f"--batch_size {args.batch_size}: give a whole number of at least 1")
     if args.top_k < 0:
         raise UserError(f"--top_k {args.top_k}: give a whole number; 0 lists all classes")
-    if args.max_length is not None and args.max_length < 1:
-        raise UserError(f"--max_length {args.max_length}: give a whole number of at least 1")
     same = args.file and args.output and Path(args.output).exists() and Path(args.file).exists()
     if same and Path(args.file).samefile(args.output):
         raise UserError(f"--output {args.output}: would replace the file that is read; name another")

@@ -1,0 +1,158 @@
+"""Invariant 10: what a user gets wrong is one line with exit code 2, and leaves no half-made run behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import TEXT, launch, make_rows, weights, write_json
+
+from lib.errors import UserError
+
+
+@pytest.fixture
+def rows_of(tmp_path: Path):
+    """``rows_of(content) -> path``: a training file with that content."""
+
+    def write(content: str | list, name: str = "bad.json") -> str:
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return write
+
+
+GOOD = make_rows(30, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ("", ["bad.json", "empty"]),
+        ("[]", ["bad.json"]),
+        ('[{"text": "a", "label": 0},\n{"text": "b" "label": 1}]', ["bad.json", "line 2"]),
+        ([*GOOD[:3], {"label": "sport"}], ["bad.json", "row 4", "text"]),
+        ([*GOOD[:5], {"text": "no label"}], ["bad.json", "row 6", "label"]),
+        ([*GOOD[:2], {"text": "  ", "label": "sport"}], ["bad.json", "row 3"]),
+        ([{"text": "a b", "label": "x"}, {"text": "b", "label": "x"}], ["bad.json", "'x'", "two"]),
+        ('{"text": 3}', ["bad.json"]),
+    ],
+)
+def test_bad_training_files(content, parts, train_here, rows_of, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        train_here("--train_file", rows_of(content))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_label_that_training_never_saw(train_here, rows_of, tmp_path: Path) -> None:
+    path = rows_of([*GOOD[:4], {"text": "storm ahead", "label": "weather"}], "val.json")
+    with pytest.raises(UserError) as caught:
+        train_here("--validation_file", path)
+    assert all(part in str(caught.value) for part in ("val.json", "row 5", "weather", "sport")), str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (["--train_file", "nowhere.json"], ["nowhere.json"]),
+        (["--model_name", "./nowhere"], ["nowhere"]),
+        (["--num_labels", "7"], ["7", "3 labels"]),
+        (["--hidden_size", "64"], ["64", "32", "--from_scratch"]),
+        (["--max_length", "65"], ["65", "64"]),
+        (["--validation_fraction", "1.5", "--validation_file", "None"], ["1.5"]),
+        (["--strategy", "lora", "--lora_targets", "nothing"], ["nothing"]),
+        (["--architecture", "cnn", "--strategy", "lora"], ["cnn"]),
+        (["--amp", "fp16"], ["fp16", "bf16"]),
+        (["--report_to", "comet"], ["comet", "tensorboard"]),
+        (["--batch_size", "0"], ["--batch_size 0"]),
+        (["--grad_clip", "-1"], ["--grad_clip"]),
+        (["--push_to_hub"], ["--hub_repo_id"]),
+        (["--resume", "nowhere"], ["nowhere", "no run"]),
+        (["--text_column", "body"], ["body", "text"]),
+    ],
+)
+def test_bad_settings(flags, parts, train_here, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        train_here(*flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in parts), message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_process_ends_with_one_line(processes: int, text_args, tmp_path: Path) -> None:
+    done = launch(
+        TEXT, *text_args, "--train_file", "none.json", cwd=tmp_path, processes=processes, check=False, timeout=60
+    )
+    errors = [line for line in done.err.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "none.json" in errors[0]
+    assert not (tmp_path / "runs").exists()
+    if processes == 1:
+        assert done.code == 2
+        assert "Traceback" not in done.err
+
+
+def test_resume_of_a_run_without_any_sound_checkpoint(train_here, tmp_path: Path) -> None:
+    run = train_here("--max_steps", "2", name="run")
+    (run / "checkpoints" / "step_000002" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        train_here("--resume", name="run")
+
+
+def test_resume_with_another_model_or_optimizer(train_here) -> None:
+    run = train_here("--max_steps", "2", name="run")
+    with pytest.raises(UserError, match="another optimizer"):
+        train_here("--resume", str(run), "--optimizer", "sgd", name="run")
+    with pytest.raises(UserError, match="another model"):
+        train_here("--resume", str(run), "--strategy", "lora", name="run")
+
+
+def test_overwrite_touches_nothing_but_runs(train_here, tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "precious"
+    folder.mkdir(parents=True)
+    (folder / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="left alone"):
+        train_here("--overwrite", name="precious")
+    assert (folder / "thesis.txt").read_text() == "mine"
+
+
+def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(text_args, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1300k", "tmpfs", str(disk)]).returncode:
+        pytest.skip("mounting a small disk needs root")
+    try:
+        flags = [*text_args, "--output_dir", str(disk), "--run_name", "run", "--save_every", "2", "--eval_every", "7"]
+        done = launch(TEXT, *flags, "--keep_checkpoints", "9", cwd=tmp_path, check=False)
+        assert done.code == 2, done.err
+        (line,) = [line for line in done.err.splitlines() if line.startswith("error:")]
+        assert "No space left" in line
+        assert "--resume" in line
+        assert "Traceback" not in done.err
+        kept = sorted(path.name for path in (disk / "run" / "checkpoints").iterdir())
+        assert kept
+        assert all(name.startswith("step_") for name in kept)
+        elsewhere = tmp_path / "elsewhere"
+        shutil.copytree(disk, elsewhere)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    flags[flags.index("--output_dir") + 1] = str(elsewhere)
+    launch(TEXT, *flags, "--resume", cwd=tmp_path)
+    launch(TEXT, *flags, "--run_name", "whole", cwd=tmp_path)
+    assert weights(elsewhere / "run" / "last") == weights(elsewhere / "whole" / "last")
+
+
+def test_a_small_set_and_a_single_batch_work(train_here, tmp_path: Path) -> None:
+    """Three rows, one of each label: nothing to hold out, so the validation file is given."""
+    rows = [{"text": f"{word} now", "label": word} for word in ("a", "b", "c")]
+    path = str(write_json(tmp_path / "three.json", rows))
+    train_here("--train_file", path, "--validation_file", path, "--test_file", path, name="three")

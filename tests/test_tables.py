@@ -1,0 +1,234 @@
+"""Readers of labelled text: every format gives the same table, and every fault is named with its file and row."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, launch, make_rows, write_json
+
+from lib.errors import UserError
+from lib.tables import encode_labels, label_names, read_text_table, stratified_split
+
+ODD = ["NA", "null", "123", "a,b", 'say "hi"', "two\nlines", "tab\there", "naïve 😀", "  padded ", "-1"]
+
+
+def odd_rows(count: int, seed: int, numbers: bool) -> list[dict]:
+    rng = random.Random(seed)
+    labels = [0, 3, 12] if numbers else ["NA", "x y", "1e3"]
+    return [{"text": rng.choice(ODD) + str(number), "label": rng.choice(labels)} for number in range(count)]
+
+
+def save(rows: list[dict], path: Path) -> str:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix in (".csv", ".tsv"):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ["label", "text"], delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        import datasets
+
+        datasets.Dataset.from_list(rows).save_to_disk(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("numbers", [False, True])
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.tsv", "a.parquet", "saved"])
+def test_every_format_gives_the_same_table(name: str, numbers: bool, tmp_path: Path) -> None:
+    rows = odd_rows(57, 1, numbers)
+    table = read_text_table(save(rows, tmp_path / name))
+    assert table.texts.to_pylist() == [row["text"] for row in rows]
+    assert table.labels.to_pylist() == [row["label"] for row in rows]
+    names = label_names(table)
+    assert names == (["0", "3", "12"] if numbers else ["1e3", "NA", "x y"])
+    assert [names[code] for code in encode_labels(table, names)] == [str(row["label"]) for row in rows]
+
+
+def test_other_columns_pairs_and_no_labels(tmp_path: Path) -> None:
+    rows = [{"premise": "a", "hypothesis": "", "gold": "yes", "id": 3}, {"premise": "c", "hypothesis": "d", "gold": "no"}]
+    path = save(rows, tmp_path / "a.jsonl")
+    table = read_text_table(path, text_column="premise", text_pair_column="hypothesis", label_column="gold")
+    assert table.pairs.to_pylist() == ["", "d"]
+    alone = read_text_table(path, text_column="premise", require_labels=False)
+    assert alone.labels is None
+    assert alone.take(np.array([1])).texts.to_pylist() == ["c"]
+
+
+def test_a_large_file_is_packed_in_chunks(tmp_path: Path) -> None:
+    path = tmp_path / "many.jsonl"
+    with open(path, "w") as file:
+        for number in range(150_000):
+            file.write(f'{{"text": "t{number}", "label": {number % 7}}}\n')
+    table = read_text_table(str(path))
+    assert len(table) == 150_000
+    assert table.texts[149_999].as_py() == "t149999"
+    assert table.texts.num_chunks == 3
+
+
+GOOD = '{"text": "a", "label": 1}\n'
+FAULTS = {
+    "no_such.json": (None, ["no such file"]),
+    "empty.json": ("", ["empty"]),
+    "none.json": ("[]", ["no rows"]),
+    "blank.jsonl": ("\n\n", ["no rows"]),
+    "cut.json": ('[{"text": "a",\n "label": 1},\n {"text"', ["line 3", "broken JSON"]),
+    "cut.jsonl": (GOOD * 2 + '{"text": \n', ["line 3", "broken JSON"]),
+    "number.json": ("17", ["list"]),
+    "strings.json": ('["a", "b"]', ["row 1", "object"]),
+    "no_text.jsonl": (GOOD + "\n" + '{"label": 1}\n', ["row 2 (line 3)", "'text'"]),
+    "no_label.jsonl": (GOOD * 3 + '{"text": "b"}\n', ["row 4", "'label'"]),
+    "null.jsonl": (GOOD + '{"text": null, "label": 1}\n', ["row 2", "text is empty"]),
+    "white.jsonl": (GOOD + '{"text": " \\t", "label": 1}\n', ["row 2", "text is empty"]),
+    "list.jsonl": (GOOD + '{"text": ["a"], "label": 1}\n', ["row 2", "not a text"]),
+    "float.jsonl": (GOOD + '{"text": "a", "label": 1.5}\n', ["row 2", "1.5", "whole number"]),
+    "bool.jsonl": ('{"text": "a", "label": true}\n', ["row 1", "True"]),
+    "mixed.jsonl": (GOOD + '{"text": "a", "label": "x"}\n', ["row 2", "'x'", "whole number as before"]),
+    "big.jsonl": ('{"text": "a", "label": 99999999999999999999}\n', ["64 bits"]),
+    "surrogate.jsonl": ('{"text": "\\ud800", "label": 1}\n', ["surrogate"]),
+    "latin.jsonl": (GOOD.encode() + b'{"text": "\xe9", "label": 1}\n', ["line 2", "UTF-8"]),
+    "latin.json": (b'[{"text": "\xe9", "label": 1}]', ["UTF-8", "byte 11"]),
+    "ragged.csv": ("text,label\na,1\nb,c,2\n", ["row 2 (line 3)", "3 fields under 2"]),
+    "columns.csv": ("body,label\na,1\n", ["no column 'text'", "body, label"]),
+    "header.csv": ("text,label\n", ["no rows"]),
+    "quote.csv": ('text,label\n"a"b,1\n', ["line 2", "broken CSV"]),
+    "hole.csv": ("text,label\na,1\nb,\n", ["row 2 (line 3)", "label is empty"]),
+    "rubbish.parquet": ("PAR1 or not", ["not a sound Parquet file"]),
+    "what.xyz": ("text", ["what.xyz"]),
+}
+
+
+@pytest.mark.parametrize("name", list(FAULTS))
+def test_faults_are_one_line_with_file_and_row(name: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    content, parts = FAULTS[name]
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError) as caught:
+        read_text_table(str(path))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in [name, *parts]), message
+
+
+def test_a_fault_late_in_a_parquet_file_is_found(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts = ["a"] * 5000
+    for bad, column, part in ((None, "text", "row 4243: text is empty"), (None, "label", "row 4243: label is empty")):
+        columns = {"text": list(texts), "label": list(texts)}
+        columns[column][4242] = bad
+        pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+        with pytest.raises(UserError, match=part):
+            read_text_table(str(tmp_path / "a.parquet"))
+    pq.write_table(pa.table({"text": texts, "label": [0.5] * 5000}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="double"):
+        read_text_table(str(tmp_path / "a.parquet"))
+
+
+def test_a_misspelt_file_is_suggested(tmp_path: Path) -> None:
+    (tmp_path / "train.json").write_text("[]")
+    with pytest.raises(UserError, match=r"did you mean .*train\.json"):
+        read_text_table(str(tmp_path / "trian.json"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_stratified_split_is_fair_and_repeatable(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(5, 300, p=[0.5, 0.3, 0.15, 0.04, 0.01])
+    labels[0] = 9  # a class of one row
+    fraction = float(rng.uniform(0.05, 0.6))
+    rest, held = stratified_split(labels, fraction, seed)
+    assert sorted([*rest, *held]) == list(range(300))
+    for label, count in zip(*np.unique(labels, return_counts=True), strict=True):
+        share = (labels[held] == label).sum()
+        assert abs(share - fraction * count) <= 1
+        if count > 1:
+            assert 1 <= share < count
+    assert 0 in rest
+    assert all(np.array_equal(a, b) for a, b in zip((rest, held), stratified_split(labels, fraction, seed), strict=True))
+    assert not np.array_equal(held, stratified_split(labels, fraction, seed + 1)[1])
+
+
+def test_tokenised_text_is_kept_and_kept_apart(tmp_path: Path, tiny_bert: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from lib.tokens import tokenize_table
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    table = read_text_table(str(write_json(tmp_path / "a.json", make_rows(70, 1))))
+    first = tokenize_table(table, tokenizer, 20, cache=tmp_path / "cache")
+    for row in (0, 33, 69):
+        expected = tokenizer(table.texts[row].as_py(), truncation=True, max_length=20)["input_ids"]
+        assert first[row]["input_ids"].tolist() == expected
+    (folder,) = (tmp_path / "cache" / "tokens").iterdir()
+    stamp = (folder / "ids.npy").stat().st_mtime_ns
+    again = tokenize_table(table, tokenizer, 20, cache=tmp_path / "cache")
+    assert np.array_equal(first.ids, again.ids)
+    assert (folder / "ids.npy").stat().st_mtime_ns == stamp
+    assert isinstance(again.ids, np.memmap)
+    tokenize_table(table, tokenizer, 21, cache=tmp_path / "cache")
+    tokenize_table(table.take(np.arange(69)), tokenizer, 20, cache=tmp_path / "cache")
+    assert len(list((tmp_path / "cache" / "tokens").iterdir())) == 3
+
+
+PREPROCESS = ROOT / "tools" / "preprocess_text.py"
+
+
+def test_preprocessing_cleans_splits_and_says_what_it_dropped(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    rows = [{"text": f"{row['text']} {number}", "label": row["label"]} for number, row in enumerate(make_rows(100, 1))]
+    rows += [{"text": "a  b\u00a0c\x07", "label": "sport"}, {"text": "a b c", "label": "sport"}]
+    rows += [{"text": "cafe\u0301", "label": "money"}, {"text": "same", "label": "money"}, {"text": "same", "label": "space"}]
+    write_json(raw / "part1.json", rows)
+    save([{"text": "<b>bold</b> &amp; http://x.y/z more", "label": "space"}], raw / "part2.csv")
+    flags = ("--input_dir", "raw", "--output_dir", "out", "--val_fraction", "0.2", "--test_fraction", "0.1")
+    done = launch(PREPROCESS, *flags, "--strip_html", "--strip_urls", cwd=tmp_path)
+    splits = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("train", "validation", "test")}
+    texts = [row["text"] for split in splits.values() for row in split]
+    assert len(texts) == len(set(texts)) == 103
+    assert {"a b c", "café", "bold & more"} <= set(texts)
+    assert "same" not in texts
+    assert len(splits["validation"]) == pytest.approx(0.2 * 103, abs=3)
+    assert len(splits["test"]) == pytest.approx(0.1 * 103, abs=3)
+    assert "2  same text, different labels" in done.out
+    assert "1  repeated" in done.out
+    assert (tmp_path / "out" / "summary.txt").read_text() in done.out
+    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["money", "space", "sport"]
+    again = launch(PREPROCESS, *flags, cwd=tmp_path, check=False)
+    assert (again.code, "--overwrite" in again.err) == (2, True)
+    launch(PREPROCESS, *flags, "--overwrite", "--lowercase", "--min_length", "5", "--max_length", "60", cwd=tmp_path)
+    kept = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert all(5 <= len(row["text"]) <= 60 for row in kept)
+    assert len(read_text_table(str(tmp_path / "out" / "train.json"))) == len(kept)
+
+
+def test_preprocessing_keeps_given_splits_and_removes_leaks(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    rows = [{"text": f"{row['text']} {number}", "label": row["label"]} for number, row in enumerate(make_rows(40, 2))]
+    write_json(raw / "train.json", rows)
+    write_json(raw / "test.json", rows[:5])
+    (raw / "config.yaml").write_text("data: {input_dir: raw, output_dir: out, val_fraction: 0.25}\n")
+    launch(PREPROCESS, "--config", "raw/config.yaml", cwd=tmp_path)
+    sizes = {name: len(json.loads((tmp_path / "out" / f"{name}.json").read_text())) for name in ("train", "validation", "test")}
+    assert sizes["test"] == 5
+    assert sizes["train"] + sizes["validation"] == 35
+    missing = launch(PREPROCESS, "--input_dir", "nowhere", cwd=tmp_path, check=False)
+    assert missing.code == 2
+    assert missing.err.startswith("error: --input_dir nowhere")

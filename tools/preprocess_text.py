@@ -1,0 +1,190 @@
+"""Clean raw labelled text and split it: every file of a folder becomes train.json, validation.json and test.json.
+
+  python tools/preprocess_text.py --input_dir data/raw --output_dir data/processed
+  python tools/preprocess_text.py --input_dir data/raw --output_dir data/processed --config data_config.yaml --lowercase
+
+Files named train, validation (val, dev) or test keep their place; all others are pooled and split, seeded and stratified.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from lib.config import parse_args
+from lib.errors import UserError, errors_in_one_line
+
+SPLITS = {"train": "train", "training": "train", "validation": "validation", "val": "validation", "dev": "validation",
+          "valid": "validation", "test": "test"}  # fmt: skip
+
+
+@dataclass
+class Args:
+    # -- data --
+    input_dir: str = "dataset/raw"  # folder of .json, .jsonl, .csv, .tsv or .parquet files
+    output_dir: str = "dataset/processed"  # folder to make
+    text_column: str = "text"  # column of the text
+    label_column: str = "label"  # column of the label
+    overwrite: bool = False  # replace output_dir where it exists
+    # -- cleaning --
+    lowercase: bool = False  # lower-case every text
+    strip_html: bool = False  # drop tags and decode entities
+    strip_urls: bool = False  # drop web addresses
+    min_length: int = 1  # characters a text needs
+    max_length: int | None = None  # characters beyond which a row is dropped
+    keep_conflicts: bool = False  # keep a text that stands there with several labels
+    # -- split --
+    val_fraction: float = 0.1  # share of validation rows
+    test_fraction: float = 0.1  # share of test rows
+    seed: int = 42  # of the split
+    config: tuple[str, ...] = ()  # YAML files with any of these settings
+
+
+Row = tuple[str, str | int]  # text, label
+
+
+def clean(text: str, args: Args) -> str:
+    """NFC, one kind of white space, no control characters; more where asked for."""
+    import html
+
+    if args.strip_html:
+        text = html.unescape(re.sub(r"<[^<>]+>", " ", text))
+    if args.strip_urls:
+        text = re.sub(r"\b(?:https?://|www\.)\S+", " ", text)
+    text = unicodedata.normalize("NFC", text)
+    text = "".join(" " if char.isspace() else char for char in text)
+    text = "".join(char for char in text if unicodedata.category(char) != "Cc")
+    text = " ".join(text.split())
+    return text.lower() if args.lowercase else text
+
+
+def read_folder(args: Args, dropped: Counter) -> dict[str, list[Row]]:
+    """The cleaned rows of each split; "" holds what is still to be split."""
+    from tqdm import tqdm
+
+    from lib.tables import SUFFIXES, read_text_table
+
+    folder = Path(args.input_dir)
+    if not folder.is_dir():
+        raise UserError(f"--input_dir {folder}: no such folder")
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    # Label names and summaries lie beside the data; they are not data.
+    files = [path for path in files if path.stem not in ("classes", "labels", "dataset_info")]
+    if not files:
+        raise UserError(f"--input_dir {folder}: no file that ends in {', '.join(SUFFIXES)}")
+    rows: dict[str, list[Row]] = {}
+    for path in files:
+        table = read_text_table(str(path), text_column=args.text_column, label_column=args.label_column)
+        kept = rows.setdefault(SPLITS.get(path.stem.lower(), ""), [])
+        for text, label in tqdm(
+            zip(table.texts, table.labels, strict=True), path.name, len(table), delay=2, disable=None, leave=False
+        ):
+            cleaned = clean(text.as_py(), args)
+            if len(cleaned) < max(1, args.min_length):
+                dropped["too short"] += 1
+            elif args.max_length is not None and len(cleaned) > args.max_length:
+                dropped["too long"] += 1
+            else:
+                kept.append((cleaned, label.as_py()))
+    return rows
+
+
+def drop_repeats(rows: dict[str, list[Row]], args: Args, dropped: Counter) -> dict[str, list[Row]]:
+    """Each text once over all splits, where it is most needed: test before validation before train."""
+    labels: dict[str, set] = {}
+    for split in rows.values():
+        for text, label in split:
+            labels.setdefault(text, set()).add(label)
+    seen: set[Row | str] = set()
+    result = {}
+    for name in ("test", "validation", "train", ""):
+        kept = []
+        for text, label in rows.get(name, []):
+            if len(labels[text]) > 1 and not args.keep_conflicts:
+                dropped["same text, different labels"] += 1
+            elif (text, label) in seen or (text in seen and not args.keep_conflicts):
+                dropped["repeated"] += 1
+            else:
+                kept.append((text, label))
+                seen |= {(text, label), text}
+        if name in rows:
+            result[name] = kept
+    return result
+
+
+def split_rest(rows: dict[str, list[Row]], args: Args) -> dict[str, list[Row]]:
+    """Deals the rows without a split of their own to the splits that are missing."""
+    import numpy as np
+
+    from lib.tables import stratified_split
+
+    rest = rows.pop("", [])
+    if rest and "train" in rows:
+        rows["train"] += rest
+        rest = []
+    pool = rest or rows.pop("train", [])
+    if not pool:
+        raise UserError(f"--input_dir {args.input_dir}: no training rows are left after cleaning")
+    wanted = {"test": args.test_fraction, "validation": args.val_fraction}
+    left = 1.0
+    for name, fraction in wanted.items():
+        if name in rows or fraction == 0:
+            continue
+        codes = np.unique([str(label) for _, label in pool], return_inverse=True)[1]
+        kept, held = stratified_split(codes, fraction / left, args.seed)
+        rows[name] = [pool[row] for row in held]
+        pool = [pool[row] for row in kept]
+        left -= fraction
+    rows["train"] = pool
+    return rows
+
+
+def summary(rows: dict[str, list[Row]], dropped: Counter) -> str:
+    """Counts of each class and split, and what was dropped, in aligned columns."""
+    names = [name for name in ("train", "validation", "test") if name in rows]
+    counts = {name: Counter(label for _, label in rows[name]) for name in names}
+    labels = sorted({label for counter in counts.values() for label in counter}, key=lambda x: (isinstance(x, str), x))
+    width = max(len("label"), *(len(str(label)) for label in labels))
+    lines = [f"{'label':<{width}}" + "".join(f"{name:>12}" for name in names)]
+    lines += [f"{label!s:<{width}}" + "".join(f"{counts[name][label]:>12,}" for name in names) for label in labels]
+    lines.append(f"{'total':<{width}}" + "".join(f"{len(rows[name]):>12,}" for name in names))
+    if dropped:
+        lines += ["", "dropped"] + [f"{count:>8,}  {reason}" for reason, count in sorted(dropped.items())]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    args = parse_args(Args)
+    target = Path(args.output_dir)
+    if target.exists() and any(target.iterdir()) and not args.overwrite:
+        raise UserError(f"--output_dir {target} is not empty: --overwrite replaces it")
+    if target.resolve() in (Path(args.input_dir).resolve(), *Path(args.input_dir).resolve().parents):
+        raise UserError(f"--output_dir {target} holds the raw files: choose another folder")
+    dropped: Counter = Counter()
+    rows = split_rest(drop_repeats(read_folder(args, dropped), args, dropped), args)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
+    draft.mkdir(parents=True)
+    try:
+        for name, split in rows.items():
+            lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in split]
+            (draft / f"{name}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+        labels = sorted({label for _, label in rows["train"]}, key=lambda x: (isinstance(x, str), x))
+        (draft / "classes.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
+        (draft / "summary.txt").write_text(summary(rows, dropped), encoding="utf-8")
+        if target.exists():
+            shutil.rmtree(target)
+        draft.rename(target)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    print(summary(rows, dropped) + f"\nWritten to {target}")
+
+
+if __name__ == "__main__":
+    with errors_in_one_line():
+        main()
