@@ -54,10 +54,11 @@ def read_text_table(
     text_pair_column: str | None = None,
     label_column: str = "label",
     require_labels: bool = True,
+    allow_blank: bool = False,
 ) -> TextTable:
     """Reads ``source``: a file, a folder of `datasets`, or ``name`` or ``name:config`` of a set on the Hub.
 
-    ``split`` matters to `datasets` alone. Rows count from 1 in messages.
+    ``split`` matters to `datasets` alone; ``allow_blank`` lets empty texts pass. Rows count from 1 in messages.
 
     Raises:
         UserError: the file is missing, broken or empty; a column is unknown; a row lacks its text or label.
@@ -81,12 +82,9 @@ def read_text_table(
         table = _select(_read_datasets(source, split), columns, source)
     if table.num_rows == 0:
         raise UserError(f"{source}: no rows in it")
-    texts = table[text_column]
-    pairs = table[text_pair_column] if text_pair_column else None
+    texts = _check_texts(table[text_column], text_column, source, allow_blank)
+    pairs = _check_texts(table[text_pair_column], text_pair_column, source, True) if text_pair_column else None
     labels = _check_labels(table[label_column], label_column, source) if require_labels else None
-    for name, column in ((text_column, texts), (text_pair_column, pairs)):
-        if column is not None:
-            _check_texts(column, name, source, may_be_blank=name == text_pair_column)
     return TextTable(texts, pairs, labels, source)
 
 
@@ -104,7 +102,7 @@ def encode_labels(table: TextTable, names: list[str]) -> np.ndarray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    codes = pc.index_in(pc.cast(table.labels, pa.string()), value_set=pa.array(names, pa.string()))
+    codes = pc.index_in(pc.cast(table.labels, pa.large_string()), value_set=pa.array(names, pa.large_string()))
     if codes.null_count:
         row = _first(pc.is_null(codes))
         known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
@@ -148,6 +146,8 @@ def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: line {error.lineno}, column {error.colno}: broken JSON ({error.msg})") from None
+        except (RecursionError, ValueError) as error:  # nested beyond reason, a number of thousands of digits
+            raise UserError(f"{path}: broken JSON ({error})") from None
         if not isinstance(content, list):
             raise UserError(f"{path}: expected a list of rows, found a {type(content).__name__}")
         for number, record in enumerate(content, start=1):
@@ -162,6 +162,8 @@ def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"row {number} (line {line_number})", json.loads(line)
         except json.JSONDecodeError as error:
             raise UserError(f"{path}: line {line_number}, column {error.colno}: broken JSON ({error.msg})") from None
+        except (RecursionError, ValueError) as error:
+            raise UserError(f"{path}: line {line_number}: broken JSON ({error})") from None
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -181,6 +183,9 @@ def _csv_records(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str
         missing = [name for name in columns if name not in header]
         if missing:
             raise UserError(f"{path}: no column {missing[0]!r}; there are {', '.join(header)}")
+        twice = [name for name in columns if header.count(name) > 1]
+        if twice:
+            raise UserError(f"{path}: two columns are called {twice[0]!r}")
         number = 0
         for fields in reader:
             if not fields:
@@ -210,7 +215,7 @@ def _read_datasets(source: str, split: str) -> pa.Table:
     import datasets
 
     path, _, config = source.partition(":")
-    if not Path(path).exists() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
+    if not Path(path).exists() and (_similar(Path(path)).startswith(":") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)):
         raise UserError(f"{source}: no such file{_similar(Path(source))}; files end in {', '.join(SUFFIXES)}")
     try:
         if (Path(path) / "dataset_dict.json").is_file() or (Path(path) / "dataset_info.json").is_file():
@@ -280,7 +285,7 @@ def _numbers_from_text(table: pa.Table, label: str) -> pa.Table:
     import pyarrow.compute as pc
 
     column = table[label]
-    if not len(column) or not pc.all(pc.match_substring_regex(column, r"^-?\d{1,18}$")).as_py():
+    if not len(column) or not pc.all(pc.match_substring_regex(column, r"^(0|-?[1-9]\d{0,17})$")).as_py():
         return table
     return table.set_column(table.column_names.index(label), label, pc.cast(column, pa.int64()))
 
@@ -298,32 +303,37 @@ def _select(table: pa.Table, columns: list[str], source: str) -> pa.Table:
     return table.select(columns)
 
 
-def _check_texts(column: pa.ChunkedArray, name: str, source: str, may_be_blank: bool) -> None:
+def _check_texts(column: pa.ChunkedArray, name: str, source: str, may_be_blank: bool) -> pa.ChunkedArray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
         raise UserError(f"{source}: column {name!r} holds {column.type}, not text")
-    if column.null_count:
-        raise UserError(f"{source}: row {_first(pc.is_null(column)) + 1}: {name} is empty")
-    blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)
-    if not may_be_blank and pc.any(blank).as_py():
-        raise UserError(f"{source}: row {_first(blank) + 1}: {name} is empty")
+    column = pc.cast(column, pa.large_string())
+    empty = pc.is_null(column)
+    if not may_be_blank:
+        empty = pc.or_(empty, pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0), True))
+    if pc.any(empty).as_py():
+        raise UserError(f"{source}: row {_first(empty) + 1}: {name} is empty")
+    return column
 
 
 def _check_labels(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedArray:
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not pa.types.is_integer(kind):
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise UserError(f"{source}: column {name!r} holds {column.type}: labels are names or whole numbers")
+        return _check_texts(column, name, source, may_be_blank=False)
     if column.null_count:
         raise UserError(f"{source}: row {_first(pc.is_null(column)) + 1}: {name} is empty")
-    if pa.types.is_dictionary(column.type):
-        column = pc.cast(column, column.type.value_type)
-    if pa.types.is_integer(column.type):
+    try:
         return pc.cast(column, pa.int64())
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        return column
-    raise UserError(f"{source}: column {name!r} holds {column.type}: labels are names or whole numbers")
+    except pa.ArrowInvalid:
+        raise UserError(f"{source}: a {name} beyond 64 bits; write it as text") from None
 
 
 def _first(mask: pa.ChunkedArray) -> int:

@@ -179,7 +179,8 @@ def load_tokenizer(args: Args, train_table: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------ model
 
 
-def build_model(args: Args, data: Data) -> Any:
+def build_model(args: Args, data: Data, on_cpu: bool) -> Any:
+    from lib.dropout import speed_up_dropout
     from lib.lora import attach_lora
     from lib.run import count_parameters, log
 
@@ -188,7 +189,7 @@ def build_model(args: Args, data: Data) -> Any:
         "id2label": dict(enumerate(data.label_names)),
         "label2id": {name: number for number, name in enumerate(data.label_names)},
     }
-    model = build_cnn(args, data, labels) if args.architecture == "cnn" else build_transformer(args, data, labels)
+    model = build_cnn(args, data, labels) if args.architecture == "cnn" else build_transformer(args, data, labels, on_cpu)
     head = head_names(model)
     if args.strategy == "head":
         for name, parameter in model.named_parameters():
@@ -205,13 +206,15 @@ def build_model(args: Args, data: Data) -> Any:
     wrong = [name for name, _ in model.named_parameters() if (name in trained) != expected(name)]
     if wrong or not trained:
         raise RuntimeError(f"strategy {args.strategy} trains the wrong parameters: {wrong[:3]}")
+    if on_cpu and not args.compile_model:
+        speed_up_dropout(model)
     trainable, total = count_parameters(model)
     log.info("Strategy %s trains %s of %s parameters (%.2f %%)", args.strategy, f"{trainable:,}", f"{total:,}",
              100 * trainable / total)  # fmt: skip
     return model
 
 
-def build_transformer(args: Args, data: Data, labels: dict[str, Any]) -> Any:
+def build_transformer(args: Args, data: Data, labels: dict[str, Any], on_cpu: bool) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -243,18 +246,21 @@ def build_transformer(args: Args, data: Data, labels: dict[str, Any]) -> Any:
                 f"--{flag} {value}, but {args.model_name} has {getattr(config, name)}: drop it, or --from_scratch"
             )
         setattr(config, name, value)
+    attention_dropout = max(getattr(config, name, 0) for name in dropouts["attention_probs_dropout_prob"])
+    # A CPU has no fused kernel for attention with dropout: spelt out it is faster.
+    attention = {"attn_implementation": "eager"} if on_cpu and attention_dropout else {}
     if args.from_scratch:
         config.vocab_size = max(len(data.tokenizer), 1)
         config.pad_token_id = data.tokenizer.pad_token_id
         try:
-            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **attention)
         except ValueError as error:
             raise UserError(f"{args.model_name}: {first_line(error)}") from None
     else:
         try:
             # float32 master weights whatever the checkpoint holds; mixed precision casts as it computes.
             model = AutoModelForSequenceClassification.from_pretrained(
-                args.model_name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+                args.model_name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **attention
             )
         except (OSError, ValueError) as error:
             raise UserError(f"--model_name {args.model_name} cannot be loaded: {first_line(error)}") from None
@@ -397,7 +403,7 @@ def main() -> None:
 
     accelerator = make_accelerator(args.seed, args.amp)
     data = load_data(args, accelerator)
-    model = build_model(args, data)
+    model = build_model(args, data, on_cpu=accelerator.device.type == "cpu")
     run = start_run(accelerator, args, default_name(args))
     state = run.state
 

@@ -105,6 +105,9 @@ FAULTS = {
     "header.csv": ("text,label\n", ["no rows"]),
     "quote.csv": ('text,label\n"a"b,1\n', ["line 2", "broken CSV"]),
     "hole.csv": ("text,label\na,1\nb,\n", ["row 2 (line 3)", "label is empty"]),
+    "twice.csv": ("text,label,text\na,1,b\n", ["two columns", "'text'"]),
+    "deep.jsonl": (GOOD + "[" * 100_000 + "\n", ["line 2", "broken JSON"]),
+    "digits.jsonl": ('{"text": "a", "label": ' + "9" * 5000 + "}\n", ["line 1", "broken JSON"]),
     "rubbish.parquet": ("PAR1 or not", ["not a sound Parquet file"]),
     "what.xyz": ("text", ["what.xyz"]),
 }
@@ -138,12 +141,28 @@ def test_a_fault_late_in_a_parquet_file_is_found(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": texts, "label": [0.5] * 5000}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match="double"):
         read_text_table(str(tmp_path / "a.parquet"))
+    pq.write_table(pa.table({"text": texts, "label": pa.array([2**63] * 5000, pa.uint64())}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="64 bits"):
+        read_text_table(str(tmp_path / "a.parquet"))
+    pq.write_table(pa.table({"text": texts, "label": ["x", " "] * 2500}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match="row 2: label is empty"):
+        read_text_table(str(tmp_path / "a.parquet"))
+    encoded = pa.array(texts).dictionary_encode()
+    pq.write_table(pa.table({"text": encoded, "label": encoded}), tmp_path / "a.parquet")
+    assert len(read_text_table(str(tmp_path / "a.parquet"))) == 5000
 
 
 def test_a_misspelt_file_is_suggested(tmp_path: Path) -> None:
     (tmp_path / "train.json").write_text("[]")
     with pytest.raises(UserError, match=r"did you mean .*train\.json"):
         read_text_table(str(tmp_path / "trian.json"))
+    with pytest.raises(UserError, match=r"did you mean .*train\.json"):
+        read_text_table(str(tmp_path / "train.jsn"))
+
+
+def test_labels_that_only_look_like_numbers_stay_names(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text,label\na,007\nb,7\n")
+    assert label_names(read_text_table(str(tmp_path / "a.csv"))) == ["007", "7"]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -232,3 +251,22 @@ def test_preprocessing_keeps_given_splits_and_removes_leaks(tmp_path: Path) -> N
     missing = launch(PREPROCESS, "--input_dir", "nowhere", cwd=tmp_path, check=False)
     assert missing.code == 2
     assert missing.err.startswith("error: --input_dir nowhere")
+
+
+def test_preprocessing_deletes_nothing_else_and_splits_no_text(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    rows = [{"text": f"text {number // 2}", "label": number % 2} for number in range(60)]
+    write_json(raw / "train-00000-of-00001.json", [*rows, {"text": " ", "label": 0}])
+    write_json(raw / "test-00000-of-00001.json", [{"text": "another", "label": "named"}])
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    launch(PREPROCESS, "--input_dir", "raw", "--output_dir", "out", "--overwrite", "--keep_conflicts", cwd=tmp_path)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    splits = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("train", "validation", "test")}
+    assert [len(split) for split in splits.values()] == [54, 6, 1]
+    texts = [{row["text"] for row in split} for split in splits.values()]
+    assert not texts[0] & texts[1]
+    assert {type(row["label"]) for split in splits.values() for row in split} == {str}
+    done = launch(PREPROCESS, "--input_dir", "raw", "--output_dir", "new", "--val_fraction", "1.2", cwd=tmp_path, check=False)
+    assert (done.code, "--val_fraction 1.2" in done.err) == (2, True)

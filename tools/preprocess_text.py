@@ -3,7 +3,8 @@
   python tools/preprocess_text.py --input_dir data/raw --output_dir data/processed
   python tools/preprocess_text.py --input_dir data/raw --output_dir data/processed --config data_config.yaml --lowercase
 
-Files named train, validation (val, dev) or test keep their place; all others are pooled and split, seeded and stratified.
+Files named train, validation (val, dev) or test, or train-00000-of-00002 and the like, keep their place. All others are
+pooled: they join the training rows where there are some, and what is missing is split off, seeded and stratified.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def clean(text: str, args: Args) -> str:
     import html
 
     if args.strip_html:
-        text = html.unescape(re.sub(r"<[^<>]+>", " ", text))
+        text = html.unescape(re.sub(r"</?[a-zA-Z][^<>]*>|<!--.*?-->", " ", text, flags=re.DOTALL))
     if args.strip_urls:
         text = re.sub(r"\b(?:https?://|www\.)\S+", " ", text)
     text = unicodedata.normalize("NFC", text)
@@ -80,8 +81,9 @@ def read_folder(args: Args, dropped: Counter) -> dict[str, list[Row]]:
         raise UserError(f"--input_dir {folder}: no file that ends in {', '.join(SUFFIXES)}")
     rows: dict[str, list[Row]] = {}
     for path in files:
-        table = read_text_table(str(path), text_column=args.text_column, label_column=args.label_column)
-        kept = rows.setdefault(SPLITS.get(path.stem.lower(), ""), [])
+        columns = {"text_column": args.text_column, "label_column": args.label_column}
+        table = read_text_table(str(path), **columns, allow_blank=True)
+        kept = rows.setdefault(SPLITS.get(re.split(r"[-_.]", path.stem.lower())[0], ""), [])
         for text, label in tqdm(
             zip(table.texts, table.labels, strict=True), path.name, len(table), delay=2, disable=None, leave=False
         ):
@@ -92,6 +94,8 @@ def read_folder(args: Args, dropped: Counter) -> dict[str, list[Row]]:
                 dropped["too long"] += 1
             else:
                 kept.append((cleaned, label.as_py()))
+    if len({type(label) for split in rows.values() for _, label in split}) > 1:  # one file has numbers, another names
+        rows = {name: [(text, str(label)) for text, label in split] for name, split in rows.items()}
     return rows
 
 
@@ -101,18 +105,18 @@ def drop_repeats(rows: dict[str, list[Row]], args: Args, dropped: Counter) -> di
     for split in rows.values():
         for text, label in split:
             labels.setdefault(text, set()).add(label)
-    seen: set[Row | str] = set()
+    seen: dict[Row | str, str] = {}  # where a row, and where a text, is kept
     result = {}
     for name in ("test", "validation", "train", ""):
         kept = []
         for text, label in rows.get(name, []):
             if len(labels[text]) > 1 and not args.keep_conflicts:
                 dropped["same text, different labels"] += 1
-            elif (text, label) in seen or (text in seen and not args.keep_conflicts):
+            elif (text, label) in seen or seen.get(text, name) != name:
                 dropped["repeated"] += 1
             else:
                 kept.append((text, label))
-                seen |= {(text, label), text}
+                seen[text] = seen[text, label] = name
         if name in rows:
             result[name] = kept
     return result
@@ -136,10 +140,14 @@ def split_rest(rows: dict[str, list[Row]], args: Args) -> dict[str, list[Row]]:
     for name, fraction in wanted.items():
         if name in rows or fraction == 0:
             continue
-        codes = np.unique([str(label) for _, label in pool], return_inverse=True)[1]
-        kept, held = stratified_split(codes, fraction / left, args.seed)
-        rows[name] = [pool[row] for row in held]
-        pool = [pool[row] for row in kept]
+        # Texts are dealt out, not rows: with --keep_conflicts a text has several, and they stay together.
+        texts = dict(reversed(pool))
+        codes = np.unique([str(label) for label in texts.values()], return_inverse=True)[1]
+        _, held = stratified_split(codes, fraction / left, args.seed)
+        names = list(texts)
+        chosen = {names[row] for row in held}
+        rows[name] = [row for row in pool if row[0] in chosen]
+        pool = [row for row in pool if row[0] not in chosen]
         left -= fraction
     rows["train"] = pool
     return rows
@@ -162,8 +170,12 @@ def summary(rows: dict[str, list[Row]], dropped: Counter) -> str:
 def main() -> None:
     args = parse_args(Args)
     target = Path(args.output_dir)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--output_dir {target} is a file")
+    if min(args.val_fraction, args.test_fraction) < 0 or args.val_fraction + args.test_fraction >= 1:
+        raise UserError(f"--val_fraction {args.val_fraction} and --test_fraction {args.test_fraction}: below 1 together")
     if target.exists() and any(target.iterdir()) and not args.overwrite:
-        raise UserError(f"--output_dir {target} is not empty: --overwrite replaces it")
+        raise UserError(f"--output_dir {target} is not empty: --overwrite replaces its train, validation and test files")
     if target.resolve() in (Path(args.input_dir).resolve(), *Path(args.input_dir).resolve().parents):
         raise UserError(f"--output_dir {target} holds the raw files: choose another folder")
     dropped: Counter = Counter()
@@ -177,9 +189,9 @@ def main() -> None:
         labels = sorted({label for _, label in rows["train"]}, key=lambda x: (isinstance(x, str), x))
         (draft / "classes.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         (draft / "summary.txt").write_text(summary(rows, dropped), encoding="utf-8")
-        if target.exists():
-            shutil.rmtree(target)
-        draft.rename(target)
+        target.mkdir(exist_ok=True)
+        for path in sorted(draft.iterdir()):  # nothing else that lies there is touched
+            os.replace(path, target / path.name)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     print(summary(rows, dropped) + f"\nWritten to {target}")
