@@ -92,13 +92,12 @@ def push_folder(folder: Path, repo_id: str, private: bool) -> str:
         UserError: the Hub cannot be reached or refuses; the folder stays as it is.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"{folder.parent.name}")
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except Exception as error:  # the Hub client lets through the errors of the libraries below it
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--push_to_hub {repo_id}: {reason}; {folder} is complete and can be uploaded later") from None
     return str(address)

@@ -499,6 +499,9 @@ def main() -> None:
             optimizer.zero_grad()
             stop = after_step(run, window, loss_sum)
             end_of_epoch, last_step = state.position == len(train_batches.dataset), state.step == total_steps
+            now = time.perf_counter()
+            state.seconds, clock = state.seconds + now - clock, now
+            state.wait_seconds += train_batches.take_seconds_waited()
             bar.update()
             if state.step % args.log_every == 0:
                 train_loss = state.log_loss_sum / state.log_loss_count
@@ -507,20 +510,19 @@ def main() -> None:
                 bar.set_postfix_str(f"loss {train_loss:.4f}")
                 log.info("train step %d/%d  epoch %.2f  loss %.4f  lr %.3g  grad norm %.3f  %.0f samples/s",
                          state.step, total_steps, state.epochs_done, train_loss, lr, float(norm),
-                         state.samples / max(state.seconds, 1e-9))  # fmt: skip
+                         state.samples / state.seconds)  # fmt: skip
             if end_of_epoch:
                 state.epoch, state.position = state.epoch + 1, 0
-            state.seconds += time.perf_counter() - clock
-            state.wait_seconds += train_batches.take_seconds_waited()
             if is_due(args.eval_every, state.step, end_of_epoch, last_step) and not stop:
                 stop = not validate()
+                clock = time.perf_counter()  # evaluating and saving is not training
             if stop or is_due(args.save_every, state.step, end_of_epoch, last_step):
                 checkpoint = save(run, model, optimizer, schedule, args.keep_checkpoints)
+                clock = time.perf_counter()
             if stop:
                 leave_after_stop(run, checkpoint)
             if last_step or out_of_patience(state, args.early_stop):
                 break
-            clock = time.perf_counter()  # evaluating and saving is not training
     bar.close()
     if out_of_patience(state, args.early_stop):
         log.info("Stopped early: no better %s in %d evaluations", args.best_metric, args.early_stop)
