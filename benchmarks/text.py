@@ -61,7 +61,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> float:
     return json.loads((folder / "ours" / "results.json").read_text())["samples_per_second"]
 
 
-def load(args: argparse.Namespace, folder: Path):  # noqa: ANN201
+def load(args: argparse.Namespace, folder: Path):
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 

@@ -1,7 +1,7 @@
 """Make the demo's text set: which library does this documentation string come from?
 
-Source files of installed packages are parsed, never imported. Doc strings of one file stay in one split, names that give
-the library away are cut, and near copies are dropped.
+Source files of installed packages are parsed, never imported. Doc strings of one file stay in one split, names that
+give the library away are cut, and near copies are dropped.
 
   python data/make_text_demo.py --output_dir data/demo_text
 """
@@ -76,7 +76,10 @@ def description(doc: str) -> str:
     """The first paragraphs up to about 200 characters, none of a list of parameters or an example."""
     kept: list[str] = []
     for paragraph in doc.split("\n\n"):
-        stop = re.match(r"\s*([A-Z]\w+\s*\n\s*-{3,}|Args|Arguments|Returns?:|Parameters|Examples?|Raises|Note|See|\.\.|:)", paragraph)
+        stop = re.match(
+            r"\s*([A-Z]\w+\s*\n\s*-{3,}|Args|Arguments|Returns?:|Parameters|Examples?|Raises|Note|See|\.\.|:)",
+            paragraph,
+        )
         if stop or ">>>" in paragraph or len(" ".join(kept)) > 200:
             break
         kept.append(paragraph)

@@ -203,8 +203,10 @@ def gather_rows(accelerator: Any, num_samples: int, columns: dict[str, torch.Ten
     gathered = {}
     for name, values in columns.items():
         padded = accelerator.pad_across_processes(values, dim=0, pad_index=0)  # padding has weight 0 as well
-        gathered[name] = accelerator.gather(padded).float().cpu().numpy() if values.is_floating_point() else (
-            accelerator.gather(padded).cpu().numpy()
+        gathered[name] = (
+            accelerator.gather(padded).float().cpu().numpy()
+            if values.is_floating_point()
+            else (accelerator.gather(padded).cpu().numpy())
         )
     keep = gathered.pop("weight") > 0
     index = gathered.pop("index")[keep]

@@ -139,11 +139,11 @@ def _publish(target: Path, write: Callable[[Path], None]) -> None:
         if target.exists():  # the same step, saved again after a resume
             old = target.with_name(f".{target.name}.old")
             shutil.rmtree(old, ignore_errors=True)
-            os.rename(target, old)
-            os.rename(draft, target)
+            target.rename(old)
+            draft.rename(target)
             shutil.rmtree(old)
         else:
-            os.rename(draft, target)
+            draft.rename(target)
         _sync_folder(target.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
@@ -311,7 +311,7 @@ def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Modu
 
 
 def model_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state dict on the CPU under the plain model's names; on every process (empty off the main one if sharded)."""
+    """The whole state dict on the CPU under the plain model's names; where it is sharded, on the main process alone."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     plain = unwrapped(accelerator, model)

@@ -86,7 +86,6 @@ def parse_args(cls: type[T], aliases: dict[str, Alias] | None = None, argv: list
     Raises:
         UserError: an unknown flag or key (with a suggestion), a value that does not parse, a broken YAML file.
     """
-    import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
     table = {**COMMON_ALIASES, **(aliases or {})}
@@ -357,9 +356,7 @@ def _print_help(cls: type, table: dict[str, Alias]) -> None:
     nested, _ = _with_sections(cls)
     text = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip()
     with contextlib.suppress(SystemExit):
-        tyro.cli(
-            nested, args=["--help"], config=(tyro.conf.OmitArgPrefixes,), description=text, use_underscores=True
-        )
+        tyro.cli(nested, args=["--help"], config=(tyro.conf.OmitArgPrefixes,), description=text, use_underscores=True)
     spelled = [f"--{name} = --{_target(alias)}" for name, alias in sorted(table.items()) if "." not in name]
     if spelled:
         import textwrap

@@ -40,7 +40,8 @@ def errors_in_one_line() -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        leave(f"error: {error}; what was finished before is intact: free space, then run it again (training: with --resume)", 2)
+        hint = "what was finished before is intact: free space, then run it again (training: with --resume)"
+        leave(f"error: {error}; {hint}", 2)
 
 
 def leave(message: str, exit_code: int) -> None:

@@ -11,9 +11,7 @@ from lib.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-OptimizerName = Literal[
-    "adamw", "sgd", "adamw8bit", "lion8bit", "paged_adamw", "paged_adamw8bit", "paged_lion8bit"
-]
+OptimizerName = Literal["adamw", "sgd", "adamw8bit", "lion8bit", "paged_adamw", "paged_adamw8bit", "paged_lion8bit"]
 SchedulerName = Literal["linear", "cosine", "constant", "polynomial", "onecycle", "plateau"]
 
 # Ours -> the class in bitsandbytes.

@@ -193,5 +193,7 @@ def _write_report(
         report.settings(grouped(run.args), changed),
     ]
     evaluated = len(evaluations(run))
-    subtitle = f"{run.directory.name}: {state.step:,} steps, {evaluated} evaluations, {run.accelerator.num_processes} process(es)"
+    processes = run.accelerator.num_processes
+    counts = f"{state.step:,} steps, {evaluated} evaluations, {processes} process{'es' if processes > 1 else ''}"
+    subtitle = f"{run.directory.name}: {counts}"
     report.write_report(path, title, subtitle, blocks)

@@ -238,10 +238,11 @@ def write_text(path: Path, text: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- log
 
 
+COLOURS = {"WARNING": "33", "ERROR": "31", "SUCCESS": "32"}  # ANSI codes: yellow, red, green
+
+
 class _LineFormatter(logging.Formatter):
     """``2026-01-31 12:00:00 | INFO     | ...``; with colours on a terminal."""
-
-    COLOURS = {"WARNING": "33", "ERROR": "31", "SUCCESS": "32"}
 
     def __init__(self, colour: bool) -> None:
         super().__init__("%(asctime)s | %(levelname)-8s | %(message)s", "%Y-%m-%d %H:%M:%S")
@@ -254,7 +255,7 @@ class _LineFormatter(logging.Formatter):
         import re
 
         stamp, level, message = line.split(" | ", 2)
-        code = self.COLOURS.get(record.levelname)
+        code = COLOURS.get(record.levelname)
         message = f"\033[{code}m{message}\033[0m" if code else message
         if not code:
             message = re.sub(r"\b(epoch \S+)", "\033[33m\\1\033[0m", message, flags=re.IGNORECASE)
@@ -432,9 +433,7 @@ def _start_trackers(run: Run) -> None:
         )
     if "mlflow" in names:
         run.trackers.append(
-            tracking.MLflowTracker(
-                args.experiment_name, run_id=run.state.trackers.get("mlflow"), run_name=run_name
-            )
+            tracking.MLflowTracker(args.experiment_name, run_id=run.state.trackers.get("mlflow"), run_name=run_name)
         )
     for tracker in run.trackers:
         try:
@@ -455,14 +454,10 @@ def _start_trackers(run: Run) -> None:
 # ------------------------------------------------------------------------------------------------- saving and ending
 
 
-def save(
-    run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, keep: int
-) -> Path:
+def save(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, keep: int) -> Path:
     """A checkpoint of this moment, on every process; see :func:`lib.checkpoint.save_checkpoint`."""
     state = dataclasses.asdict(run.state)
-    path = save_checkpoint(
-        run.accelerator, run.checkpoints, run.state.step, model, optimizer, schedule, state, keep
-    )
+    path = save_checkpoint(run.accelerator, run.checkpoints, run.state.step, model, optimizer, schedule, state, keep)
     log.info("Saved %s", path, extra={"only_file": on_terminal()})
     return path
 

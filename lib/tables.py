@@ -64,7 +64,11 @@ def read_text_table(
         UserError: the file is missing, broken or empty; a column is unknown; a row lacks its text or label.
     """
     path = Path(source)
-    columns = [text_column, *([text_pair_column] if text_pair_column else []), *([label_column] if require_labels else [])]
+    columns = [
+        text_column,
+        *([text_pair_column] if text_pair_column else []),
+        *([label_column] if require_labels else []),
+    ]
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
         if not path.is_file():
@@ -106,9 +110,8 @@ def encode_labels(table: TextTable, names: list[str]) -> np.ndarray:
     if codes.null_count:
         row = _first(pc.is_null(codes))
         known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        raise UserError(
-            f"{table.source}: row {row + 1}: label {str(table.labels[row])!r} does not occur in the training rows ({known})"
-        )
+        label = str(table.labels[row])
+        raise UserError(f"{table.source}: row {row + 1}: label {label!r} does not occur in the training rows ({known})")
     return codes.to_numpy().astype(np.int64)
 
 
@@ -192,9 +195,9 @@ def _csv_records(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str
                 continue
             number += 1
             if len(fields) != len(header):
+                where = f"row {number} (line {reader.line_num})"
                 raise UserError(
-                    f"{path}: row {number} (line {reader.line_num}): {len(fields)} fields under {len(header)} headings; "
-                    "a text with a comma needs quotes"
+                    f"{path}: {where}: {len(fields)} fields under {len(header)} headings; quote a text with a comma"
                 )
             yield f"row {number} (line {reader.line_num})", dict(zip(header, fields, strict=True))
     except csv.Error as error:
@@ -215,7 +218,9 @@ def _read_datasets(source: str, split: str) -> pa.Table:
     import datasets
 
     path, _, config = source.partition(":")
-    if not Path(path).exists() and (_similar(Path(path)).startswith(":") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)):
+    if not Path(path).exists() and (
+        _similar(Path(path)).startswith(":") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
+    ):
         raise UserError(f"{source}: no such file{_similar(Path(source))}; files end in {', '.join(SUFFIXES)}")
     try:
         if (Path(path) / "dataset_dict.json").is_file() or (Path(path) / "dataset_info.json").is_file():

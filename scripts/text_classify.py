@@ -3,9 +3,8 @@
 Rows of text and label come from a JSON list, JSON lines, CSV, Parquet or a `datasets` name; see data/README.md.
 Trained with cross-entropy; the weights that are best on the validation rows are scored on the test rows.
 
-  accelerate launch --config_file accelerate_configs/cpu.yaml       scripts/text_classify.py --config configs/text_trec.yaml
-  accelerate launch --config_file accelerate_configs/multi_gpu.yaml scripts/text_classify.py --config configs/text_trec.yaml
-  accelerate launch --config_file accelerate_configs/fsdp.yaml      scripts/text_classify.py --config configs/text_trec.yaml
+  accelerate launch --config_file accelerate_configs/cpu.yaml scripts/text_classify.py --config configs/text_trec.yaml
+  ... the same with accelerate_configs/multi_gpu.yaml (DDP) or accelerate_configs/fsdp.yaml (FSDP2)
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lib.config import command_line, grouped, parse_args
+from lib.config import parse_args
 from lib.errors import UserError, errors_in_one_line
 from lib.optim import OptimizerName, SchedulerName
 
@@ -189,7 +188,9 @@ def build_model(args: Args, data: Data, on_cpu: bool) -> Any:
         "id2label": dict(enumerate(data.label_names)),
         "label2id": {name: number for number, name in enumerate(data.label_names)},
     }
-    model = build_cnn(args, data, labels) if args.architecture == "cnn" else build_transformer(args, data, labels, on_cpu)
+    model = (
+        build_cnn(args, data, labels) if args.architecture == "cnn" else build_transformer(args, data, labels, on_cpu)
+    )
     head = head_names(model)
     if args.strategy == "head":
         for name, parameter in model.named_parameters():
@@ -353,7 +354,14 @@ def check_args(args: Args) -> None:
     choose_directory(args, default_name(args))
     if args.architecture == "cnn" and args.strategy == "lora":
         raise UserError("--strategy lora adapts attention layers, which the cnn has not: use full or head")
-    for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps", "log_every", "keep_checkpoints", "epochs"):
+    for name in (
+        "batch_size",
+        "eval_batch_size",
+        "gradient_accumulation_steps",
+        "log_every",
+        "keep_checkpoints",
+        "epochs",
+    ):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 1")
     if args.grad_clip is not None and args.grad_clip <= 0:
@@ -373,7 +381,14 @@ def model_title(args: Args) -> str:
 
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that one tends to compare."""
-    parts = [data_title(args), model_title(args), args.strategy, f"bs{args.batch_size}", f"lr{args.lr:g}", f"seed{args.seed}"]
+    parts = [
+        data_title(args),
+        model_title(args),
+        args.strategy,
+        f"bs{args.batch_size}",
+        f"lr{args.lr:g}",
+        f"seed{args.seed}",
+    ]
     return "_".join(parts).replace("/", "-").replace(" ", "-")
 
 
@@ -397,8 +412,24 @@ def main() -> None:
     from lib.optim import make_optimizer, make_scheduler
     from lib.results import worst_mistakes, write_classification_results, write_summary
     from lib.run import (
-        after_step, choose_sharded_layers, count_parameters, finish_run, is_due, is_improvement, leave_after_stop, log, make_accelerator, out_of_patience,
-        peak_memory_mb, progress_bar, record, restore, save, seed_processes_apart, start_run, success,
+        after_step,
+        choose_sharded_layers,
+        count_parameters,
+        finish_run,
+        is_due,
+        is_improvement,
+        leave_after_stop,
+        log,
+        make_accelerator,
+        out_of_patience,
+        peak_memory_mb,
+        progress_bar,
+        record,
+        restore,
+        save,
+        seed_processes_apart,
+        start_run,
+        success,
     )  # fmt: skip
 
     accelerator = make_accelerator(args.seed, args.amp)
@@ -549,7 +580,11 @@ def main() -> None:
         log.info("Summary\n%s", (run.directory / "summary.txt").read_text(encoding="utf-8"))
         log.info("Report: %s", report)
         if args.push_to_hub:
-            success("Pushed %s to %s", run.directory / "best", push_folder(run.directory / "best", args.hub_repo_id, args.hub_private))
+            success(
+                "Pushed %s to %s",
+                run.directory / "best",
+                push_folder(run.directory / "best", args.hub_repo_id, args.hub_private),
+            )
     finish_run(run)
 
 

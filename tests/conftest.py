@@ -30,11 +30,32 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 WORDS = {
-    "sport": "goal match team player score league coach ball season win".split(),
-    "money": "bank market stock price trade profit tax share euro fund".split(),
-    "space": "orbit rocket moon planet star launch probe comet crew nasa".split(),
+    "sport": ["goal", "match", "team", "player", "score", "league", "coach", "ball", "season", "win"],
+    "money": ["bank", "market", "stock", "price", "trade", "profit", "tax", "share", "euro", "fund"],
+    "space": ["orbit", "rocket", "moon", "planet", "star", "launch", "probe", "comet", "crew", "nasa"],
 }
-COMMON = "the a of to in and was for on with as by at from it is that this new said".split()
+COMMON = [
+    "the",
+    "a",
+    "of",
+    "to",
+    "in",
+    "and",
+    "was",
+    "for",
+    "on",
+    "with",
+    "as",
+    "by",
+    "at",
+    "from",
+    "it",
+    "is",
+    "that",
+    "this",
+    "new",
+    "said",
+]
 
 
 @dataclass
@@ -136,7 +157,7 @@ def start(script: Path, *args: str, cwd: Path, processes: int = 1, fsdp: bool = 
     return subprocess.Popen(
         command(script, *args, processes=processes, fsdp=fsdp),
         cwd=cwd, env=environment(), start_new_session=True, stdin=subprocess.DEVNULL,
-        stdout=open(cwd / "stdout.txt", "ab"), stderr=open(cwd / "stderr.txt", "ab"),  # noqa: SIM115
+        stdout=open(cwd / "stdout.txt", "ab"), stderr=open(cwd / "stderr.txt", "ab"),
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ os.environ.update(
     ACCELERATE_MIXED_PRECISION=os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
 )
 
-from accelerate.state import AcceleratorState, DistributedType, PartialState  # noqa: E402
+from accelerate.state import AcceleratorState, DistributedType, PartialState
 
 original = AcceleratorState.__init__
 

@@ -74,9 +74,7 @@ def test_windows_cover_the_epoch_for_any_number_of_workers(
     lengths = np.random.default_rng(1).integers(1, 9, size)
     seen: list[int] = []
     for rank in range(processes):
-        batches = TrainBatches(
-            Numbers(lengths), collate_text(0), 4, accumulation, 3, lengths, workers, processes, rank
-        )
+        batches = TrainBatches(Numbers(lengths), collate_text(0), 4, accumulation, 3, lengths, workers, processes, rank)
         windows = [(w.num_samples, w.position, list(w)) for w in batches.windows(0)]
         assert sum(count for count, _, _ in windows) == size
         assert windows[-1][1] == size

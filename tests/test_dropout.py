@@ -33,7 +33,9 @@ def test_the_same_state_gives_the_same_mask_and_evaluation_none() -> None:
 
 
 def test_modules_are_replaced_in_place() -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Dropout(0.2)), torch.nn.Dropout(0.4))
+    model = torch.nn.Sequential(
+        torch.nn.Linear(2, 2), torch.nn.Sequential(torch.nn.Dropout(0.2)), torch.nn.Dropout(0.4)
+    )
     keys = list(model.state_dict())
     speed_up_dropout(model)
     assert [module.p for module in model.modules() if isinstance(module, CpuDropout)] == [0.2, 0.4]

@@ -93,8 +93,6 @@ def test_fsdp_resumes_exactly_and_hands_over_to_one_process(text_args, tmp_path:
 
 
 def test_eight_bit_optimizers_are_refused_under_fsdp(text_args, tmp_path: Path) -> None:
-    done = launch(
-        TEXT, *text_args, "--optimizer", "adamw8bit", cwd=tmp_path, processes=2, fsdp=True, check=False
-    )
+    done = launch(TEXT, *text_args, "--optimizer", "adamw8bit", cwd=tmp_path, processes=2, fsdp=True, check=False)
     assert "error: --optimizer adamw8bit does not know sharded parameters (FSDP)" in done.err
     assert done.code != 0

@@ -58,7 +58,10 @@ def test_every_format_gives_the_same_table(name: str, numbers: bool, tmp_path: P
 
 
 def test_other_columns_pairs_and_no_labels(tmp_path: Path) -> None:
-    rows = [{"premise": "a", "hypothesis": "", "gold": "yes", "id": 3}, {"premise": "c", "hypothesis": "d", "gold": "no"}]
+    rows = [
+        {"premise": "a", "hypothesis": "", "gold": "yes", "id": 3},
+        {"premise": "c", "hypothesis": "d", "gold": "no"},
+    ]
     path = save(rows, tmp_path / "a.jsonl")
     table = read_text_table(path, text_column="premise", text_pair_column="hypothesis", label_column="gold")
     assert table.pairs.to_pylist() == ["", "d"]
@@ -179,7 +182,9 @@ def test_a_stratified_split_is_fair_and_repeatable(seed: int) -> None:
         if count > 1:
             assert 1 <= share < count
     assert 0 in rest
-    assert all(np.array_equal(a, b) for a, b in zip((rest, held), stratified_split(labels, fraction, seed), strict=True))
+    assert all(
+        np.array_equal(a, b) for a, b in zip((rest, held), stratified_split(labels, fraction, seed), strict=True)
+    )
     assert not np.array_equal(held, stratified_split(labels, fraction, seed + 1)[1])
 
 
@@ -213,12 +218,18 @@ def test_preprocessing_cleans_splits_and_says_what_it_dropped(tmp_path: Path) ->
     raw.mkdir()
     rows = [{"text": f"{row['text']} {number}", "label": row["label"]} for number, row in enumerate(make_rows(100, 1))]
     rows += [{"text": "a  b\u00a0c\x07", "label": "sport"}, {"text": "a b c", "label": "sport"}]
-    rows += [{"text": "cafe\u0301", "label": "money"}, {"text": "same", "label": "money"}, {"text": "same", "label": "space"}]
+    rows += [
+        {"text": "cafe\u0301", "label": "money"},
+        {"text": "same", "label": "money"},
+        {"text": "same", "label": "space"},
+    ]
     write_json(raw / "part1.json", rows)
     save([{"text": "<b>bold</b> &amp; http://x.y/z more", "label": "space"}], raw / "part2.csv")
     flags = ("--input_dir", "raw", "--output_dir", "out", "--val_fraction", "0.2", "--test_fraction", "0.1")
     done = launch(PREPROCESS, *flags, "--strip_html", "--strip_urls", cwd=tmp_path)
-    splits = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("train", "validation", "test")}
+    splits = {
+        name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("train", "validation", "test")
+    }
     texts = [row["text"] for split in splits.values() for row in split]
     assert len(texts) == len(set(texts)) == 103
     assert {"a b c", "café", "bold & more"} <= set(texts)
@@ -245,7 +256,10 @@ def test_preprocessing_keeps_given_splits_and_removes_leaks(tmp_path: Path) -> N
     write_json(raw / "test.json", rows[:5])
     (raw / "config.yaml").write_text("data: {input_dir: raw, output_dir: out, val_fraction: 0.25}\n")
     launch(PREPROCESS, "--config", "raw/config.yaml", cwd=tmp_path)
-    sizes = {name: len(json.loads((tmp_path / "out" / f"{name}.json").read_text())) for name in ("train", "validation", "test")}
+    sizes = {
+        name: len(json.loads((tmp_path / "out" / f"{name}.json").read_text()))
+        for name in ("train", "validation", "test")
+    }
     assert sizes["test"] == 5
     assert sizes["train"] + sizes["validation"] == 35
     missing = launch(PREPROCESS, "--input_dir", "nowhere", cwd=tmp_path, check=False)
@@ -263,10 +277,14 @@ def test_preprocessing_deletes_nothing_else_and_splits_no_text(tmp_path: Path) -
     (tmp_path / "out" / "notes.txt").write_text("mine")
     launch(PREPROCESS, "--input_dir", "raw", "--output_dir", "out", "--overwrite", "--keep_conflicts", cwd=tmp_path)
     assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
-    splits = {name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("train", "validation", "test")}
+    splits = {
+        name: json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("train", "validation", "test")
+    }
     assert [len(split) for split in splits.values()] == [54, 6, 1]
     texts = [{row["text"] for row in split} for split in splits.values()]
     assert not texts[0] & texts[1]
     assert {type(row["label"]) for split in splits.values() for row in split} == {str}
-    done = launch(PREPROCESS, "--input_dir", "raw", "--output_dir", "new", "--val_fraction", "1.2", cwd=tmp_path, check=False)
+    done = launch(
+        PREPROCESS, "--input_dir", "raw", "--output_dir", "new", "--val_fraction", "1.2", cwd=tmp_path, check=False
+    )
     assert (done.code, "--val_fraction 1.2" in done.err) == (2, True)

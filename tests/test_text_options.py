@@ -239,7 +239,9 @@ def test_lora_trains_adapters_and_head_and_is_saved_merged_and_apart(train_here)
     merged = AutoModelForSequenceClassification.from_pretrained(run / "best").eval()
     base = AutoModelForSequenceClassification.from_pretrained(found["config"]["model"]["model_name"], num_labels=3)
     adapted = PeftModel.from_pretrained(base, run / "best" / "adapter").eval()
-    tokens = AutoTokenizer.from_pretrained(run / "best")(["goal match", "rocket moon star"], padding=True, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(run / "best")(
+        ["goal match", "rocket moon star"], padding=True, return_tensors="pt"
+    )
     with torch.no_grad():
         assert torch.allclose(merged(**tokens).logits, adapted(**tokens).logits, atol=1e-5)
 
@@ -307,7 +309,9 @@ def test_an_existing_run_is_not_overwritten_unasked(train_here) -> None:
     assert weights(train_here("--max_steps", "3", "--overwrite", name="same") / "last") != first
 
 
-def test_defaults_name_the_run_after_what_distinguishes_it(text_args, train_here, text_set: Path, tiny_bert: Path) -> None:
+def test_defaults_name_the_run_after_what_distinguishes_it(
+    text_args, train_here, text_set: Path, tiny_bert: Path
+) -> None:
     train_here("--max_steps", "1", "--output_dir", "elsewhere", name="x")
     assert Path("elsewhere/x/results.json").is_file()
     sys_argv = [*text_args, "--max_steps", "1"]

@@ -88,9 +88,10 @@ def test_round_trip_and_size(kind: str, tmp_path: Path) -> None:
     assert file_of(again) == file_of(tokenizer) and again.model_max_length == 24
     assert again.model_input_names == tokenizer.model_input_names
     texts = made_up(40, seed=5)
-    assert again(texts, texts[::-1], truncation=True)["input_ids"] == tokenizer(texts, texts[::-1], truncation=True)[
-        "input_ids"
-    ]
+    assert (
+        again(texts, texts[::-1], truncation=True)["input_ids"]
+        == tokenizer(texts, texts[::-1], truncation=True)["input_ids"]
+    )
     assert max(map(len, again(texts, truncation=True)["input_ids"])) <= 24
 
 

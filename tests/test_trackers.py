@@ -29,7 +29,9 @@ def test_tensorboard_has_curves_report_and_confusion_matrix(train_here) -> None:
     scalars = tensorboard_scalars(run)
     expected = [(row["step"], pytest.approx(row["loss"])) for row in history(run, "train")]
     assert scalars["train/loss"] == expected
-    assert {"train/lr", "train/grad_norm", "validation/accuracy", "validation/f1_macro", "test/accuracy"} <= set(scalars)
+    assert {"train/lr", "train/grad_norm", "validation/accuracy", "validation/f1_macro", "test/accuracy"} <= set(
+        scalars
+    )
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     assert "test/confusion_matrix" in events.Tags()["images"]
@@ -78,8 +80,8 @@ def test_mlflow_and_wandb_together_and_the_same_run_after_a_resume(train_here, t
 class Hub(BaseHTTPRequestHandler):
     """As much of the Hub's API as an upload needs; keeps what it is given."""
 
-    files: dict[str, bytes] = {}  # noqa: RUF012
-    created: list[dict] = []  # noqa: RUF012
+    files: dict[str, bytes] = {}
+    created: list[dict] = []
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -97,7 +99,9 @@ class Hub(BaseHTTPRequestHandler):
                 entry = json.loads(line)
                 if entry["key"] == "file":
                     type(self).files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
-            self.answer({"commitUrl": f"http://{self.headers['Host']}/me/model/commit/{'1' * 40}", "commitOid": "1" * 40})
+            self.answer(
+                {"commitUrl": f"http://{self.headers['Host']}/me/model/commit/{'1' * 40}", "commitOid": "1" * 40}
+            )
         else:
             self.answer({"error": self.path}, 404)
 
@@ -123,7 +127,9 @@ def test_push_to_hub_uploads_the_best_folder(text_args, tmp_path: Path, monkeypa
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(
-        conftest, "ENVIRONMENT", {**conftest.ENVIRONMENT, "HF_ENDPOINT": address, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"}
+        conftest,
+        "ENVIRONMENT",
+        {**conftest.ENVIRONMENT, "HF_ENDPOINT": address, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"},
     )
     flags = ("--max_steps", "2", "--push_to_hub", "--hub_repo_id", "me/model", "--run_name", "run")
     done = launch(TEXT, *text_args, *flags, cwd=tmp_path)
@@ -136,7 +142,9 @@ def test_push_to_hub_uploads_the_best_folder(text_args, tmp_path: Path, monkeypa
     assert "hf_x" not in done.out + done.err
 
 
-def test_a_hub_that_cannot_be_reached_is_one_line_and_the_run_is_complete(text_args, tmp_path: Path, monkeypatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_one_line_and_the_run_is_complete(
+    text_args, tmp_path: Path, monkeypatch
+) -> None:
     import conftest
 
     monkeypatch.setattr(

@@ -1,8 +1,8 @@
 """Predict with a trained model: one JSON object a line, in the order of the input.
 
-  python tools/predict.py runs/x "some text" "another"              texts from the command line
-  python tools/predict.py runs/x --file texts.txt --output out.jsonl  a text a line, or .json .jsonl .csv .tsv .parquet
-  zcat texts.gz | python tools/predict.py runs/x --top_k 2 | head   standard input of any length
+python tools/predict.py runs/x "some text" "another"              texts from the command line
+python tools/predict.py runs/x --file texts.txt --output out.jsonl  a text a line, or .json .jsonl .csv .tsv .parquet
+zcat texts.gz | python tools/predict.py runs/x --top_k 2 | head   standard input of any length
 """
 
 from __future__ import annotations

@@ -173,9 +173,13 @@ def main() -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"--output_dir {target} is a file")
     if min(args.val_fraction, args.test_fraction) < 0 or args.val_fraction + args.test_fraction >= 1:
-        raise UserError(f"--val_fraction {args.val_fraction} and --test_fraction {args.test_fraction}: below 1 together")
+        raise UserError(
+            f"--val_fraction {args.val_fraction} and --test_fraction {args.test_fraction}: below 1 together"
+        )
     if target.exists() and any(target.iterdir()) and not args.overwrite:
-        raise UserError(f"--output_dir {target} is not empty: --overwrite replaces its train, validation and test files")
+        raise UserError(
+            f"--output_dir {target} is not empty: --overwrite replaces its train, validation and test files"
+        )
     if target.resolve() in (Path(args.input_dir).resolve(), *Path(args.input_dir).resolve().parents):
         raise UserError(f"--output_dir {target} holds the raw files: choose another folder")
     dropped: Counter = Counter()

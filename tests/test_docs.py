@@ -1,0 +1,224 @@
+"""Invariant 9: what README and docs name exists, their commands run, and --help answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, ROOT, TEXT, launch, weights
+
+DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("data/*.md")])
+PROGRAMS = sorted(
+    [*ROOT.glob("scripts/*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("data/*.py"), *ROOT.glob("benchmarks/*.py")]
+)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+def known_flags() -> set[str]:
+    import importlib.util
+
+    from lib.config import COMMON_ALIASES, sections
+
+    flags = set(COMMON_ALIASES)
+    for program in PROGRAMS:
+        if "benchmarks" in str(program):
+            flags |= set(re.findall(r'"--(\w+)"', program.read_text()))
+            continue
+        spec = importlib.util.spec_from_file_location(f"docs_{program.stem}", program)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        flags |= {name for rows in sections(module.Args).values() for name, _ in rows} | set(
+            getattr(module, "ALIASES", {})
+        )
+    return flags
+
+
+def test_every_flag_in_the_docs_exists() -> None:
+    # Of the launcher, pip, make and the shell.
+    others = {"config_file", "num_processes", "quiet", "no-deps", "help"}
+    flags = known_flags() | others
+    texts = [path.read_text() for path in [*DOCS, *ROOT.glob("accelerate_configs/*"), *PROGRAMS]]
+    named = {flag for text in texts[: len(DOCS)] for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text)}
+    assert not sorted(named - flags)
+
+
+def test_every_path_in_the_docs_exists() -> None:
+    made_by_use = ("data/train.csv", "data/test.csv", "data/raw", "data/processed", "data/demo_text")
+    for path in DOCS:
+        for word in re.findall(
+            r"(?:scripts|tools|lib|configs|accelerate_configs|data|benchmarks|tests)/[\w./-]*\w", path.read_text()
+        ):
+            assert word.startswith(made_by_use) or (ROOT / word).exists(), f"{path.name} names {word}"
+
+
+def test_every_field_has_its_line_of_help() -> None:
+    import importlib.util
+
+    from lib.config import sections
+
+    for program in PROGRAMS:
+        if "benchmarks" in str(program):
+            continue
+        spec = importlib.util.spec_from_file_location(f"help_{program.stem}", program)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        rows = [row for group in sections(module.Args).values() for row in group]
+        assert len(rows) == len(module.Args.__dataclass_fields__)
+        assert not [name for name, text in rows if not text], program.name
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
+def test_help_answers_at_once(program: Path, tmp_path: Path) -> None:
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = launch(program, "--help", cwd=tmp_path)
+        seconds.append(time.perf_counter() - started)
+    assert "--" in done.out
+    assert min(seconds) < 2
+
+
+def test_every_launch_config_is_one_that_accelerate_takes() -> None:
+    import yaml
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for path in ROOT.glob("accelerate_configs/*.yaml"):
+        loaded = load_config_from_file(str(path))
+        assert loaded.num_processes >= 1
+        if path.stem == "fsdp":
+            assert yaml.safe_load(path.read_text())["fsdp_config"]["fsdp_version"] == 2
+
+
+def test_every_recipe_parses() -> None:
+    import importlib.util
+
+    from lib.config import parse_args
+
+    spec = importlib.util.spec_from_file_location("recipes", TEXT)
+    module = sys.modules["recipes"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    recipes = [*ROOT.glob("configs/text_*.yaml"), *ROOT.glob("configs/demo/text.yaml")]
+    assert len(recipes) >= 3
+    for path in recipes:
+        assert parse_args(module.Args, module.ALIASES, ["--config", str(path)]).epochs >= 1
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, text_set: Path, tiny_bert: Path) -> tuple[Path, dict[str, str]]:
+    """A copy of the project with small data where the README has the user's, and `accelerate` on the path."""
+    import shutil
+
+    for name in ("scripts", "tools", "configs", "accelerate_configs", "data"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("demo_text", "__pycache__"))
+    for split in ("train", "test"):
+        rows = json.loads((text_set / f"{split}.json").read_text())
+        lines = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
+        (tmp_path / "data" / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    (tmp_path / "data" / "raw").mkdir()
+    shutil.copy(text_set / "train.json", tmp_path / "data" / "raw" / "train.json")
+    shutil.copytree(tiny_bert, tmp_path / "bert-base-uncased")  # a folder of that name goes before the Hub
+    environment = {
+        **ENVIRONMENT,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+    }
+    return tmp_path, {**environment, "ACCELERANDO_CACHE": str(tmp_path / "cache")}
+
+
+def run(command: str, cwd: Path, environment: dict[str, str], timeout: int = 120) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", "-c", command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+SMALL = (
+    "--max_length 48 --max_steps 3 --train_file data/train.csv --test_file data/test.csv --model_name bert-base-uncased"
+)
+
+
+def test_the_readmes_commands_run(workshop) -> None:
+    """All of them: those that need GPUs as far as the launcher's own check of what it was given."""
+    folder, environment = workshop
+    text = "\n".join(blocks(ROOT / "README.md", "bash")).replace("\\\n", " ")
+    commands = [line.strip() for line in text.splitlines() if line.strip()]
+    tried = 0
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] in ("make", "python3.11", "pip"):
+            targets = (ROOT / "Makefile").read_text()
+            assert words[0] != "make" or f"\n{words[1]}:" in targets
+            continue
+        if "multi_gpu" in command or "fsdp" in command or "single_gpu" in command or "launch_nodes" in command:
+            # The same line on CPU ranks: what is tested elsewhere is the training, here the command.
+            command = re.sub(
+                r"--config_file \S+", "--cpu --num_machines 1 --num_processes 1 --mixed_precision no", command
+            )
+            command = re.sub(r"--num_processes 8", "", command)
+            command = command.replace("NUM_MACHINES=2", "NUM_MACHINES=1 GPUS_PER_MACHINE=1").replace(
+                "10.0.0.1", "127.0.0.1"
+            )
+            if "launch_nodes" in command:
+                command = f"CONFIG=accelerate_configs/cpu.yaml {command}"
+        if "text_classify.py" in command or "my_experiment.py" in command:
+            command += f" {SMALL} --run_name run{tried}" if not command.startswith("cp") else ""
+        if "predict.py" in command:
+            command = command.replace("runs/demo_text", "runs/run0")
+        done = run(command, folder, environment)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        tried += 1
+    assert tried >= 9
+    assert (folder / "data" / "processed" / "train.json").is_file()
+
+
+def test_a_copied_script_runs_in_an_empty_folder(tmp_path: Path, text_args) -> None:
+    import shutil
+
+    shutil.copy(TEXT, tmp_path / "mine.py")
+    source = (tmp_path / "mine.py").read_text()
+    # An edit as the README describes it: a flag, and a loss that uses it.
+    source = source.replace(
+        "    seed: int = 42",
+        "    label_smoothing: float = 0.1  # share of the target spread over all classes\n    seed: int = 42",
+    ).replace('reduction="none")', 'reduction="none", label_smoothing=0.1)')
+    (tmp_path / "mine.py").write_text(source)
+    launch(
+        tmp_path / "mine.py",
+        *text_args,
+        "--label_smoothing",
+        "0.2",
+        "--max_steps",
+        "2",
+        "--run_name",
+        "mine",
+        cwd=tmp_path,
+    )
+    launch(TEXT, *text_args, "--max_steps", "2", "--run_name", "plain", cwd=tmp_path)
+    assert weights(tmp_path / "runs" / "mine" / "last") != weights(tmp_path / "runs" / "plain" / "last")
+
+
+def test_the_launcher_keeps_the_exit_code_of_a_stop_and_says_one_line(workshop) -> None:
+    folder, environment = workshop
+    command = f"accelerate launch --quiet --config_file accelerate_configs/cpu.yaml scripts/text_classify.py {SMALL} --epohcs 3"
+    done = run(command, folder, environment)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert [line for line in done.stderr.splitlines() if line.startswith("error:")] == [
+        "error: unknown flag --epohcs: did you mean --epochs?"
+    ]
+
+
+def test_ruff_is_content() -> None:
+    for arguments in (("check", "."), ("format", "--check", ".")):
+        done = subprocess.run([sys.executable, "-m", "ruff", *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
