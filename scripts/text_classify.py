@@ -219,37 +219,14 @@ def build_transformer(args: Args, data: Data, labels: dict[str, Any], on_cpu: bo
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    from lib.models.overrides import attention_for_cpu, override_config
+
     try:
         config = AutoConfig.from_pretrained(args.model_name, **labels)
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name {args.model_name} cannot be opened: {first_line(error)}") from None
-    # Each architecture has its own words for these.
-    shape = {
-        "hidden_size": ("hidden_size", "dim", "d_model"),
-        "num_layers": ("num_hidden_layers", "n_layers", "num_layers"),
-        "num_attention_heads": ("num_attention_heads", "n_heads"),
-        "intermediate_size": ("intermediate_size", "hidden_dim"),
-    }
-    dropouts = {
-        "hidden_dropout_prob": ("hidden_dropout_prob", "dropout", "mlp_dropout"),
-        "attention_probs_dropout_prob": ("attention_probs_dropout_prob", "attention_dropout"),
-        "classifier_dropout": ("classifier_dropout", "seq_classif_dropout", "pooler_dropout"),
-    }
-    for flag, spellings in {**shape, **dropouts}.items():
-        value = getattr(args, flag)
-        if value is None:
-            continue
-        name = next((spelling for spelling in spellings if hasattr(config, spelling)), None)
-        if name is None:
-            raise UserError(f"--{flag}: a {config.model_type} model has no such setting")
-        if flag in shape and not args.from_scratch and getattr(config, name) != value:
-            raise UserError(
-                f"--{flag} {value}, but {args.model_name} has {getattr(config, name)}: drop it, or --from_scratch"
-            )
-        setattr(config, name, value)
-    attention_dropout = max(getattr(config, name, 0) for name in dropouts["attention_probs_dropout_prob"])
-    # A CPU has no fused kernel for attention with dropout: spelt out it is faster.
-    attention = {"attn_implementation": "eager"} if on_cpu and attention_dropout else {}
+    override_config(config, args, has_weights=not args.from_scratch)
+    attention = attention_for_cpu(config, on_cpu)
     if args.from_scratch:
         config.vocab_size = max(len(data.tokenizer), 1)
         config.pad_token_id = data.tokenizer.pad_token_id

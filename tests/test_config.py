@@ -145,3 +145,69 @@ def test_help_comes_from_the_comments(capsys: pytest.CaptureFixture) -> None:
     shown = capsys.readouterr().out
     for expected in ("training rows", "peak rate", "training options", "--learning_rate = --lr"):
         assert expected in shown
+
+
+GUIDE = """
+model:
+  name: "transformer_model"
+  architecture: "transformer"
+  pretrained_model: "bert-base-uncased"
+  num_labels: 2
+  hidden_size: 768
+  num_layers: 12
+  num_attention_heads: 12
+  hidden_dropout_prob: 0.1
+  attention_probs_dropout_prob: 0.1
+training:
+  learning_rate: 2e-5
+  batch_size: 16
+  num_epochs: 10
+  warmup_steps: 500
+  weight_decay: 0.01
+  gradient_accumulation_steps: 1
+  max_grad_norm: 1.0
+  fp16: true
+  logging_steps: 100
+  eval_steps: 500
+  optimizer: "adamw"
+  adam_epsilon: 1e-8
+  adam_beta1: 0.9
+  adam_beta2: 0.999
+  scheduler_type: "cosine"
+  early_stopping_patience: 3
+  early_stopping_threshold: 0.01
+  save_steps: 1000
+  save_total_limit: 3
+  dataloader_num_workers: 4
+wandb:
+  project: "your-project-name"
+  entity: "your-wandb-entity"
+  name: null
+  tags: ["experiment", "baseline"]
+  notes: "Baseline model training"
+"""
+
+
+def test_the_text_guides_files_are_understood_as_they_stand(tmp_path: Path) -> None:
+    import importlib.util
+    import sys
+
+    from conftest import TEXT
+
+    spec = importlib.util.spec_from_file_location("guide_text", TEXT)
+    module = sys.modules["guide_text"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    model, training = GUIDE.split("training:")
+    files = [write(tmp_path / "model.yaml", model), write(tmp_path / "training.yaml", "training:" + training)]
+    args = parse_args(module.Args, module.ALIASES, ["--config", *files])
+    expected = {
+        "run_name": "transformer_model", "model_name": "bert-base-uncased", "num_labels": 2, "num_layers": 12, "lr": 2e-5,
+        "epochs": 10, "warmup_steps": 500, "grad_clip": 1.0, "amp": "fp16", "log_every": 100, "eval_every": 500,
+        "scheduler": "cosine", "early_stop": 3, "early_stop_min_delta": 0.01, "save_every": 1000, "keep_checkpoints": 3,
+        "num_workers": 4, "wandb_project": "your-project-name", "wandb_name": None, "adam_epsilon": 1e-8,
+        "wandb_tags": ("experiment", "baseline"), "wandb_notes": "Baseline model training",
+    }  # fmt: skip
+    assert {name: getattr(args, name) for name in expected} == expected
+    cnn = "model: {architecture: cnn, vocab_size: 30522, embed_size: 128, num_filters: 100, filter_sizes: [3, 4, 5], dropout_prob: 0.5}"
+    args = parse_args(module.Args, module.ALIASES, ["--config", write(tmp_path / "cnn.yaml", cnn)])
+    assert (args.architecture, args.filter_sizes, args.dropout_prob) == ("cnn", (3, 4, 5), 0.5)
