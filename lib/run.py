@@ -43,8 +43,6 @@ def make_accelerator(seed: int, amp: str | None) -> Accelerator:
     Accumulation stays with the script, so Accelerate divides no loss. Raises UserError for fp16 without a GPU.
     """
     start_log()
-    # On a CPU that is shared, threads that spin at each barrier slow a run down sixfold; read when OpenMP is loaded.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     import torch
     from accelerate import Accelerator
     from accelerate.utils import set_seed
