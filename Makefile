@@ -32,13 +32,15 @@ demo_text: setup
 	@echo; cat runs/demo_text/summary.txt; echo "Report: $(CURDIR)/runs/demo_text/report.html"
 
 test: setup
-	$(BIN)/python -m pytest tests -n 2 --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
 
 torture: setup
 	$(BIN)/python -m pytest tests/torture.py -s $(PYTEST_ARGS)
 
+# DATA=file.json: other rows than the demo's.
 bench: setup
-	$(BIN)/python benchmarks/text.py
+	test -n "$(DATA)" || $(BIN)/python data/make_text_demo.py --output_dir data/demo_text
+	$(BIN)/python benchmarks/text.py --train_file "$(or $(DATA),data/demo_text/train.json)"
 
 lint: setup
 	$(BIN)/ruff check .
