@@ -353,7 +353,9 @@ def data_title(args: Args) -> str:
 
 def model_title(args: Args) -> str:
     """A short name of the model."""
-    return "cnn" if args.architecture == "cnn" else Path(args.model_name).name
+    path = Path(args.model_name)
+    named = path.parent if path.name in ("model", "best", "last") and path.parent.name else path
+    return "cnn" if args.architecture == "cnn" else named.name
 
 
 def default_name(args: Args) -> str:
