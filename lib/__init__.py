@@ -2,6 +2,6 @@
 
 import os
 
-# Read when OpenMP is loaded with torch. By default its threads spin at each barrier, and beside any other process on the
-# same cores a run then crawls (25 times slower was measured); with few spins it shares them fairly.
+# Read when OpenMP is loaded with torch. By default its threads spin at each barrier, and beside any other process on
+# the same cores a run then crawls (25 times slower was measured); with few spins it shares them fairly.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
