@@ -265,6 +265,17 @@ def find_checkpoint(accelerator: Accelerator, folder: Path, warn: Callable[[str]
     return Path(good) if good else None
 
 
+def remove_later_checkpoints(checkpoint: Path, warn: Callable[[str], None]) -> None:
+    """Removes what comes after the ``checkpoint`` a run goes on from: damaged, or of a course that is given up.
+
+    Left there, they would push the new ones out and be found by the next resume.
+    """
+    for path in step_folders(checkpoint.parent):
+        if int(path.name[5:]) > int(checkpoint.name[5:]):
+            warn(f"removed {path}: the run goes on from {checkpoint.name}")
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def load_checkpoint(
     accelerator: Accelerator,
     checkpoint: Path,

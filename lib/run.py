@@ -18,7 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.checkpoint import StopSignal, find_checkpoint, load_checkpoint, save_checkpoint
+from lib.checkpoint import (
+    StopSignal,
+    find_checkpoint,
+    load_checkpoint,
+    remove_later_checkpoints,
+    save_checkpoint,
+)
 from lib.config import flat, read_yaml, to_yaml
 from lib.errors import Stopped, UserError, is_main_rank
 
@@ -184,6 +190,8 @@ def start_run(accelerator: Accelerator, args: Any, default_name: str) -> Run:
             raise UserError(f"cannot make {directory}: {error.strerror}") from None
     accelerator.wait_for_everyone()
     if run.resumed:
+        if accelerator.is_main_process:
+            remove_later_checkpoints(run.resumed, log.warning)
         content = json.loads((run.resumed / "state.json").read_text(encoding="utf-8"))
         run.state = TrainState(**content["state"])
         run.history = _read_history(directory / "metrics.jsonl", up_to=run.state.step)
@@ -555,10 +563,8 @@ def is_due(every: int, step: int, end_of_epoch: bool, last_step: bool) -> bool:
 
 
 def is_improvement(value: float, best: float | None, min_delta: float, higher_is_better: bool) -> bool:
-    """Whether ``value`` beats ``best`` by more than ``min_delta``; nan never does."""
-    if value != value:
-        return False
-    if best is None:
+    """Whether ``value`` beats ``best`` by more than ``min_delta``; the first one does, and anything beats nan."""
+    if best is None or best != best:
         return True
     return value > best + min_delta if higher_is_better else value < best - min_delta
 

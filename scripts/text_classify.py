@@ -505,7 +505,8 @@ def main() -> None:
             norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
             lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
-            schedule.step()
+            if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow
+                schedule.step()
             optimizer.zero_grad()
             stop = after_step(run, window, loss_sum)
             end_of_epoch, last_step = state.position == len(train_batches.dataset), state.step == total_steps
@@ -517,6 +518,8 @@ def main() -> None:
                 train_loss = state.log_loss_sum / state.log_loss_count
                 state.log_loss_sum, state.log_loss_count = 0.0, 0
                 record(run, "train", {"loss": train_loss, "lr": lr, "grad_norm": float(norm)})
+                if train_loss != train_loss:
+                    log.warning("The loss is nan: lower --lr, set --warmup_steps, keep --grad_clip")
                 bar.set_postfix_str(f"loss {train_loss:.4f}")
                 log.info("train step %d/%d  epoch %.2f  loss %.4f  lr %.3g  grad norm %.3f  %.0f samples/s",
                          state.step, total_steps, state.epochs_done, train_loss, lr, float(norm),

@@ -153,3 +153,16 @@ def test_a_finished_run_is_resumed_to_the_same_end_and_can_be_prolonged(unbroken
     results = json.loads((run / "results.json").read_text())
     assert results["samples"] == 6 * 203
     assert "Resumed with another epochs: 6 instead of 4" in (run / "logs" / "train.log").read_text()
+
+
+def test_going_back_to_an_earlier_checkpoint_gives_up_what_came_after(text_args, train_here) -> None:
+    flags = ("--save_every", "2", "--keep_checkpoints", "9")
+    whole = train_here(*flags, name="run")
+    expected = weights(whole / "last")
+    names = [path.name for path in sorted((whole / "checkpoints").iterdir())]
+    assert names == [f"step_{step:06d}" for step in range(2, 15, 2)]
+    train_here("--resume", str(whole / "checkpoints" / "step_000004"), base=[], name="run")
+    log = (whole / "logs" / "train.log").read_text()
+    assert [name for name in names if f"/{name}: the run goes on from step_000004" in log] == names[2:]
+    assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == names
+    assert weights(whole / "last") == expected
