@@ -6,6 +6,7 @@ PYTHON ?= python3.11
 TASK ?= text
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+export PYTHONPATH := $(CURDIR)
 
 .PHONY: setup demo demo_text test bench torture lint link
 

@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib.errors import UserError
+from lib.config import launcher_command
+from lib.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
@@ -203,7 +204,7 @@ def _main_process_writes(accelerator: Accelerator, what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        problem = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        problem = getattr(error, "strerror", None) or first_line(error)
     problem = next((text for text in _gather_objects(accelerator, problem) if text), None)
     if problem:
         raise UserError(
@@ -315,7 +316,7 @@ def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Modu
 
         # An evaluation ends without the backward that frees the root's gathered parameters, and the optimizer knows
         # only the sharded ones.
-        for module in plain.modules():
+        for module in model.modules():  # a compiled model's root is its wrapper
             if isinstance(module, FSDPModule):
                 module.reshard()
     return plain
@@ -405,7 +406,9 @@ def _set_optimizer_state(
     saved = state["param_groups"]
     unknown = set(saved[0]) ^ set(groups[0]) if saved else {"groups"}
     if len(saved) != len(groups) or unknown:
-        raise UserError(f"{checkpoint} was trained with another optimizer: give --optimizer as before")
+        raise UserError(
+            f"{checkpoint} was trained with another optimizer or schedule: give --optimizer and --scheduler as before"
+        )
     options = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(unwrapped(accelerator, model), _plain_optimizer(optimizer), state, options=options)
 
@@ -517,7 +520,8 @@ class StopSignal:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, self._note)
-            _ask_for_signal_when_parent_dies()
+            if launcher_command():
+                _ask_for_signal_when_parent_dies()
 
     def _note(self, number: int, _frame: Any) -> None:
         if self.received is not None and number == signal.SIGINT:

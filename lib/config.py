@@ -146,12 +146,18 @@ def to_yaml(args: Any) -> str:
 @functools.cache
 def command_line() -> str:
     """The command that started this process as it was typed, ``accelerate launch`` included."""
+    return shlex.join(launcher_command() or ["python", *sys.argv])
+
+
+@functools.cache
+def launcher_command() -> tuple[str, ...]:
+    """The words of the ``accelerate launch`` or ``torchrun`` that is this process's parent; empty where it is not."""
     with contextlib.suppress(OSError):
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
         for position, word in enumerate(parent):
             if Path(word).name in ("accelerate", "accelerate-launch", "torchrun"):
-                return shlex.join([Path(word).name, *parent[position + 1 :]])
-    return shlex.join(["python", *sys.argv])
+                return (Path(word).name, *parent[position + 1 :])
+    return ()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -209,7 +215,7 @@ def _canonical_argv(argv: list[str], known: dict[str, dataclasses.Field], table:
             if not equals and follows:
                 value = argv[position]
                 position += 1
-            result += ["--" + alias[0], _translate(value or "true", alias)]
+            _add_translated(result, alias, value or "true")
             continue
         name = alias or name
         negated = name.removeprefix("no_")
@@ -240,8 +246,15 @@ def _launch_answer(flag: str, value: str) -> str:
     return f"{flag} is decided by the launcher: {line} ..."
 
 
-def _translate(value: str, alias: tuple[str, dict[str, str]]) -> str:
-    return alias[1].get(value.lower(), value)
+def _add_translated(argv: list[str], alias: tuple[str, dict[str, str]], value: str) -> None:
+    """Adds the flag an alias stands for. "false" yields to any other word on the field; trackers add up."""
+    flag, word = "--" + alias[0], alias[1].get(value.lower(), value)
+    if value.lower() == "false":
+        argv[:0] = [flag, word]
+    elif alias[0] == "report_to" and flag in argv:
+        argv.insert(argv.index(flag) + 1, word)
+    else:
+        argv += [flag, word]
 
 
 def _suggestion(name: str, known: dict[str, Any], table: dict[str, Alias], prefix: str) -> str:
@@ -278,14 +291,14 @@ def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str,
     for key, value in read_yaml(path).items():
         if isinstance(value, dict) and key not in known:
             pairs += [(f"{key}.{inner}", str(inner), content) for inner, content in value.items()]
-        else:
+        elif value is not None or key in known or key in table:  # nothing else: a heading without settings
             pairs.append((str(key), str(key), value))
     argv: list[str] = []
     for dotted, key, value in pairs:
         name = key.replace("-", "_")
         alias = table.get(dotted) or (table.get(name) if name not in known else None)
         if isinstance(alias, tuple):
-            argv += ["--" + alias[0], _translate(str(value), alias)]
+            _add_translated(argv, alias, str(value))
             continue
         name = alias or name
         if name not in known:

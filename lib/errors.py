@@ -21,6 +21,12 @@ class Stopped(Exception):  # noqa: N818  (an end, not an error)
         self.exit_code = exit_code
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def is_main_rank() -> bool:
     """True on the process whose launcher rank is 0; works before torch is imported."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -46,7 +52,7 @@ def errors_in_one_line() -> Iterator[None]:
 
 def leave(message: str, exit_code: int) -> None:
     """Prints ``message`` once and exits; process groups are torn down first, so that no rank warns about it."""
-    if is_main_rank() and message:
+    if int(os.environ.get("LOCAL_RANK", "0")) == 0 and message:  # one process of each machine
         print(message, file=sys.stderr, flush=True)
     if "torch" in sys.modules:
         distributed = sys.modules["torch"].distributed

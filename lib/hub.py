@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.errors import UserError
+from lib.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from lib.run import Run
@@ -98,6 +98,7 @@ def push_folder(folder: Path, repo_id: str, private: bool) -> str:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"{folder.parent.name}")
     except Exception as error:  # the Hub client lets through the errors of the libraries below it
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--push_to_hub {repo_id}: {reason}; {folder} is complete and can be uploaded later") from None
+        raise UserError(
+            f"--push_to_hub {repo_id}: {first_line(error)}; {folder} is complete and can be uploaded later"
+        ) from None
     return str(address)

@@ -96,7 +96,9 @@ def make_scheduler(
         rates = [group["lr"] for group in optimizer.param_groups]
         share = min(max(steps / total_steps, 1 / total_steps), 1.0) if steps else 0.3
         # One step more than torch needs: it is stepped after the last update too.
-        inner = torch.optim.lr_scheduler.OneCycleLR(optimizer, rates, total_steps + 1, pct_start=share)
+        inner = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, rates, total_steps + 1, pct_start=share, cycle_momentum=False
+        )
         return Schedule(inner, None)
     if name == "plateau":
         inner = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=steps)
@@ -146,7 +148,8 @@ class Schedule:
             kept["lr_lambdas"] = [None] * len(self.inner.lr_lambdas)  # torch asks for them; None keeps this run's own
         self.inner.load_state_dict(kept)
         if self.plateau is not None and "plateau" in state:
-            self.plateau.load_state_dict(state["plateau"])
+            own = ("factor", "patience", "mode", "min_lrs", "default_min_lr")
+            self.plateau.load_state_dict({key: value for key, value in state["plateau"].items() if key not in own})
 
 
 def _numbers(state: dict[str, Any]) -> dict[str, Any]:

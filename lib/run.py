@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import importlib.util
 import json
 import logging
 import logging.handlers
 import os
+import re
 import shutil
 import sys
 import time
@@ -21,12 +23,14 @@ from typing import TYPE_CHECKING, Any
 from lib.checkpoint import (
     StopSignal,
     find_checkpoint,
+    is_sharded,
     load_checkpoint,
     remove_later_checkpoints,
     save_checkpoint,
+    step_folders,
 )
 from lib.config import flat, read_yaml, to_yaml
-from lib.errors import Stopped, UserError, is_main_rank
+from lib.errors import Stopped, UserError, first_line, is_main_rank
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +55,7 @@ def make_accelerator(seed: int, amp: str | None) -> Accelerator:
     start_log()
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import InitProcessGroupKwargs, set_seed
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # loading and saving weights; ours are shown only on a terminal
@@ -63,9 +67,13 @@ def make_accelerator(seed: int, amp: str | None) -> Accelerator:
     if wanted == "fp16" and not torch.cuda.is_available():
         raise UserError("fp16 needs a CUDA GPU: --amp bf16 is the mixed precision of a CPU, --amp no the full one")
     try:
-        accelerator = Accelerator(mixed_precision=amp, gradient_accumulation_steps=1)
+        # The others wait while the main process tokenises or writes; ten minutes, the default, can be too short.
+        patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
+        accelerator = Accelerator(mixed_precision=amp, gradient_accumulation_steps=1, kwargs_handlers=[patience])
     except ValueError as error:
         raise UserError(f"--amp {amp}: {error}") from None
+    if is_sharded(accelerator) and not accelerator.is_fsdp2:
+        raise UserError("FSDP version 1: the launch config needs fsdp_version: 2, see accelerate_configs/fsdp.yaml")
     set_seed(seed)
     return accelerator
 
@@ -109,6 +117,7 @@ class TrainState:
     samples: int = 0  # samples used in all
     best_value: float | None = None
     best_step: int = 0
+    patience_value: float | None = None  # what an evaluation has to beat by early_stop_min_delta
     bad_evaluations: int = 0  # evaluations in a row without an improvement
     evaluated_step: int = -1
     finished: bool = False
@@ -181,8 +190,11 @@ def start_run(accelerator: Accelerator, args: Any, default_name: str) -> Run:
     accelerator.wait_for_everyone()  # every process has looked before the main one makes the folder
     run = Run(directory, accelerator, args, TrainState())
     if args.resume:
-        exact = Path(args.resume) if "step_" in Path(args.resume).name else run.checkpoints
-        run.resumed = find_checkpoint(accelerator, exact, log.warning)
+        named = Path(args.resume) if re.fullmatch(r"step_\d+", Path(args.resume).name) else None
+        run.resumed = find_checkpoint(accelerator, named or run.checkpoints, log.warning)
+        if named and not run.resumed:
+            there = ", ".join(path.name for path in step_folders(run.checkpoints)) or "none"
+            raise UserError(f"--resume {named}: no complete checkpoint; there are {there}")
     if accelerator.is_main_process:
         try:
             _prepare_directory(run)
@@ -194,7 +206,9 @@ def start_run(accelerator: Accelerator, args: Any, default_name: str) -> Run:
             remove_later_checkpoints(run.resumed, log.warning)
         content = json.loads((run.resumed / "state.json").read_text(encoding="utf-8"))
         run.state = TrainState(**content["state"])
-        run.history = _read_history(directory / "metrics.jsonl", up_to=run.state.step)
+        rows = _read_history(directory / "metrics.jsonl", up_to=run.state.step)
+        evaluated = run.state.evaluated_step
+        run.history = [row for row in rows if row["kind"] != "validation" or row["step"] <= evaluated]
     if accelerator.is_main_process:
         _write_history(run)
         attach_log_file(directory / "logs" / "train.log")
@@ -221,7 +235,7 @@ def describe_processes(accelerator: Accelerator) -> str:
 
 def _prepare_directory(run: Run) -> None:
     directory, args = run.directory, run.args
-    if directory.exists() and args.overwrite and not run.resumed:
+    if directory.exists() and args.overwrite and not args.resume:
         shutil.rmtree(directory)
     for name in ("checkpoints", "logs", "plots"):
         (directory / name).mkdir(parents=True, exist_ok=True)
@@ -258,8 +272,6 @@ class _LineFormatter(logging.Formatter):
         line = super().format(record)
         if not self.colour:
             return line
-        import re
-
         stamp, level, message = line.split(" | ", 2)
         code = COLOURS.get(record.levelname)
         message = f"\033[{code}m{message}\033[0m" if code else message
@@ -451,7 +463,7 @@ def _start_trackers(run: Run) -> None:
             if tracker.name != "tensorboard" and not run.resumed:  # TensorBoard shows the settings as text instead
                 tracker.store_init_configuration(flat(args))
         except Exception as error:  # a tracker's own errors have no common base class
-            raise UserError(f"--report_to {tracker.name}: {str(error).strip().splitlines()[0]}") from error
+            raise UserError(f"--report_to {tracker.name}: {first_line(error)}") from error
     for tracker in run.trackers:
         if tracker.name == "tensorboard" and not run.resumed:
             tracker.writer.add_text("config", "```yaml\n" + to_yaml(args) + "```", 0)

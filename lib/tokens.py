@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lib.errors import UserError
+
 if TYPE_CHECKING:
     from lib.tables import TextTable
 
@@ -95,7 +97,10 @@ def _write(folder: Path, table: TextTable, tokenizer: Any, max_length: int) -> N
 
     draft = folder.with_name(f"{folder.name}.{os.getpid()}.draft")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--cache_dir {folder.parent.parent}: {error.strerror}; name a folder to write to") from None
     lengths: list[np.ndarray] = []
     has_types = False
     with open(draft / "ids.bin", "wb") as ids_file, open(draft / "types.bin", "wb") as types_file:
@@ -121,8 +126,10 @@ def _write(folder: Path, table: TextTable, tokenizer: Any, max_length: int) -> N
     np.save(draft / "offsets.npy", offsets, allow_pickle=False)
     try:
         draft.rename(folder)
-    except OSError:  # another process was first
+    except OSError:
         shutil.rmtree(draft)
+        if not folder.is_dir():  # otherwise another process was first
+            raise
 
 
 def _chunks(table: TextTable) -> Iterator[tuple[list[str], list[str] | None]]:

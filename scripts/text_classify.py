@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lib.config import parse_args
-from lib.errors import UserError, errors_in_one_line
+from lib.errors import UserError, errors_in_one_line, first_line
 from lib.optim import OptimizerName, SchedulerName
 
 
@@ -59,7 +59,7 @@ class Args:
     dropout_prob: float = 0.5  # cnn: dropout before the head
     # -- training --
     epochs: int = 3  # passes over the training rows
-    max_steps: int | None = None  # stop after this many optimizer steps, whatever epochs says
+    max_steps: int | None = None  # stop after this many optimizer steps, even if epochs are left
     batch_size: int = 32  # rows per process and micro-batch
     eval_batch_size: int = 64  # rows per process in evaluation
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
@@ -226,10 +226,12 @@ def build_transformer(args: Args, data: Data, labels: dict[str, Any], on_cpu: bo
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name {args.model_name} cannot be opened: {first_line(error)}") from None
     override_config(config, args, has_weights=not args.from_scratch)
+    if data.tokenizer.pad_token_id is None:
+        raise UserError(f"the tokenizer of {args.model_name} has no padding token: set one and save it to a folder")
+    config.pad_token_id = data.tokenizer.pad_token_id
     attention = attention_for_cpu(config, on_cpu)
     if args.from_scratch:
         config.vocab_size = max(len(data.tokenizer), 1)
-        config.pad_token_id = data.tokenizer.pad_token_id
         try:
             model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **attention)
         except ValueError as error:
@@ -266,11 +268,9 @@ def build_cnn(args: Args, data: Data, labels: dict[str, Any]) -> Any:
 def head_names(model: Any) -> list[str]:
     """The top-level modules that are not the pretrained body: the classification head."""
     body = getattr(model, "base_model_prefix", "")
+    if not body:  # the cnn
+        return ["classifier"]
     return [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
 
 
 # ------------------------------------------------------------------------------------------------ loss and evaluation
@@ -341,6 +341,16 @@ def check_args(args: Args) -> None:
     ):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 1")
+    ranges = {
+        "lr": (0, float("inf")), "adam_beta1": (0, 0.999999), "adam_beta2": (0, 0.999999), "momentum": (0, 0.999999),
+        "max_length": (3, 2**20), "num_workers": (0, 1024), "scheduler_factor": (0, 0.999999), "weight_decay": (0, 1e6),
+        "eval_every": (0, 2**40), "save_every": (0, 2**40), "warmup_steps": (0, 2**40),
+    }  # fmt: skip
+    for name, (low, high) in ranges.items():
+        if not low <= getattr(args, name) <= high:
+            raise UserError(f"--{name} {getattr(args, name)}: between {low} and {high}")
+    if args.max_steps is not None and args.max_steps < 1:
+        raise UserError(f"--max_steps {args.max_steps}: at least 1")
     if args.grad_clip is not None and args.grad_clip <= 0:
         raise UserError(f"--grad_clip {args.grad_clip}: above 0, or None for no clipping")
 
@@ -389,11 +399,12 @@ def main() -> None:
     from lib.hub import push_folder, write_model_card
     from lib.metrics import classification_metrics
     from lib.optim import make_optimizer, make_scheduler
-    from lib.results import worst_mistakes, write_classification_results, write_summary
+    from lib.results import METRICS, worst_mistakes, write_classification_results, write_summary
     from lib.run import (
         after_step,
         choose_sharded_layers,
         count_parameters,
+        evaluations,
         finish_run,
         is_due,
         is_improvement,
@@ -449,10 +460,13 @@ def main() -> None:
 
     def write_beside_weights(folder: Path) -> None:
         data.tokenizer.save_pretrained(folder)
+        usage = USAGE.format(folder=run.directory / "best")
+        if args.architecture == "cnn":
+            usage = "import lib.models.text_cnn  # makes transformers know this model\n" + usage.lstrip()
         base = args.model_name if args.architecture == "transformer" and not args.from_scratch else None
-        write_model_card(folder, run, "text-classification", base, metrics, USAGE.format(folder=run.directory / "best"))
+        write_model_card(folder, run, "text-classification", base, metrics, usage)
 
-    metrics: dict[str, float] = {}
+    metrics = {name: row[name] for row in evaluations(run)[-1:] for name in METRICS}
 
     def validate() -> bool:
         """Scores the validation rows, keeps the weights if they are the best so far; False when asked to stop."""
@@ -461,8 +475,10 @@ def main() -> None:
             return False
         metrics.update(classification_metrics(scored["labels"], scored["logits"], scored["losses"]))
         value = metrics[args.best_metric]
-        best = is_improvement(value, state.best_value, args.early_stop_min_delta, higher_is_better)
-        state.bad_evaluations = 0 if best else state.bad_evaluations + 1
+        best = is_improvement(value, state.best_value, 0.0, higher_is_better)
+        state.bad_evaluations += 1
+        if is_improvement(value, state.patience_value, args.early_stop_min_delta, higher_is_better):
+            state.patience_value, state.bad_evaluations = value, 0
         state.evaluated_step = state.step
         train_loss = state.loss_sum / max(1, state.loss_count)
         state.loss_sum, state.loss_count = 0.0, 0
@@ -488,6 +504,7 @@ def main() -> None:
     if evaluation_due and not validate():
         leave_after_stop(run, save(run, model, optimizer, schedule, args.keep_checkpoints))
 
+    checkpoint = None
     bar = progress_bar(total_steps, state.step, " steps", "training")
     while state.step < total_steps and not out_of_patience(state, args.early_stop):
         log.info("Epoch %d/%d", state.epoch + 1, args.epochs)
@@ -539,7 +556,8 @@ def main() -> None:
     bar.close()
     if out_of_patience(state, args.early_stop):
         log.info("Stopped early: no better %s in %d evaluations", args.best_metric, args.early_stop)
-        save(run, model, optimizer, schedule, args.keep_checkpoints)
+        if checkpoint is None or checkpoint.name != f"step_{state.step:06d}":
+            save(run, model, optimizer, schedule, args.keep_checkpoints)
 
     save_model_folder(accelerator, model, run.directory / "last", write_beside_weights)
     load_trained_weights(accelerator, model, run.directory / "best")

@@ -72,6 +72,10 @@ def test_a_label_that_training_never_saw(train_here, rows_of, tmp_path: Path) ->
         (["--amp", "fp16"], ["fp16", "bf16"]),
         (["--report_to", "comet"], ["comet", "tensorboard"]),
         (["--batch_size", "0"], ["--batch_size 0"]),
+        (["--adam_beta1", "1.7"], ["--adam_beta1 1.7"]),
+        (["--max_length", "-3"], ["--max_length -3"]),
+        (["--max_steps", "0"], ["--max_steps 0"]),
+        (["--cache_dir", "/dev/null/x"], ["--cache_dir", "/dev/null/x"]),
         (["--grad_clip", "-1"], ["--grad_clip"]),
         (["--push_to_hub"], ["--hub_repo_id"]),
         (["--resume", "nowhere"], ["nowhere", "no run"]),
@@ -110,7 +114,7 @@ def test_resume_of_a_run_without_any_sound_checkpoint(train_here, tmp_path: Path
 
 def test_resume_with_another_model_or_optimizer(train_here) -> None:
     run = train_here("--max_steps", "2", name="run")
-    with pytest.raises(UserError, match="another optimizer"):
+    with pytest.raises(UserError, match="another optimizer or schedule"):
         train_here("--resume", str(run), "--optimizer", "sgd", name="run")
     with pytest.raises(UserError, match="another model"):
         train_here("--resume", str(run), "--strategy", "lora", name="run")

@@ -58,6 +58,7 @@ def test_default_then_yaml_then_command_line(tmp_path: Path) -> None:
         (["--fp16", "false"], "amp", "no"),
         (["--no_mixed_precision"], "amp", "no"),
         (["--mixed_precision", "bf16"], "amp", "bf16"),
+        (["--fp16", "true", "--bf16", "false"], "amp", "fp16"),
         (["--no-shuffle"], "shuffle", False),
         (["--shuffle", "false"], "shuffle", False),
         (["--shuffle=true"], "shuffle", True),

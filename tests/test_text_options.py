@@ -175,7 +175,6 @@ def test_early_stopping_counts_evaluations_without_improvement(train_here) -> No
     run = train_here("--epochs", "9", "--lr", "1e-9", "--early_stop", "2", "--best_metric", "loss",
                      "--early_stop_min_delta", "0.5", name="stop")  # fmt: skip
     assert len(history(run, "validation")) == 3  # the first is the best, two bring nothing
-    assert results(run)["best_step"] == 7
     longer = train_here("--epochs", "4", "--lr", "1e-9", "--best_metric", "loss", name="longer")
     assert len(history(longer, "validation")) == 4
 
@@ -253,6 +252,19 @@ def test_head_only_leaves_the_body_as_it_was(train_here, tiny_bert: Path) -> Non
     before, after = load_file(tiny_bert / "model.safetensors"), load_file(run / "best" / "model.safetensors")
     assert all(torch.equal(before[name], after[f"bert.{name}"]) for name in before)
     assert results(run)["trainable_parameters"] == 99
+
+
+def test_head_only_of_the_cnn_is_its_classifier(train_here) -> None:
+    run = train_here(*CNN, "--strategy", "head", name="head")
+    assert results(run)["trainable_parameters"] == 3 * 8 * 3 + 3  # 3 sizes of 8 filters, 3 labels
+
+
+def test_a_small_gain_is_kept_though_it_does_not_count_for_patience(train_here) -> None:
+    flags = ("--best_metric", "loss", "--early_stop_min_delta", "9", "--epochs", "4", "--early_stop", "3")
+    run = train_here(*flags, "--lr", "1e-4", name="gain")
+    rows = history(run, "validation")
+    assert len(rows) == 4  # the first, and three that gain less than 9
+    assert results(run)["best_step"] == min(rows, key=lambda row: row["loss"])["step"] > 7
 
 
 def test_compiled_runs_save_under_plain_names(train_here) -> None:
