@@ -155,7 +155,7 @@ def launcher_command() -> tuple[str, ...]:
     with contextlib.suppress(OSError):
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
         for position, word in enumerate(parent):
-            if Path(word).name in ("accelerate", "accelerate-launch", "torchrun"):
+            if Path(word).name in ("accelerate", "accelerate-launch", "torchrun", "torch.distributed.run"):
                 return (Path(word).name, *parent[position + 1 :])
     return ()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +141,7 @@ def environment() -> dict[str, str]:
 
 
 def launch(
-    script: Path, *args: str, cwd: Path, processes: int = 1, fsdp: bool = False, check: bool = True, timeout: int = 240
+    script: Path, *args: str, cwd: Path, processes: int = 1, fsdp: bool = False, check: bool = True, timeout: int = 400
 ) -> Finished:
     """Runs ``script`` to its end in ``cwd``."""
     done = subprocess.run(
@@ -162,18 +162,19 @@ def start(script: Path, *args: str, cwd: Path, processes: int = 1, fsdp: bool = 
 
 
 def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> None:
-    """Sends a signal to all ranks and waits until none is left."""
+    """Sends a signal to the launcher and every rank (which have sessions of their own) and waits for their end."""
+    import psutil
+
     try:
-        os.killpg(process.pid, number)
-    except ProcessLookupError:
+        parent = psutil.Process(process.pid)
+        family = [*parent.children(recursive=True), parent]
+    except psutil.NoSuchProcess:
         return
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(number)
     process.wait(timeout=60)
-    while True:  # ranks are not our children: wait until the group is empty
-        try:
-            os.killpg(process.pid, 0)
-            time.sleep(0.02)
-        except ProcessLookupError:
-            return
+    psutil.wait_procs(family, timeout=60)
 
 
 def history(run: Path, kind: str) -> list[dict]:

@@ -135,7 +135,7 @@ def workshop(tmp_path: Path, text_set: Path, tiny_bert: Path) -> tuple[Path, dic
     return tmp_path, {**environment, "ACCELERANDO_CACHE": str(tmp_path / "cache")}
 
 
-def run(command: str, cwd: Path, environment: dict[str, str], timeout: int = 120) -> subprocess.CompletedProcess:
+def run(command: str, cwd: Path, environment: dict[str, str], timeout: int = 400) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["bash", "-c", command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout,
         stdin=subprocess.DEVNULL,
