@@ -73,7 +73,7 @@ def kill_and_resume(folder: Path, args: list[str], processes: int, kills: int, s
         kill(process)
     launch(TEXT, *args, "--resume", cwd=folder, processes=processes)
     resumed = (folder / "stdout.txt").read_text().count("Resumed from")
-    assert resumed >= 1, f"none of {kills} starts found a checkpoint"
+    assert resumed >= (kills - 1) // 2, f"only {resumed} of {kills} starts found a checkpoint"
     return run
 
 
