@@ -7,12 +7,18 @@ is a number of samples, so a run can be resumed on another number of processes.
 
 from __future__ import annotations
 
+import functools
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from lib.checkpoint import signal_when_parent_dies
+from lib.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -95,9 +101,11 @@ class Window:
 class TrainBatches:
     """Windows of micro-batches over a map-style ``dataset``, in the order of :func:`epoch_order`.
 
-    ``batch_size`` is per process and micro-batch. ``lengths`` turns on length buckets. Any number of ``num_workers``
-    gives the same batches. ``seconds_waited`` adds up the time
-    spent waiting for data.
+    ``batch_size`` is per process and micro-batch; ``effective_batch_size`` fixes the samples of an optimizer step over
+    all processes instead of ``gradient_accumulation_steps``. ``lengths`` turns on length buckets; a data set with an
+    ``epoch_order(seed, epoch)`` of its own is read in that order, and one with ``at(row, epoch)`` is told the epoch.
+    Any number of ``num_workers`` gives the same batches. ``seconds_waited`` adds up the time spent waiting for data.
+    A sample with ``valid`` 0 (it could not be read) gets the weight 0 and its row into ``unreadable``.
     """
 
     dataset: Sequence[Any]
@@ -110,14 +118,16 @@ class TrainBatches:
     num_processes: int = 1
     process_index: int = 0
     device: torch.device | str = "cpu"
+    effective_batch_size: int | None = None
     seconds_waited: float = 0.0
+    unreadable: set[int] = field(default_factory=set, repr=False)
     _loader: Any = field(default=None, repr=False)
-    _plan: list[np.ndarray] = field(default_factory=list, repr=False)
+    _plan: Plan = field(default_factory=lambda: Plan(), repr=False)
 
     @property
     def window_size(self) -> int:
         """Samples of one optimizer step over all processes: the global batch."""
-        return self.batch_size * self.num_processes * self.gradient_accumulation_steps
+        return self.effective_batch_size or self.batch_size * self.num_processes * self.gradient_accumulation_steps
 
     def take_seconds_waited(self) -> float:
         """Seconds spent waiting for data since the last call."""
@@ -130,13 +140,19 @@ class TrainBatches:
 
     def windows(self, epoch: int, position: int = 0) -> Iterator[Window]:
         """The windows of ``epoch`` from ``position`` (samples of it already used) on."""
-        order = epoch_order(len(self.dataset), self.seed, epoch, self.lengths)
+        if hasattr(self.dataset, "epoch_order"):
+            order = self.dataset.epoch_order(self.seed, epoch)
+        else:
+            order = epoch_order(len(self.dataset), self.seed, epoch, self.lengths)
         starts = range(position, len(order), self.window_size)
         shares = [
             deal(order[start : start + self.window_size], self.batch_size, self.num_processes, self.process_index)
             for start in starts
         ]
-        self._plan[:] = [rows for share in shares for rows in share.micro_batches]
+        self._plan.epoch = epoch
+        self._plan.batches = [rows for share in shares for rows in share.micro_batches]
+        if hasattr(self.dataset, "prefetch"):
+            self.dataset.prefetch(order[position:])
         batches = iter(self._make_loader())
         for start, share in zip(starts, shares, strict=True):
             end = min(start + self.window_size, len(order))
@@ -150,13 +166,20 @@ class TrainBatches:
 
     def _make_loader(self) -> Any:
         if self._loader is None:
-            self._loader = make_loader(self.dataset, self.collate, self._plan, self.num_workers, self.device)
+            window = self.window_size // (self.batch_size * self.num_processes)  # micro-batches that are wanted at once
+            self._loader = make_loader(
+                self.dataset, self.collate, self._plan, self.num_workers, self.device, ahead=min(window, 16)
+            )
         return self._loader
 
     def _next(self, batches: Iterator[dict[str, torch.Tensor]], counts: bool) -> dict[str, torch.Tensor]:
         started = time.perf_counter()
-        batch = to_device(next(batches), self.device)
-        batch["weight"] = batch["index"].new_full(batch["index"].shape, float(counts), dtype=_float32())
+        batch = _next_of(batches)
+        batch["weight"] = _weights(batch, counts)
+        if "valid" in batch:
+            batch["weight"] *= batch["valid"]
+            self.unreadable.update(batch["index"][batch["valid"] == 0].tolist())
+        batch = to_device(batch, self.device)
         self.seconds_waited += time.perf_counter() - started
         return batch
 
@@ -174,7 +197,8 @@ def evaluation_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This process's batches of an evaluation in which every sample is used once over all processes.
 
-    All processes get the same number of batches; what only fills up has ``weight`` 0. With ``lengths`` [n] samples are
+    All processes get the same number of batches; what only fills up has ``weight`` 0 (what could not be read keeps 1:
+    see its ``valid``). With ``lengths`` [n] samples are
     sorted by length, which changes the padding and nothing else. Put the results together with
     :func:`gather_rows`.
     """
@@ -183,12 +207,12 @@ def evaluation_batches(
         deal(rows[start : start + batch_size * num_processes], batch_size, num_processes, process_index)
         for start in range(0, len(rows), batch_size * num_processes)
     ]
-    plan = [share.micro_batches[0] for share in shares]
+    plan = Plan([share.micro_batches[0] for share in shares])
     loader = make_loader(dataset, collate, plan, num_workers, device)
-    for share, batch in zip(shares, loader, strict=True):
-        batch = to_device(batch, device)
-        batch["weight"] = batch["index"].new_full(batch["index"].shape, float(share.counts[0]), dtype=_float32())
-        yield batch
+    batches = iter(loader)
+    for share in shares:
+        batch = _next_of(batches)
+        yield to_device({**batch, "weight": _weights(batch, share.counts[0])}, device)
 
 
 def gather_rows(accelerator: Any, num_samples: int, columns: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
@@ -216,17 +240,26 @@ def gather_rows(accelerator: Any, num_samples: int, columns: dict[str, torch.Ten
     return {name: values[keep][order] for name, values in gathered.items()}
 
 
+@dataclass
+class Plan:
+    """The batches of row numbers that a loader reads, and the epoch they are of."""
+
+    batches: list[np.ndarray] = field(default_factory=list)
+    epoch: int = 0
+
+
 class _PlannedBatches:
     """A batch sampler that reads the plan of the epoch each time it is iterated, so that workers can stay alive."""
 
-    def __init__(self, plan: list[np.ndarray]) -> None:
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
-    def __iter__(self) -> Iterator[list[int]]:
-        return (rows.tolist() for rows in self.plan)
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.plan.epoch
+        return ([(row, epoch) for row in rows.tolist()] for rows in self.plan.batches)
 
     def __len__(self) -> int:
-        return len(self.plan)
+        return len(self.plan.batches)
 
 
 class _Indexed:
@@ -238,8 +271,9 @@ class _Indexed:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, row: int) -> tuple[int, Any]:
-        return row, self.dataset[row]
+    def __getitem__(self, place: tuple[int, int]) -> tuple[int, Any]:
+        row, epoch = place
+        return row, self.dataset.at(row, epoch) if hasattr(self.dataset, "at") else self.dataset[row]
 
 
 class _CollateIndexed:
@@ -257,11 +291,15 @@ class _CollateIndexed:
 def make_loader(
     dataset: Sequence[Any],
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
-    plan: list[np.ndarray],
+    plan: Plan,
     num_workers: int,
     device: torch.device | str,
+    ahead: int = 0,
 ) -> torch.utils.data.DataLoader:
-    """A DataLoader over the batches of row numbers in ``plan``; it never draws from the global random state."""
+    """A DataLoader over the batches of row numbers in ``plan``; it never draws from the global random state.
+
+    Its workers prepare at least two batches each, and ``ahead`` together.
+    """
     import torch
 
     return torch.utils.data.DataLoader(
@@ -270,10 +308,24 @@ def make_loader(
         collate_fn=_CollateIndexed(collate),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        prefetch_factor=max(2, -(-ahead // num_workers)) if num_workers else None,
         pin_memory=torch.device(device).type == "cuda",
         # Without a generator of its own, each new iterator would advance the one that dropout uses.
         generator=torch.Generator().manual_seed(0),
+        worker_init_fn=functools.partial(_start_worker, os.getpid()),
     )
+
+
+def _start_worker(parent: int, _: int) -> None:
+    # The threads of the tokenizers' pool do not survive the fork; waiting for them would never end.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # The stop signal is the training process's own affair; a worker ends with it, also where it is killed.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal_when_parent_dies(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
@@ -281,7 +333,14 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device | str) -> dic
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
-def _float32() -> torch.dtype:
+def _next_of(batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    try:
+        return next(batches)
+    except UserError as error:  # one from a worker carries the worker's traceback in its message
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("lib.errors.UserError: ")) from None
+
+
+def _weights(batch: dict[str, torch.Tensor], counts: bool) -> torch.Tensor:
     import torch
 
-    return torch.float32
+    return torch.full(batch["index"].shape, float(counts), dtype=torch.float32)

@@ -2,8 +2,10 @@
 
 A checkpoint is a folder ``checkpoints/step_000500`` with ``model.safetensors`` and ``optimizer.safetensors`` (whole,
 unsharded tensors under the model's own names, so that they load on any number of processes), ``state.json`` (position,
-schedule, scaler, counters), ``rng.json`` (the random states of every process) and ``manifest.json`` (size and SHA-256
-of each). Nothing in it is pickled. It is written beside its place and renamed when it is on the disk.
+schedule, scaler, counters), ``rng.json`` (the random states of every process), ``metrics.jsonl`` (what was recorded),
+``best/`` (the best model of that moment; its weights are hard links, which cost no space until a better one is found)
+and ``manifest.json`` (size and SHA-256 of each file). Nothing in it is pickled. It is written beside its place and
+renamed when it is on the disk.
 """
 
 from __future__ import annotations
@@ -17,11 +19,12 @@ import random
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lib.config import launcher_command
+from lib.ema import Ema, averaged
 from lib.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -45,17 +48,23 @@ def save_checkpoint(
     schedule: Schedule,
     state: dict[str, Any],
     keep: int,
+    best: Path | None = None,
+    ema: Ema | None = None,
+    history: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Saves everything exact resume needs as ``folder/step_NNNNNN`` and removes all but the ``keep`` newest.
 
-    To be called on every process. ``state`` holds the run's own counters, as JSON can.
+    To be called on every process. ``state`` holds the run's own counters, as JSON can; ``best`` is the folder of the
+    best model so far, ``history`` what was recorded.
 
     Raises:
         UserError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
     tensors, optimizer_rest = _split_tensors(_optimizer_state(accelerator, model, optimizer))
     weights = model_state(accelerator, model)
-    rng = _gather_objects(accelerator, _rng_state(accelerator))
+    with averaged(ema):
+        average = {} if ema is None else {name: t.clone() for name, t in model_state(accelerator, model).items()}
+    rng = gather_objects(accelerator, _rng_state(accelerator))
     scaler = getattr(accelerator, "scaler", None)
     content = {
         "format": 1,
@@ -73,8 +82,13 @@ def save_checkpoint(
 
         save_file(_contiguous(weights), draft / "model.safetensors", metadata={"format": "pt"})
         save_file(_contiguous(tensors), draft / "optimizer.safetensors", metadata={"format": "pt"})
+        if average:
+            save_file(_contiguous(average), draft / "ema.safetensors", metadata={"format": "pt"})
         (draft / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         (draft / "rng.json").write_text(json.dumps(rng), encoding="utf-8")
+        (draft / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+        if best is not None and best.is_dir():
+            _copy_model(best, draft / "best")
         _write_manifest(draft)
 
     with _main_process_writes(accelerator, f"checkpoint {target}"):
@@ -89,11 +103,13 @@ def save_model_folder(
     model: torch.nn.Module,
     folder: Path,
     extra: Callable[[Path], None] | None = None,
+    saved_form: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda state: state,
 ) -> None:
     """Saves the model in Hugging Face layout, to be opened with ``from_pretrained``; to be called on every process.
 
     With LoRA ``folder`` holds the merged model and ``folder/adapter`` the adapter. ``extra`` writes what belongs
-    beside the weights (tokenizer, model card) into the folder it is given. Each file is replaced whole.
+    beside the weights (tokenizer, model card) into the folder it is given; ``saved_form`` turns the state dict of
+    training into the one that the model's class expects, where they differ. Each file is replaced whole.
     """
     from lib.lora import is_lora, merged_state_dict
 
@@ -101,13 +117,20 @@ def save_model_folder(
     plain = unwrapped(accelerator, model)
 
     def write(draft: Path) -> None:
+        from safetensors.torch import save_file
+
+        trained = merged_state_dict(plain, state) if is_lora(plain) else state
+        saved = saved_form(trained) if trained else trained
+        # What the model's class has no place for (a bias of the loss); load_trained_weights finds it here.
+        if left_over := {name: tensor for name, tensor in trained.items() if name not in saved}:
+            save_file(_contiguous(left_over), draft / "model_training_only.safetensors", metadata={"format": "pt"})
         if is_lora(plain):
-            plain.get_base_model().save_pretrained(draft, state_dict=_contiguous(merged_state_dict(plain, state)))
+            plain.get_base_model().save_pretrained(draft, state_dict=_contiguous(saved))
             plain.save_pretrained(draft / "adapter", state_dict=state, save_embedding_layers=False)
             with contextlib.suppress(FileNotFoundError):
                 (draft / "adapter" / "README.md").unlink()  # PEFT's template, all of it placeholders
         else:
-            plain.save_pretrained(draft, state_dict=_contiguous(state))
+            plain.save_pretrained(draft, state_dict=_contiguous(saved))
         if extra is not None:
             extra(draft)
 
@@ -145,10 +168,30 @@ def _publish(target: Path, write: Callable[[Path], None]) -> None:
             shutil.rmtree(old)
         else:
             draft.rename(target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+
+
+def _copy_model(source: Path, target: Path) -> None:
+    """A second name for the weights, which are only ever replaced whole, and a copy of what a person may edit."""
+
+    def link_or_copy(old: str, new: str) -> None:
+        if old.endswith(".safetensors"):
+            with contextlib.suppress(OSError):  # a file system without hard links
+                os.link(old, new)
+                return
+        shutil.copy2(old, new)
+
+    shutil.copytree(source, target, copy_function=link_or_copy)
+
+
+def restore_best(checkpoint: Path, best: Path) -> None:
+    """Puts the best model of the moment of ``checkpoint`` back: ``best`` may be of a later one, or half replaced."""
+    shutil.rmtree(best, ignore_errors=True)
+    if (checkpoint / "best").is_dir():
+        _copy_model(checkpoint / "best", best)
 
 
 def _fresh_draft(target: Path) -> Path:
@@ -163,10 +206,11 @@ def _sync_files(folder: Path) -> None:
         if path.is_file():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Brings a folder's list of names to the disk, after a rename in it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -176,9 +220,9 @@ def _sync_folder(folder: Path) -> None:
 
 def _write_manifest(folder: Path) -> None:
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
     }
     (folder / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
 
@@ -205,7 +249,7 @@ def _main_process_writes(accelerator: Accelerator, what: str) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         problem = getattr(error, "strerror", None) or first_line(error)
-    problem = next((text for text in _gather_objects(accelerator, problem) if text), None)
+    problem = next((text for text in gather_objects(accelerator, problem) if text), None)
     if problem:
         raise UserError(
             f"cannot write {what}: {problem}; what was saved before is intact: free space, then go on with --resume"
@@ -248,6 +292,10 @@ def find_checkpoint(accelerator: Accelerator, folder: Path, warn: Callable[[str]
     """
     choice: tuple[str | None, list[str]] = (None, [])
     if accelerator.is_main_process:
+        for old in folder.glob(".step_*.old"):  # killed while a step was saved a second time
+            place = folder / old.name.removeprefix(".").removesuffix(".old")
+            if not place.exists():
+                old.rename(place)
         candidates = [folder] if (folder / MANIFEST).is_file() else step_folders(folder)
         damaged = []
         good = None
@@ -258,7 +306,7 @@ def find_checkpoint(accelerator: Accelerator, folder: Path, warn: Callable[[str]
                 break
             damaged.append(f"{path}: {problem}")
         choice = (good, damaged)
-    good, damaged = _gather_objects(accelerator, choice)[0]
+    good, damaged = gather_objects(accelerator, choice)[0]
     if good is None and damaged:
         raise UserError(f"no complete checkpoint to resume from ({'; '.join(damaged)}): start again with --overwrite")
     for line in damaged:
@@ -283,6 +331,7 @@ def load_checkpoint(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
+    ema: Ema | None = None,
 ) -> dict[str, Any]:
     """Loads ``checkpoint`` into all of them, restores this process's random states and returns the saved ``state``.
 
@@ -292,6 +341,10 @@ def load_checkpoint(
     from safetensors.torch import load_file
 
     content = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    if ema is not None:
+        name = "ema" if (checkpoint / "ema.safetensors").is_file() else "model"  # switched on later: from here on
+        set_model_state(accelerator, model, load_file(checkpoint / f"{name}.safetensors"), source=str(checkpoint))
+        ema.take_from_weights()
     set_model_state(accelerator, model, load_file(checkpoint / "model.safetensors"), source=str(checkpoint))
     tensors = load_file(checkpoint / "optimizer.safetensors")
     _set_optimizer_state(accelerator, model, optimizer, _join_tensors(content["optimizer"], tensors), checkpoint)
@@ -363,19 +416,25 @@ def load_trained_weights(accelerator: Accelerator, model: torch.nn.Module, folde
     """Loads what :func:`save_model_folder` wrote back into the model it came from."""
     from safetensors.torch import load_file
 
-    from lib.lora import adapter_name, is_lora
+    from lib.lora import adapter_name, is_lora, plain_name
 
     plain = unwrapped(accelerator, model)
+    saved = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        saved.update(load_file(path))
+    own = plain.state_dict()
     if is_lora(plain):
         kept = load_file(folder / "adapter" / "adapter_model.safetensors")
-        names = {adapter_name(name): name for name in plain.state_dict()}
+        names = {adapter_name(name): name for name in own}
         state = {names[name]: tensor for name, tensor in kept.items()}
-        set_model_state(accelerator, model, state, source=str(folder), partly=True)
-        return
-    state = {}
-    for path in sorted(folder.glob("model*.safetensors")):
-        state.update(load_file(path))
-    # Tied weights are stored once; the model shares them anyway.
+        # What is trained beside the adapters (a logit scale) is in the merged weights alone.
+        for name, parameter in plain.named_parameters():
+            if parameter.requires_grad and name not in state and plain_name(name) in saved:
+                state[name] = saved[plain_name(name)]
+    else:
+        state = saved  # tied weights are stored once; the model shares them anyway
+    same_size = {name for name in state if name in own and own[name].numel() == state[name].numel()}
+    state = {name: t.reshape(own[name].shape) if name in same_size else t for name, t in state.items()}
     set_model_state(accelerator, model, state, source=str(folder), partly=True)
 
 
@@ -496,7 +555,7 @@ def _set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(as_bytes(state["cuda"]))
 
 
-def _gather_objects(accelerator: Accelerator, item: Any) -> list[Any]:
+def gather_objects(accelerator: Accelerator, item: Any) -> list[Any]:
     """``item`` of every process, in order, on every process."""
     if accelerator.num_processes == 1:
         return [item]
@@ -521,7 +580,7 @@ class StopSignal:
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, self._note)
             if launcher_command():
-                _ask_for_signal_when_parent_dies()
+                signal_when_parent_dies(signal.SIGTERM)
 
     def _note(self, number: int, _frame: Any) -> None:
         if self.received is not None and number == signal.SIGINT:
@@ -534,10 +593,11 @@ class StopSignal:
         return 128 + (self.received or signal.SIGTERM)
 
 
-def _ask_for_signal_when_parent_dies() -> None:
+def signal_when_parent_dies(number: int) -> None:
+    """Has Linux send this process a signal when its parent ends, however that happens."""
     import ctypes
     import sys
 
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+            ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -43,3 +43,35 @@ class TextCollate:
         if "label" in samples[0]:
             tensors["labels"] = torch.tensor([int(sample["label"]) for sample in samples], dtype=torch.int64)
         return tensors
+
+
+class PairCollate:
+    """Collate for image-caption pairs: a dict of tensors.
+
+    ``pixel_values`` uint8 [B, 3, S, S], ``input_ids`` and ``attention_mask`` int64 [B, T], ``image_id`` and ``text_id``
+    int64 [B], ``valid`` float32 [B]. T is the longest caption of the batch, at most ``max_length``, rounded up to
+    ``multiple_of``; with ``full_length`` it is ``max_length`` and there is no mask, as SigLIP was trained. A class
+    because worker processes need to pickle it.
+    """
+
+    def __init__(self, tokenizer: Any, max_length: int, multiple_of: int = 1, full_length: bool = False) -> None:
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.multiple_of, self.full_length = multiple_of, full_length
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        import torch
+
+        batch = {"valid": torch.tensor([sample["valid"] for sample in samples], dtype=torch.float32)}
+        for name in ("image_id", "text_id"):
+            batch[name] = torch.tensor([sample[name] for sample in samples], dtype=torch.int64)
+        if "pixel_values" in samples[0]:
+            batch["pixel_values"] = torch.stack([sample["pixel_values"] for sample in samples])
+        if "caption" in samples[0]:
+            tokens = self.tokenizer(
+                [sample["caption"] for sample in samples], truncation=True, max_length=self.max_length,
+                padding="max_length" if self.full_length else True, return_tensors="pt",
+                pad_to_multiple_of=self.multiple_of if self.multiple_of > 1 else None,
+            )  # fmt: skip
+            names = ("input_ids",) if self.full_length else ("input_ids", "attention_mask")
+            batch.update({name: tokens[name][:, : self.max_length] for name in names})
+        return batch

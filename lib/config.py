@@ -19,6 +19,7 @@ import difflib
 import functools
 import inspect
 import io
+import math
 import os
 import re
 import shlex
@@ -90,6 +91,11 @@ def parse_args(cls: type[T], aliases: dict[str, Alias] | None = None, argv: list
     argv = list(sys.argv[1:] if argv is None else argv)
     table = {**COMMON_ALIASES, **(aliases or {})}
     known = {field.name: field for field in dataclasses.fields(cls)}
+    # An alias may stand for another one: per_device_train_batch_size -> batch_size -> micro_batch_size.
+    table = {
+        name: table.get(target, target) if isinstance(target, str) and target not in known else target
+        for name, target in table.items()
+    }
     table = {name: target for name, target in table.items() if _target(target) in known}
     if any(token in ("-h", "--help") for token in argv):
         _print_help(cls, table)
@@ -134,6 +140,42 @@ def grouped(args: Any) -> dict[str, dict[str, Any]]:
 def flat(args: Any) -> dict[str, Any]:
     """``args`` as one level of plain values, for trackers."""
     return {name: value for group in grouped(args).values() for name, value in group.items()}
+
+
+# Settings of all scripts, with the least and the largest value; None is always fine.
+RANGES: dict[str, tuple[float, float]] = {
+    "adam_beta1": (0, 0.999999), "adam_beta2": (0, 0.999999), "batch_size": (1, 2**30), "early_stop": (1, 2**30),
+    "early_stop_min_delta": (0, math.inf), "epochs": (1, 2**30), "eval_batch_size": (1, 2**30),
+    "eval_every": (0, 2**40), "gradient_accumulation_steps": (1, 2**30), "grad_clip": (1e-12, math.inf),
+    "keep_checkpoints": (1, 2**30), "log_every": (1, 2**40), "lora_alpha": (1e-12, math.inf),
+    "lora_dropout": (0, 0.999999), "lora_r": (1, 2**20), "lr": (0, math.inf), "max_length": (3, 2**20),
+    "max_steps": (1, 2**40), "momentum": (0, 0.999999), "num_workers": (0, 1024), "save_every": (0, 2**40),
+    "scheduler_factor": (0, 0.999999), "warmup_steps": (0, 2**40), "weight_decay": (0, 1e6),
+}  # fmt: skip
+
+
+def check_ranges(args: Any, **others: tuple[float, float]) -> None:
+    """UserError for a number outside of ``RANGES``, or of ``others`` that this script alone has."""
+    for name, (low, high) in {**RANGES, **others}.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:
+            limit = f"at least {low:g}" if high > 2**19 else f"between {low:g} and {high:g}"
+            raise UserError(f"--{name} {value}: {limit}")
+
+
+def without_effect(args: Any, used: dict[str, bool]) -> list[str]:
+    """Settings that were changed and that nothing reads, because the part they belong to is not in use.
+
+    A line of help that begins with ``cnn:`` says whom the setting belongs to; ``used`` says, for each such word,
+    whether this run has it.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    return [
+        f"--{name} has no effect here ({text})"
+        for rows in sections(type(args)).values()
+        for name, text in rows
+        if not used.get(text.partition(":")[0], True) and getattr(args, name) != defaults[name]
+    ]
 
 
 def to_yaml(args: Any) -> str:
@@ -224,14 +266,22 @@ def _canonical_argv(argv: list[str], known: dict[str, dataclasses.Field], table:
                 value = argv[position]
                 position += 1
             result.append("--" + name if value.lower() in ("", "true", "yes", "1") else "--no_" + name)
+        elif name in known and known[name].type == "bool | None":
+            if not equals:
+                value = argv[position] if follows else "true"
+                position += follows
+            result += ["--" + name, value.capitalize()]
         elif name in known:
+            if equals and value.startswith("-"):
+                result.append(f"--{name}={value}")  # a text that looks like a flag stays a value
+                continue
             result.append("--" + name)
             if equals:
                 result.append(value)
             elif name == "resume" and not follows:
                 result.append("auto")
-        elif negated in known and _is_bool(known[negated]):
-            result.append("--no_" + negated)
+        elif negated in known and "bool" in str(known[negated].type):
+            result += ["--no_" + negated] if _is_bool(known[negated]) else ["--" + negated, "False"]
         else:
             raise UserError(f"unknown flag {flag}{_suggestion(name, known, table, '--')}")
     return result
@@ -305,12 +355,17 @@ def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str,
             raise UserError(f"{path}: unknown key {dotted!r}{_suggestion(name, known, table, '')}")
         if isinstance(value, dict):
             raise UserError(f"{path}: {dotted} takes a value, not a section")
+        if name == "resume" and isinstance(value, bool):
+            argv += ["--resume", "auto" if value else "None"]
+            continue
         if _is_bool(known[name]):
             if not isinstance(value, bool):
                 raise UserError(f"{path}: {dotted} is true or false, not {value!r}")
             argv.append("--" + name if value else "--no_" + name)
         elif isinstance(value, list):
             argv += ["--" + name, *map(str, value)]
+        elif str(value).startswith("-"):
+            argv.append(f"--{name}={value}")
         else:
             argv += ["--" + name, str(value)]
     return argv

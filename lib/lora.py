@@ -52,8 +52,11 @@ def attach_lora(
     dropout: float,
     targets: Iterable[str] = (),
     modules_to_save: Iterable[str] = (),
+    within: str | None = None,
 ) -> torch.nn.Module:
     """``model`` with adapters, everything frozen but these and ``modules_to_save`` (a new head, for instance).
+
+    ``within`` names the one part of the model (``vision_model``) that gets adapters.
 
     Raises:
         UserError: a target that names no linear layer of the model.
@@ -65,7 +68,7 @@ def attach_lora(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=targets,
+        target_modules=targets if within is None else rf"{within}\..*\.({'|'.join(targets)})",
         modules_to_save=list(modules_to_save) or None,
         bias="none",
     )

@@ -52,6 +52,80 @@ def report_text(matrix: np.ndarray, names: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def retrieval_metrics(
+    image: np.ndarray, text: np.ndarray, image_of: np.ndarray, text_of: np.ndarray, at: tuple[int, ...] = (1, 5, 10)
+) -> dict[str, float]:
+    """Recall@k both ways and the median rank, over a full gallery of pictures [I, d] and captions [T, d].
+
+    Pair n says that picture ``image_of[n]`` and caption ``text_of[n]`` belong together; each may be in several pairs.
+    A picture's rank is that of its best caption among all, a caption's that of its best picture. Equal scores count
+    against it. ``recall_mean`` is the mean of all recalls.
+    """
+    ranks = {
+        "image_to_text": right_ranks(image, text, image_of, text_of),
+        "text_to_image": right_ranks(text, image, text_of, image_of),
+    }
+    values = {f"{way}_r{k}": float((rank <= k).mean()) for way, rank in ranks.items() for k in at}
+    values["recall_mean"] = float(np.mean(list(values.values())))
+    return {**values, **{f"{way}_median_rank": float(np.median(rank)) for way, rank in ranks.items()}}
+
+
+def contrastive_metrics(
+    image: np.ndarray, text: np.ndarray, image_of: np.ndarray, text_of: np.ndarray, scale: float, bias: float | None,
+    loss: str, mask_duplicates: bool, batch_size: int,
+) -> dict[str, float]:  # fmt: skip
+    """``loss``: the mean contrastive loss of the pairs in batches of ``batch_size``.
+
+    A contrastive loss depends on the size of the batch and on what is in it, so both are fixed: a seeded order, whole
+    batches alone (or one of all, where there are fewer pairs).
+    """
+    import torch
+
+    from lib.losses import Pairs, contrastive_loss
+
+    order = np.random.default_rng(0).permutation(len(image_of))
+    size = min(batch_size, len(order))
+    total = 0.0
+    for start in range(0, len(order) - size + 1, size):
+        rows = order[start : start + size]
+        columns = (image[image_of[rows]], text[text_of[rows]], image_of[rows], text_of[rows], np.ones(size, np.float32))
+        pairs = Pairs(*map(torch.from_numpy, columns))
+        factor = torch.tensor(scale, dtype=pairs.image.dtype)
+        total += float(contrastive_loss(pairs, pairs, 0, factor, bias, loss, mask_duplicates))
+    return {"loss": total / (len(order) // size * size)}
+
+
+def zero_shot_metrics(
+    image: np.ndarray, prompts: np.ndarray, classes: np.ndarray, valid: np.ndarray
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy of pictures [I, d] against class embeddings [C, d]; ``classes`` [I], -1: not counted."""
+    counted = valid & (classes >= 0)
+    scores = image[counted] @ prompts.T
+    right = np.take_along_axis(scores, classes[counted, None], axis=1)
+    rank = (~(scores < right)).sum(axis=1)  # nan counts against it
+    values = {"zero_shot_accuracy": float((rank <= 1).mean())}
+    return values | ({"zero_shot_top5": float((rank <= 5).mean())} if len(prompts) > 5 else {})
+
+
+def right_ranks(queries: np.ndarray, gallery: np.ndarray, query_of: np.ndarray, item_of: np.ndarray) -> np.ndarray:
+    """For each query the rank of the best item that belongs to it, int64 [q], from 1; 1,024 queries at a time.
+
+    ``queries`` [q, d] and ``gallery`` [g, d] are compared by their product; pair n says that item ``item_of[n]`` is
+    right for query ``query_of[n]``.
+    """
+    order = np.argsort(query_of, kind="stable")
+    query_of, item_of = query_of[order], item_of[order]
+    ranks = np.zeros(len(queries), np.int64)
+    for start in range(0, len(queries), 1024):
+        scores = queries[start : start + 1024] @ gallery.T
+        first, last = np.searchsorted(query_of, [start, start + len(scores)])
+        right = np.zeros(scores.shape, bool)
+        right[query_of[first:last] - start, item_of[first:last]] = True
+        best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+        ranks[start : start + len(scores)] = 1 + (~(scores < best) & ~right).sum(axis=1)  # nan counts against it
+    return ranks
+
+
 def _metric_class() -> type:
     """Made on first use: importing ``evaluate`` takes seconds."""
     import datasets

@@ -92,6 +92,10 @@ def make_scheduler(
 
     total_steps = max(1, total_steps)
     steps = warmup_in_steps(warmup, total_steps)
+    if steps > total_steps // 2 > 2:
+        from lib.run import log
+
+        log.warning("Warm-up takes %d of %d steps: --warmup_steps 0.1 is a tenth of them", steps, total_steps)
     if name == "onecycle":
         rates = [group["lr"] for group in optimizer.param_groups]
         share = min(max(steps / total_steps, 1 / total_steps), 1.0) if steps else 0.3
@@ -147,6 +151,11 @@ class Schedule:
         if hasattr(self.inner, "lr_lambdas"):
             kept["lr_lambdas"] = [None] * len(self.inner.lr_lambdas)  # torch asks for them; None keeps this run's own
         self.inner.load_state_dict(kept)
+        if hasattr(self.inner, "lr_lambdas") and self.plateau is None:  # another --lr counts from the next step on
+            for group, base, factor in zip(
+                self.inner.optimizer.param_groups, self.inner.base_lrs, self.inner.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * factor(self.inner.last_epoch)
         if self.plateau is not None and "plateau" in state:
             own = ("factor", "patience", "mode", "min_lrs", "default_min_lr")
             self.plateau.load_state_dict({key: value for key, value in state["plateau"].items() if key not in own})

@@ -217,6 +217,30 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
     return _section(title, f'<ol class="mistakes">{"".join(items)}</ol>{_note(note)}')
 
 
+def retrieval(rows: Sequence[Mapping[str, Any]], title: str = "Examples") -> str:
+    """Captions and the pictures found for them, in strips one under the other; right ones are framed.
+
+    Each row is a dict with ``query`` and ``strips``: name -> [(picture as JPEG or PNG bytes, score, whether it is
+    right), ...], the best first.
+    """
+    if not rows:
+        return _section(title, _note("Nothing was searched for."))
+    parts = []
+    for row in rows:
+        strips = []
+        for name, found in row["strips"].items():
+            pictures = "".join(
+                f'<figure class="{"right" if right else "wrong"}">'
+                f'<img src="{_data_uri(picture)}" alt="{"right" if right else "wrong"}">'
+                f"<figcaption>{'✓ ' if right else ''}{score:.3f}</figcaption></figure>"
+                for picture, score, right in found
+            )
+            strips.append(f'<div class="strip"><span>{_text(name)}</span>{pictures}</div>')
+        parts.append(f'<article class="search"><h3>{_text(row["query"])}</h3>{"".join(strips)}</article>')
+    note = _note("The five best pictures of the whole gallery with their cosine; a frame marks what is right.")
+    return _section(title, note + "".join(parts))
+
+
 def command(cmd: str, title: str = "Reproduce this run") -> str:
     """The command in a block with a button that copies it."""
     button = '<button type="button" class="copy">Copy</button>'
@@ -516,6 +540,13 @@ svg text{font-size:12px;fill:var(--soft)}
 .tip{position:fixed;display:none;pointer-events:none;z-index:9;max-width:min(320px,90vw);padding:7px 10px;
 font-size:12.5px;line-height:1.45;background:var(--ink);color:var(--page);border-radius:7px;overflow-wrap:anywhere}
 .tip :first-child{opacity:.75}
+.search{margin:22px 0 0;break-inside:avoid}
+.strip{display:flex;align-items:flex-start;gap:8px;margin-top:8px}
+.strip>span{flex:0 0 62px;font-size:13px;color:var(--soft);padding-top:4px}
+.strip figure{margin:0;flex:0 1 112px;min-width:0;border:3px solid transparent;border-radius:9px;padding:2px}
+.strip .right{border-color:rgb(var(--hit))}
+.strip img{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:var(--tile);border-radius:5px}
+.strip figcaption{font-size:12px;color:var(--soft);text-align:center}
 .scroll{overflow-x:auto}
 .tall{max-height:560px;overflow-y:auto;border-bottom:1px solid var(--rule)}
 table{border-collapse:collapse;font-size:14px}

@@ -1,4 +1,4 @@
-"""What a classification run leaves for people: summary, results, reports, pictures and ``report.html``."""
+"""What a run leaves for people: summary, results, reports, pictures and ``report.html``."""
 
 from __future__ import annotations
 
@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 METRICS = (
     "loss", "accuracy", "f1_macro", "f1_weighted", "precision_macro", "precision_weighted", "recall_macro",
     "recall_weighted",
+)  # fmt: skip
+
+RETRIEVAL_METRICS = (
+    "loss", "image_to_text_r1", "image_to_text_r5", "image_to_text_r10", "text_to_image_r1", "text_to_image_r5",
+    "text_to_image_r10", "recall_mean", "image_to_text_median_rank", "text_to_image_median_rank", "zero_shot_accuracy",
+    "zero_shot_top5",
 )  # fmt: skip
 
 
@@ -46,11 +52,18 @@ def write_summary(run: Run, model_name: str, total_steps: int, columns: dict[str
 
 def metrics_table(columns: dict[str, dict[str, float]]) -> str:
     """Metrics as rows, one aligned column for each of ``columns``."""
-    width = max(len(name) for name in METRICS)
-    lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
-    for name in METRICS:
-        cells = "".join(f"{values[name]:>14.4f}" if name in values else " " * 14 for values in columns.values())
-        lines.append(f"{name:<{width}}{cells}")
+    known = dict.fromkeys((*METRICS, *RETRIEVAL_METRICS))
+    names = [name for name in known if any(name in values for values in columns.values())]
+    width = max(map(len, names), default=0)
+    cells = {title: max(10, 2 + len(title)) for title in columns}
+    lines = [" " * width + "".join(f"{title:>{cell}}" for title, cell in cells.items())]
+    for name in names:
+        form = ".1f" if name.endswith("median_rank") else ".4f"
+        numbers = (
+            f"{values[name]:>{cells[title]}{form}}" if name in values else " " * cells[title]
+            for title, values in columns.items()
+        )  # fmt: skip
+        lines.append(f"{name:<{width}}" + "".join(numbers))
     return "\n".join(lines)
 
 
@@ -83,25 +96,9 @@ def write_classification_results(
     for split, matrix in matrices.items():
         write_text(directory / "logs" / f"classification_report_{split}.txt", report_text(matrix, label_names))
     last = "test" if "test" in scores else "validation"
-    results = {
-        "run": directory.name,
-        "best_step": state.best_step,
-        **{split: {**values, "count": int(matrices[split].sum())} for split, values in metrics.items()},
-        "steps": state.step,
-        "epochs": round(state.epochs_done, 4),
-        "samples": state.samples,
-        "seconds": round(state.seconds, 3),
-        "samples_per_second": round(state.samples / max(state.seconds, 1e-9), 2),
-        "data_wait_share": round(state.wait_seconds / max(state.seconds, 1e-9), 4),
-        "peak_memory_mb": round(peak_memory_mb(run.accelerator), 1),
-        "num_processes": run.accelerator.num_processes,
-        **extra,
-        "label_names": label_names,
-        "confusion_matrix": matrices[last].tolist(),
-        "command": command_line(),
-        "config": grouped(run.args),
-    }
-    write_text(directory / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    scored = {split: {**values, "count": int(matrices[split].sum())} for split, values in metrics.items()}
+    details = {"label_names": label_names, "confusion_matrix": matrices[last].tolist()}
+    _write_results(run, scored, extra | details)
     write_summary(run, model_name, total_steps, metrics)
 
     history = [{"step": row["step"], **{f"{row['kind']}/{k}": v for k, v in row.items()}} for row in run.history]
@@ -167,11 +164,6 @@ def _write_report(
 
     state, values = run.state, per_class(matrices[last])
     rows = [(name, *(metrics[split].get(name) for split in metrics)) for name in METRICS]
-    changed = {
-        field.name
-        for field in dataclasses.fields(run.args)
-        if field.default is not dataclasses.MISSING and getattr(run.args, field.name) != field.default
-    }
     count = int(matrices[last].sum())
     blocks = [
         report.headline(
@@ -190,10 +182,218 @@ def _write_report(
         ),
         report.mistakes(worst, title=f"Worst mistakes, {last}"),
         report.command(command_line()),
-        report.settings(grouped(run.args), changed),
+        report.settings(grouped(run.args), _changed(run)),
     ]
-    evaluated = len(evaluations(run))
-    processes = run.accelerator.num_processes
-    counts = f"{state.step:,} steps, {evaluated} evaluations, {processes} process{'es' if processes > 1 else ''}"
-    subtitle = f"{run.directory.name}: {counts}"
-    report.write_report(path, title, subtitle, blocks)
+    report.write_report(path, title, _subtitle(run), blocks)
+
+
+# -------------------------------------------------------------------------------------------------------- retrieval
+
+EXAMPLES = 8  # queries that a report shows
+SHOWN = 5  # pictures for each
+
+
+def retrieval_examples(found: dict[str, Any], gallery: Any) -> list[dict[str, Any]]:
+    """The best pictures for a few captions: dicts with ``query`` (row of the caption) and ``results``.
+
+    ``found``: embeddings as the script's evaluation gives them; the captions are spread evenly over the readable ones,
+    so that they are the same before and after training. A result is (row of the picture, score, whether it is right).
+    """
+    pairs = np.flatnonzero(found["readable"])
+    if not len(pairs):
+        return []
+    chosen = pairs[np.unique(np.linspace(0, len(pairs) - 1, min(EXAMPLES, len(pairs))).astype(int))]
+    readable = np.flatnonzero(found["image_valid"])
+    examples = []
+    for pair in chosen:
+        caption = gallery.text_of[pair]
+        scores = found["image"][readable] @ found["text"][caption]
+        best = np.argsort(-scores, kind="stable")[:SHOWN]
+        right = set(gallery.image_of[gallery.text_of == caption].tolist())
+        results = [(int(gallery.image_rows[readable[n]]), float(scores[n]), int(readable[n]) in right) for n in best]
+        examples.append({"query": int(gallery.text_rows[caption]), "results": results})
+    return examples
+
+
+def keep_examples(run: Run, name: str, split: str, examples: list[dict[str, Any]]) -> None:
+    """Writes examples beside the plots, for the report that is made at the end, perhaps by a later process."""
+    if run.accelerator.is_main_process:
+        write_text(run.directory / "plots" / f"examples_{name}_{split}.json", json.dumps(examples) + "\n")
+
+
+def write_retrieval_results(
+    run: Run,
+    model_name: str,
+    title: str,
+    sources: dict[str, Any],
+    galleries: dict[str, Any],
+    scores: dict[str, dict[str, dict[str, float]]],
+    mixtures: list[dict[str, float]],
+    extra: dict[str, Any],
+    total_steps: int,
+) -> Path:
+    """Writes everything the run directory promises and returns the path of ``report.html``. Main process only.
+
+    ``scores[split]`` holds the metrics of the ``base`` model and, unless nothing was trained, of the ``tuned`` one;
+    ``mixtures``: WiSE-FT's rows, each with ``alpha`` (the share of new weights) and the validation metrics.
+    """
+    from lib import report
+    from lib.plots import plot_curves
+
+    directory, state = run.directory, run.state
+    columns = {
+        f"{kind} {split}": values
+        for split in scores
+        for kind, values in (("base", scores[split]["base"]), ("", scores[split].get("tuned")))
+        if values is not None
+    }
+    columns = {name.strip(): values for name, values in columns.items()}
+    counts = {
+        split: {
+            "pairs": len(sources[split]),
+            "images": len(galleries[split].image_rows),
+            "captions": len(galleries[split].text_rows),
+        }
+        for split in galleries
+    }
+    scored = {
+        split: {**scores[split].get("tuned", scores[split]["base"]), "count": counts[split]["pairs"]}
+        for split in scores
+    }
+    details = {"base": {split: scores[split]["base"] for split in scores}, "galleries": counts, "wise_ft": mixtures}
+    _write_results(run, scored, extra | details)
+    write_summary(run, model_name, total_steps, columns)
+    history = [{"step": row["step"], **{f"{row['kind']}/{k}": v for k, v in row.items()}} for row in run.history]
+    plot_curves(history, _retrieval_curves(), directory / "plots" / "curves.png")
+    for split in scores:
+        if split != "validation" and "tuned" in scores[split]:
+            for tracker in run.trackers:
+                values = {f"{split}/{name}": value for name, value in scores[split]["tuned"].items()}
+                tracker.log(values, step=state.step)
+
+    last = "test" if "test" in scores else "validation"
+    base, tuned = scores[last]["base"], scores[last].get("tuned")
+    shown = tuned or base
+    tiles = [
+        (
+            f"{last}, {label}",
+            f"{100 * shown[f'{way}_r1']:.1f} %",
+            f"base {100 * base[f'{way}_r1']:.1f} %, chance {100 / counts[last][items]:.2g} %",
+        )
+        for way, label, items in (
+            ("text_to_image", "text to image R@1", "images"),
+            ("image_to_text", "image to text R@1", "captions"),
+        )
+    ]
+    tiles.append(("gallery", f"{counts[last]['images']:,}", f"pictures, {counts[last]['captions']:,} captions"))
+    tiles.append(("speed", f"{state.samples / max(state.seconds, 1e-9):,.0f}", "samples/s in training"))
+    names = [name for name in RETRIEVAL_METRICS if name in shown]
+    rows = [(name, *(values.get(name) for values in columns.values())) for name in names]
+    blocks = [
+        report.headline(tiles),
+        report.table(["metric", *columns], rows, title="Metrics of the best weights, beside the base model"),
+    ]
+    if mixtures:
+        header = ["share of new weights", *(name for name in names if name in mixtures[0])]
+        mixed = [(row["alpha"], *(row[name] for name in header[1:])) for row in mixtures]
+        blocks.append(report.table(header, mixed, title="WiSE-FT: mixtures of old and new weights, validation"))
+    if state.step:
+        blocks.append(report.curves(history, _retrieval_curves()))
+    blocks.append(
+        report.retrieval(_example_rows(run, sources[last], last, tuned is not None), title=f"Examples, {last}")
+    )
+    blocks += [report.command(command_line()), report.settings(grouped(run.args), _changed(run))]
+    path = directory / "report.html"
+    report.write_report(path, title, _subtitle(run), blocks)
+    return path
+
+
+def _example_rows(run: Run, source: Any, split: str, trained: bool) -> list[dict[str, Any]]:
+    """Captions with the thumbnails of what was found before and after."""
+    kept: dict[str, list[dict[str, Any]]] = {}
+    for name in ("base", "tuned") if trained else ("base",):
+        path = run.directory / "plots" / f"examples_{name}_{split}.json"
+        kept[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    titles = {"base": "before" if trained else "base model", "tuned": "after"}
+    pictures: dict[int, bytes] = {}
+    rows: dict[int, dict[str, Any]] = {}
+    for name, examples in kept.items():
+        for example in examples:
+            caption = " ".join(source.read(example["query"])[1].decode("utf-8", "replace").split())
+            row = rows.setdefault(example["query"], {"query": caption, "strips": {}})
+            for picture, _, _ in example["results"]:
+                if picture not in pictures:
+                    pictures[picture] = _thumbnail(source.read(picture)[0])
+            row["strips"][titles[name]] = [
+                (pictures[picture], score, right) for picture, score, right in example["results"]
+            ]
+    return list(rows.values())
+
+
+def _thumbnail(file: bytes, side: int = 128) -> bytes:
+    import io
+
+    from PIL import Image
+
+    with Image.open(io.BytesIO(file)) as image:
+        image.draft("RGB", (side, side))
+        small = image.convert("RGB")
+        small.thumbnail((side, side))
+        buffer = io.BytesIO()
+        small.save(buffer, "JPEG", quality=80)
+        return buffer.getvalue()
+
+
+def _retrieval_curves() -> list[Any]:
+    from lib.plots import Curve
+
+    recalls = {
+        "validation/text_to_image_r1": "text to image, 1",
+        "validation/image_to_text_r1": "image to text, 1",
+        "validation/recall_mean": "mean of all",
+    }
+    return [
+        Curve("Loss", {"train/loss": "train", "validation/loss": "validation"}, best="min"),
+        Curve("Recall", recalls, best="max"),
+        Curve("Learning rate", {"train/lr": "rate"}),
+        Curve("Gradient norm", {"train/grad_norm": "norm before clipping"}, log_y=True),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- all of them
+
+
+def _write_results(run: Run, scored: dict[str, dict[str, Any]], details: dict[str, Any]) -> None:
+    state = run.state
+    results = {
+        "run": run.directory.name,
+        "best_step": state.best_step,
+        **scored,
+        "steps": state.step,
+        "epochs": round(state.epochs_done, 4),
+        "samples": state.samples,
+        "seconds": round(state.seconds, 3),
+        "samples_per_second": round(state.samples / max(state.seconds, 1e-9), 2),
+        "data_wait_share": round(state.wait_seconds / max(state.seconds, 1e-9), 4),
+        "peak_memory_mb": round(peak_memory_mb(run.accelerator), 1),
+        "num_processes": run.accelerator.num_processes,
+        **details,
+        "command": command_line(),
+        "config": grouped(run.args),
+    }
+    write_text(run.directory / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def _subtitle(run: Run) -> str:
+    processes, evaluated = run.accelerator.num_processes, len(evaluations(run))
+    counts = f"{run.state.step:,} steps, {evaluated} evaluations, {processes} process{'es' if processes > 1 else ''}"
+    return f"{run.directory.name}: {counts}"
+
+
+def _changed(run: Run) -> set[str]:
+    """Settings that are not at their default."""
+    return {
+        field.name
+        for field in dataclasses.fields(run.args)
+        if field.default is not dataclasses.MISSING and getattr(run.args, field.name) != field.default
+    }

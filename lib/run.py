@@ -26,6 +26,7 @@ from lib.checkpoint import (
     is_sharded,
     load_checkpoint,
     remove_later_checkpoints,
+    restore_best,
     save_checkpoint,
     step_folders,
 )
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from lib.batches import Window
+    from lib.ema import Ema
     from lib.optim import Schedule
 
 log = logging.getLogger("accelerando")
@@ -74,6 +76,10 @@ def make_accelerator(seed: int, amp: str | None) -> Accelerator:
         raise UserError(f"--amp {amp}: {error}") from None
     if is_sharded(accelerator) and not accelerator.is_fsdp2:
         raise UserError("FSDP version 1: the launch config needs fsdp_version: 2, see accelerate_configs/fsdp.yaml")
+    if is_sharded(accelerator):
+        # Autocast as under DDP. Accelerate's policy would also cast the outputs, the temperature and the gradients that
+        # are added up to half precision.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
     set_seed(seed)
     return accelerator
 
@@ -94,7 +100,13 @@ def choose_sharded_layers(accelerator: Accelerator, model: torch.nn.Module) -> N
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.transformer_cls_names_to_wrap is not None:
         return
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    try:
+        embedding = model.get_input_embeddings()
+    except AttributeError:
+        embedding = None
+    except NotImplementedError:  # two towers have no one embedding; Accelerate asks the same and fails
+        embedding = None
+        model.get_input_embeddings = lambda: None
     usable = {
         type(module).__name__
         for module in model.modules()
@@ -128,6 +140,7 @@ class TrainState:
     seconds: float = 0.0  # of training, over all restarts
     wait_seconds: float = 0.0  # of these, spent waiting for data
     epoch_size: int = 0  # samples of an epoch
+    micro_batch_size: int = 0  # as it was found; a run that goes on keeps it, since dropout masks depend on it
     trackers: dict[str, str] = field(default_factory=dict)  # ids under which trackers go on
 
     @property
@@ -138,7 +151,10 @@ class TrainState:
 
 @dataclass
 class Run:
-    """One run: its folder, its processes, the numbers it recorded. ``resumed`` is the checkpoint it goes on from."""
+    """One run: its folder, its processes, the numbers it recorded.
+
+    ``resumed`` is the checkpoint it goes on from; ``remote`` the URL under which checkpoints are kept too.
+    """
 
     directory: Path
     accelerator: Accelerator
@@ -146,6 +162,7 @@ class Run:
     state: TrainState
     history: list[dict[str, Any]] = field(default_factory=list)
     resumed: Path | None = None
+    remote: str | None = None
     trackers: list[Any] = field(default_factory=list)
     stop: StopSignal | None = None
     started: float = field(default_factory=time.perf_counter)
@@ -167,7 +184,12 @@ def choose_directory(args: Any, default_name: str) -> Path:
         for folder in (path, *path.parents[:2]):
             if (folder / "checkpoints").is_dir():
                 return folder
-        raise UserError(f"--resume {path}: no run there; give a folder with checkpoints/ in it, such as runs/<name>")
+        hint = (
+            "; --resume without a folder looks in the bucket" if getattr(args, "enable_s3_checkpoints", False) else ""
+        )
+        raise UserError(
+            f"--resume {path}: no run there; give a folder with checkpoints/ in it, such as runs/<name>{hint}"
+        )
     directory = Path(args.output_dir) / (args.run_name or default_name)
     if directory.is_file():
         raise UserError(f"{directory} is a file: choose another --output_dir or --run_name")
@@ -181,14 +203,18 @@ def choose_directory(args: Any, default_name: str) -> Path:
     return directory
 
 
-def start_run(accelerator: Accelerator, args: Any, default_name: str) -> Run:
+def start_run(accelerator: Accelerator, args: Any, default_name: str, remote: str | None = None) -> Run:
     """Makes the run directory (or opens it again), starts log and trackers; called when data and model are ready.
 
-    A run that is resumed gets its counters and its history from the checkpoint it will go on from.
+    A run that is resumed gets its counters and its history from the checkpoint it will go on from. ``remote`` is the
+    URL of a folder where each run keeps its checkpoints too, and finds them if they are newer than those here.
     """
     directory = choose_directory(args, default_name)
     accelerator.wait_for_everyone()  # every process has looked before the main one makes the folder
-    run = Run(directory, accelerator, args, TrainState())
+    run = Run(directory, accelerator, args, TrainState(), remote=remote and f"{remote}/{directory.name}")
+    if remote and accelerator.is_main_process:
+        _look_for_remote_checkpoint(run)
+    accelerator.wait_for_everyone()
     if args.resume:
         named = Path(args.resume) if re.fullmatch(r"step_\d+", Path(args.resume).name) else None
         run.resumed = find_checkpoint(accelerator, named or run.checkpoints, log.warning)
@@ -204,11 +230,14 @@ def start_run(accelerator: Accelerator, args: Any, default_name: str) -> Run:
     if run.resumed:
         if accelerator.is_main_process:
             remove_later_checkpoints(run.resumed, log.warning)
+            if run.remote:
+                from lib.remote import remove_remote_after
+
+                remove_remote_after(run.remote, int(run.resumed.name[5:]))
+            restore_best(run.resumed, directory / "best")
         content = json.loads((run.resumed / "state.json").read_text(encoding="utf-8"))
         run.state = TrainState(**content["state"])
-        rows = _read_history(directory / "metrics.jsonl", up_to=run.state.step)
-        evaluated = run.state.evaluated_step
-        run.history = [row for row in rows if row["kind"] != "validation" or row["step"] <= evaluated]
+        run.history = _read_history(run.resumed / "metrics.jsonl")
     if accelerator.is_main_process:
         _write_history(run)
         attach_log_file(directory / "logs" / "train.log")
@@ -219,6 +248,32 @@ def start_run(accelerator: Accelerator, args: Any, default_name: str) -> Run:
     _start_trackers(run)
     run.stop = StopSignal()
     return run
+
+
+def _look_for_remote_checkpoint(run: Run) -> None:
+    """Fetches the newest remote checkpoint of a run that is resumed, if it is newer than those here.
+
+    Raises:
+        UserError: there are some and the run is to start anew; the bucket is missing or cannot be reached.
+    """
+    from lib.remote import fetch_checkpoint, newest_remote_checkpoint, remove_remote_after
+
+    newest = newest_remote_checkpoint(run.remote)
+    if newest is None:
+        return
+    if run.args.resume:
+        here = [int(path.name[5:]) for path in step_folders(run.checkpoints)]
+        if int(newest[5:]) > max(here, default=-1):
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
+            path = fetch_checkpoint(run.remote, newest, run.checkpoints, log.warning)
+            log.info("Fetched %s from %s", path.name, run.remote)
+    elif run.args.overwrite:
+        remove_remote_after(run.remote, -1)
+    else:
+        raise UserError(
+            f"{run.remote} has checkpoints of a run of this name: --resume goes on with it, --overwrite starts it "
+            "again, --run_name names another"
+        )
 
 
 def describe_processes(accelerator: Accelerator) -> str:
@@ -343,6 +398,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    warnings.filterwarnings("ignore", message=".*implicitly creating a replicated DTensor.*")
     warnings.filterwarnings("ignore", message=".*Paged optimizers are not supported on CPU.*")
     for name in ("transformers", "datasets", "peft", "bitsandbytes", "torch.distributed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -376,7 +432,8 @@ def record(run: Run, kind: str, values: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
     if kind != "train":
         _write_csv(run)
-    numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+    group = f"{kind}_{values['split']}" if "split" in values else kind
+    numbers = {f"{group}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
     for tracker in run.trackers:
         tracker.log(numbers, step=run.state.step)
 
@@ -386,15 +443,8 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
     return [row for row in run.history if row["kind"] == "validation"]
 
 
-def _read_history(path: Path, up_to: int) -> list[dict[str, Any]]:
-    rows = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(ValueError):  # a line cut off by a kill
-                row = json.loads(line)
-                if row["step"] <= up_to and row["kind"] != "test":
-                    rows.append(row)
-    return rows
+def _read_history(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _write_history(run: Run) -> None:
@@ -472,29 +522,48 @@ def _start_trackers(run: Run) -> None:
 # ------------------------------------------------------------------------------------------------- saving and ending
 
 
-def save(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, keep: int) -> Path:
+def save(
+    run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, keep: int,
+    ema: Ema | None = None,
+) -> Path:  # fmt: skip
     """A checkpoint of this moment, on every process; see :func:`lib.checkpoint.save_checkpoint`."""
     state = dataclasses.asdict(run.state)
-    path = save_checkpoint(run.accelerator, run.checkpoints, run.state.step, model, optimizer, schedule, state, keep)
+    path = save_checkpoint(
+        run.accelerator, run.checkpoints, run.state.step, model, optimizer, schedule, state, keep,
+        run.directory / "best", ema, run.history,
+    )  # fmt: skip
     log.info("Saved %s", path, extra={"only_file": on_terminal()})
+    if run.remote and run.accelerator.is_main_process:
+        from lib.remote import prune_remote, upload_checkpoint
+
+        try:
+            upload_checkpoint(path, run.remote)
+            prune_remote(run.remote, keep)
+            log.info("Uploaded to %s/%s", run.remote, path.name, extra={"only_file": on_terminal()})
+        except UserError as error:
+            log.warning("Not uploaded: %s; %s is complete, and the next checkpoint will be tried", error, path)
     return path
 
 
-def restore(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+def restore(
+    run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, ema: Ema | None = None
+) -> None:
     """Goes on from the checkpoint that :func:`start_run` found, if there is one."""
     if run.resumed is None:
         return
-    load_checkpoint(run.accelerator, run.resumed, model, optimizer, schedule)
+    load_checkpoint(run.accelerator, run.resumed, model, optimizer, schedule, ema)
     log.info(
         "Resumed from %s: step %d, epoch %d, %d samples into it",
         run.resumed, run.state.step, run.state.epoch + 1, run.state.position,
     )  # fmt: skip
 
 
-def leave_after_stop(run: Run, checkpoint: Path) -> None:
+def leave_after_stop(run: Run, checkpoint: Path | None) -> None:
     """Ends the run after a stop signal; never returns."""
     for tracker in run.trackers:
         tracker.finish()
+    if checkpoint is None:
+        raise Stopped("stopped by a signal", run.stop.exit_code)
     log.warning("Stopped by a signal: %s is complete; the same command with --resume goes on", checkpoint)
     raise Stopped("", run.stop.exit_code)
 

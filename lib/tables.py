@@ -72,13 +72,13 @@ def read_text_table(
     suffix = path.suffix.lower()
     if suffix in SUFFIXES:
         if not path.is_file():
-            raise UserError(f"{source}: {'is a folder' if path.is_dir() else 'no such file'}{_similar(path)}")
+            raise UserError(f"{source}: {'is a folder' if path.is_dir() else 'no such file'}{similar_file(path)}")
         if path.stat().st_size == 0:
             raise UserError(f"{source}: the file is empty")
     if suffix == ".parquet":
-        table = _select(_read_parquet(path), columns, source)
+        table = _select(read_parquet(path), columns, source)
     elif suffix in SUFFIXES:
-        records = _csv_records(path, columns) if suffix in (".csv", ".tsv") else _json_records(path)
+        records = csv_records(path, columns) if suffix in (".csv", ".tsv") else json_records(path)
         table = _pack(records, columns, label_column if require_labels else None, source)
         if suffix in (".csv", ".tsv") and require_labels:
             table = _numbers_from_text(table, label_column)
@@ -138,7 +138,7 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
 # ---------------------------------------------------------------------------------------------------------- readers
 
 
-def _json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where, record) of a JSON list or of JSON lines."""
     with open(path, "rb") as file:
         head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -178,7 +178,8 @@ def _lines(path: Path) -> Iterator[str]:
                 raise UserError(f"{path}: line {number}: not UTF-8 text ({error.reason})") from None
 
 
-def _csv_records(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def csv_records(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of a CSV or TSV file; UserError where it is broken or lacks one of ``columns``."""
     reader = csv.reader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     csv.field_size_limit(2**31 - 1)
     try:
@@ -204,7 +205,8 @@ def _csv_records(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str
         raise UserError(f"{path}: line {reader.line_num}: broken CSV ({error})") from None
 
 
-def _read_parquet(path: Path) -> pa.Table:
+def read_parquet(path: Path) -> pa.Table:
+    """A Parquet file; UserError where it is not sound."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -219,9 +221,9 @@ def _read_datasets(source: str, split: str) -> pa.Table:
 
     path, _, config = source.partition(":")
     if not Path(path).exists() and (
-        _similar(Path(path)).startswith(":") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
+        similar_file(Path(path)).startswith(":") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
     ):
-        raise UserError(f"{source}: no such file{_similar(Path(source))}; files end in {', '.join(SUFFIXES)}")
+        raise UserError(f"{source}: no such file{similar_file(Path(source))}; files end in {', '.join(SUFFIXES)}")
     try:
         if (Path(path) / "dataset_dict.json").is_file() or (Path(path) / "dataset_info.json").is_file():
             loaded = datasets.load_from_disk(path)
@@ -347,7 +349,7 @@ def _first(mask: pa.ChunkedArray) -> int:
     return pc.index(mask, True).as_py()
 
 
-def _similar(path: Path) -> str:
+def similar_file(path: Path) -> str:
     """A hint where the folder has a file of a like name."""
     if not path.parent.is_dir():
         return f" (nor a folder {path.parent})"

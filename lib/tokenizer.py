@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # ids 0 to 4
+# Without any of these transformers may make an empty tokenizer instead of an error.
+VOCABULARY_FILES = (
+    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 CHUNK = 4096  # texts that are Python strings at one time
 NO_LIMIT = int(1e30)  # what transformers writes for a tokenizer that cuts nothing
 

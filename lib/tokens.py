@@ -52,9 +52,9 @@ class TokenTable:
         return sample
 
 
-def cache_folder() -> Path:
-    """Where tokenised text is kept: $ACCELERANDO_CACHE, or ~/.cache/accelerando."""
-    return Path(os.environ.get("ACCELERANDO_CACHE") or Path.home() / ".cache" / "accelerando")
+def cache_folder(named: str | None = None) -> Path:
+    """What can be made again is kept in ``named``, else in $ACCELERANDO_CACHE, else in ~/.cache/accelerando."""
+    return Path(named or os.environ.get("ACCELERANDO_CACHE") or Path.home() / ".cache" / "accelerando")
 
 
 def tokenize_table(

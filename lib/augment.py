@@ -1,0 +1,142 @@
+"""From image files to uint8 tensors, with an augmentation that depends on (seed, epoch, row) alone."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+AugmentationName = Literal["none", "simple", "advanced"]
+
+
+class ImageTransform:
+    """Image file -> uint8 [3, size, size], ready to be normalised.
+
+    ``none``: the shorter side resized to ``size`` (bicubic), the middle cut out, as CLIP's processor does; with
+    ``square`` both sides resized, as SigLIP's does. ``simple``:
+    resized to a square, flipped half of the time, and cut out again after a padding of an eighth. ``advanced``: resized
+    to a square, TrivialAugmentWide (Müller and Hutter 2021, arXiv:2103.10158), a rectangle erased one time in five.
+    ``mean`` (0 to 1, of each channel) fills what is erased. A file is decoded at the scale that is needed
+    (``exact=False``), or in full, which the processor of a saved model does too.
+    """
+
+    def __init__(
+        self, size: int, augmentation: AugmentationName = "none", mean: Sequence[float] = (0.0, 0.0, 0.0),
+        exact: bool = True, square: bool = False,
+    ) -> None:  # fmt: skip
+        self.size, self.augmentation, self.mean = size, augmentation, tuple(mean)
+        self.exact, self.square = exact, square
+        self._random: Any = None
+
+    def __call__(self, file: bytes, seed: Sequence[int] = (0, 0, 0)) -> torch.Tensor:
+        """Decodes and transforms; ``seed`` is (seed, epoch, row). ValueError or OSError for what is no image."""
+        pixels = decode_image(file, None if self.exact else self.size)
+        if self.augmentation == "none" and not self.square:
+            return resize_and_crop(pixels, self.size)
+        pixels = _resize(pixels, (self.size, self.size))
+        if self.augmentation == "none":
+            return pixels.contiguous()
+        if self._random is None:
+            self._random = self._make_random()
+        with random_state_of(seed):
+            return self._random(pixels).contiguous()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_random": None}
+
+    def _make_random(self) -> Any:
+        if self.augmentation == "simple":
+            return flip_and_crop
+        from torchvision.transforms import v2
+
+        grey = [round(255 * value) for value in self.mean]
+        return v2.Compose([v2.TrivialAugmentWide(), v2.RandomErasing(0.2, value=grey)])
+
+
+def flip_and_crop(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 [3, S, S], mirrored half of the time and moved by up to an eighth, what comes in from outside reflected.
+
+    What torchvision's RandomHorizontalFlip and RandomCrop do together, without their way through float32.
+    """
+    import torch
+
+    size, edge = pixels.shape[-1], pixels.shape[-1] // 8
+    if torch.rand(()).item() < 0.5:
+        pixels = pixels.flip(-1)
+    top, left = torch.randint(0, 2 * edge + 1, (2,)).tolist()
+    pixels = torch.nn.functional.pad(pixels, (edge,) * 4, mode="reflect")
+    return pixels[:, top : top + size, left : left + size]
+
+
+def decode_image(file: bytes, least: int | None = None) -> torch.Tensor:
+    """An image file as uint8 RGB [3, H, W]; with ``least`` a JPEG comes at 1/2, 1/4 or 1/8, no side below ``least``.
+
+    Raises:
+        ValueError, OSError: it is no image, cut off, or far too large.
+    """
+    import numpy as np
+    import torch
+    from PIL import Image, ImageFile
+
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        with Image.open(io.BytesIO(file)) as image:
+            if least is not None:
+                image.draft("RGB", (least, least))
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                canvas = Image.new("RGBA", image.size, "white")  # what a transparent product photo stands on
+                image = Image.alpha_composite(canvas, image)
+            pixels = np.array(image.convert("RGB"))
+    except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's names for a broken PNG, a giant picture
+        raise ValueError(str(error)) from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def resize_and_crop(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """uint8 [3, H, W] -> [3, size, size]: shorter side to ``size``, bicubic with antialiasing, then the middle."""
+    height, width = pixels.shape[1:]
+    if height <= width:
+        new = (size, max(size, int(size * width / height)))
+    else:
+        new = (max(size, int(size * height / width)), size)
+    pixels = _resize(pixels, new)
+    top, left = (new[0] - size) // 2, (new[1] - size) // 2
+    return pixels[:, top : top + size, left : left + size].contiguous()
+
+
+def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    import torch
+
+    if tuple(pixels.shape[1:]) == size:
+        return pixels
+    # torch resizes uint8 in channels-last form with vector instructions; torchvision's own function calls the same.
+    return torch.nn.functional.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+
+
+@contextmanager
+def random_state_of(seed: Sequence[int]) -> Iterator[None]:
+    """torch's global random state as a function of the numbers in ``seed``; afterwards it is as it was before."""
+    import numpy as np
+    import torch
+
+    before = torch.get_rng_state()
+    torch.default_generator.manual_seed(int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> 1))
+    try:
+        yield
+    finally:
+        torch.set_rng_state(before)
+
+
+def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 [B, 3, H, W] -> float32, (value / 255 - mean) / std of each channel."""
+    import torch
+
+    mean, std = (pixels.new_tensor(list(values), dtype=torch.float32)[:, None, None] for values in (mean, std))
+    return pixels.float().sub_(255 * mean).div_(255 * std)  # in place: a batch of floats is large

@@ -1,0 +1,80 @@
+"""Averages of weights: over the steps of a run (Polyak), and between old and new weights (WiSE-FT)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Ema:
+    """Averages of all parameters of ``optimizer``: average <- decay * average + (1 - decay) * weight.
+
+    The decay grows towards ``decay`` as (1 + step) / (10 + step), so that the first weights are soon forgotten. Works
+    on whole and on sharded parameters.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, decay: float) -> None:
+        self.decay = decay
+        self.weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.averages = [parameter.detach().clone() for parameter in self.weights]
+
+    def update(self, step: int) -> None:
+        """Once after each optimizer step; ``step`` counts them from 1."""
+        import torch
+
+        decay = min(self.decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            for average, weight in zip(self.averages, self.weights, strict=True):
+                average.lerp_(weight.detach(), 1 - decay)
+
+    def take_from_weights(self) -> None:
+        """Sets the averages to what the weights are now."""
+        for average, weight in zip(self.averages, self.weights, strict=True):
+            average.copy_(weight.detach())
+
+
+@contextmanager
+def averaged(ema: Ema | None) -> Iterator[None]:
+    """Inside, the model has the averages as its weights (nothing changes where there is no ``ema``)."""
+    if ema is None:
+        yield
+        return
+    _exchange(ema)
+    try:
+        yield
+    finally:
+        _exchange(ema)
+
+
+def _exchange(ema: Ema) -> None:
+    import torch
+
+    with torch.no_grad():
+        for average, weight in zip(ema.averages, ema.weights, strict=True):
+            kept = weight.detach().clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+
+def trained_weights(model: torch.nn.Module, copy: bool = False) -> dict[str, torch.Tensor]:
+    """The trained parameters by name (under FSDP the parts of this process), or copies of them."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: parameter.detach().clone() for name, parameter in trained.items()} if copy else trained
+
+
+def mix_weights(
+    weights: dict[str, torch.Tensor], old: dict[str, torch.Tensor], new: dict[str, torch.Tensor], alpha: float
+) -> None:
+    """Sets ``weights`` to (1 - alpha) old + alpha new (Wortsman et al. 2021, WiSE-FT, arXiv:2109.01903).
+
+    Of a LoRA product B A, which starts as 0, only B is scaled: the merged weights are then mixed in the same way.
+    """
+    import torch
+
+    with torch.no_grad():
+        for name, weight in weights.items():
+            weight.copy_(new[name] if ".lora_A." in name else old[name].lerp(new[name], alpha))
