@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lib.config import parse_args
+from lib.config import check_ranges, parse_args, without_effect
 from lib.errors import UserError, errors_in_one_line, first_line
 from lib.optim import OptimizerName, SchedulerName
 
@@ -40,10 +40,10 @@ class Args:
     tokenizer_name: str | None = None  # folder or Hub name (default: model_name's; the cnn trains one)
     tokenizer_type: Literal["wordpiece", "bpe"] = "wordpiece"  # what to train where there is no tokenizer
     strategy: Literal["full", "head", "lora"] = "full"  # what is trained: all, the head alone, LoRA and the head
-    lora_r: int = 16  # LoRA rank
-    lora_alpha: float = 32.0  # LoRA scaling is lora_alpha / lora_r
-    lora_dropout: float = 0.05  # dropout before the adapters
-    lora_targets: tuple[str, ...] = ()  # layers that get an adapter (default: query and value projections)
+    lora_r: int = 16  # lora: rank
+    lora_alpha: float = 32.0  # lora: the adapters' scale is lora_alpha / lora_r
+    lora_dropout: float = 0.05  # lora: dropout before the adapters
+    lora_targets: tuple[str, ...] = ()  # lora: layers that get an adapter (default: query and value projections)
     num_labels: int | None = None  # checked against the data
     hidden_size: int | None = None  # transformer from scratch: width
     num_layers: int | None = None  # transformer from scratch: layers
@@ -75,6 +75,7 @@ class Args:
     scheduler_factor: float = 0.5  # plateau: what it is multiplied by then
     warmup_steps: float = 0.0  # optimizer steps of linear warm-up; below 1, a share of all steps
     grad_clip: float | None = 1.0  # largest gradient norm; None: not clipped
+    ema_decay: float | None = None  # average the weights over the steps and evaluate the average: 0.999, say
     amp: Literal["no", "bf16", "fp16"] | None = None  # mixed precision (default: the launch config's)
     compile_model: bool = False  # torch.compile
     best_metric: Literal["accuracy", "f1_macro", "f1_weighted", "loss"] = "accuracy"  # chooses the best weights
@@ -245,6 +246,9 @@ def build_transformer(args: Args, data: Data, labels: dict[str, Any], on_cpu: bo
         except (OSError, ValueError) as error:
             raise UserError(f"--model_name {args.model_name} cannot be loaded: {first_line(error)}") from None
     limit = getattr(config, "max_position_embeddings", None)
+    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    if limit and getattr(positions, "padding_idx", None) is not None:  # RoBERTa counts from behind the padding's number
+        limit -= positions.padding_idx + 1
     if limit and args.max_length > limit:
         raise UserError(f"--max_length {args.max_length} exceeds the {limit} positions of {args.model_name}")
     return model
@@ -290,6 +294,7 @@ def evaluate(model: Any, dataset: Any, collate: Any, run: Any, args: Args, what:
     import torch
 
     from lib.batches import evaluation_batches, gather_rows
+    from lib.checkpoint import unwrapped
     from lib.run import progress_bar, stop_requested
 
     accelerator = run.accelerator
@@ -308,6 +313,7 @@ def evaluate(model: Any, dataset: Any, collate: Any, run: Any, args: Args, what:
             bar.update(len(losses) * accelerator.num_processes)
             if stop_requested(run):
                 return None
+    unwrapped(accelerator, model)  # FSDP: frees the gathered weights, which may be those of the average
     return gather_rows(accelerator, len(dataset), {name: torch.cat(parts) for name, parts in columns.items()})
 
 
@@ -331,28 +337,7 @@ def check_args(args: Args) -> None:
     choose_directory(args, default_name(args))
     if args.architecture == "cnn" and args.strategy == "lora":
         raise UserError("--strategy lora adapts attention layers, which the cnn has not: use full or head")
-    for name in (
-        "batch_size",
-        "eval_batch_size",
-        "gradient_accumulation_steps",
-        "log_every",
-        "keep_checkpoints",
-        "epochs",
-    ):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)}: at least 1")
-    ranges = {
-        "lr": (0, float("inf")), "adam_beta1": (0, 0.999999), "adam_beta2": (0, 0.999999), "momentum": (0, 0.999999),
-        "max_length": (3, 2**20), "num_workers": (0, 1024), "scheduler_factor": (0, 0.999999), "weight_decay": (0, 1e6),
-        "eval_every": (0, 2**40), "save_every": (0, 2**40), "warmup_steps": (0, 2**40),
-    }  # fmt: skip
-    for name, (low, high) in ranges.items():
-        if not low <= getattr(args, name) <= high:
-            raise UserError(f"--{name} {getattr(args, name)}: between {low} and {high}")
-    if args.max_steps is not None and args.max_steps < 1:
-        raise UserError(f"--max_steps {args.max_steps}: at least 1")
-    if args.grad_clip is not None and args.grad_clip <= 0:
-        raise UserError(f"--grad_clip {args.grad_clip}: above 0, or None for no clipping")
+    check_ranges(args, ema_decay=(0, 0.9999999))
 
 
 def data_title(args: Args) -> str:
@@ -396,6 +381,7 @@ def main() -> None:
     from lib.batches import TrainBatches
     from lib.checkpoint import is_sharded, load_trained_weights, save_model_folder
     from lib.collate import collate_text
+    from lib.ema import Ema, averaged
     from lib.hub import push_folder, write_model_card
     from lib.metrics import classification_metrics
     from lib.optim import make_optimizer, make_scheduler
@@ -427,6 +413,11 @@ def main() -> None:
     model = build_model(args, data, on_cpu=accelerator.device.type == "cpu")
     run = start_run(accelerator, args, default_name(args))
     state = run.state
+    used = {name: name in args.report_to for name in ("wandb", "mlflow")}
+    used |= {"cnn": args.architecture == "cnn", "transformer": args.architecture == "transformer"}
+    used |= {"transformer from scratch": args.from_scratch, "plateau": args.scheduler == "plateau"}
+    for line in without_effect(args, used | {"sgd": args.optimizer == "sgd", "lora": args.strategy == "lora"}):
+        log.warning("%s", line)
 
     collate = collate_text(data.tokenizer.pad_token_id or 0, multiple_of=8 if args.compile_model else 1)
     train_batches = TrainBatches(
@@ -455,8 +446,9 @@ def main() -> None:
         optimizer.optimizer, args.scheduler, total_steps, args.warmup_steps, args.scheduler_factor,
         args.scheduler_patience, higher_is_better,
     )  # fmt: skip
+    ema = Ema(optimizer, args.ema_decay) if args.ema_decay else None
     seed_processes_apart(args.seed, accelerator)
-    restore(run, model, optimizer, schedule)
+    restore(run, model, optimizer, schedule, ema)
 
     def write_beside_weights(folder: Path) -> None:
         data.tokenizer.save_pretrained(folder)
@@ -470,7 +462,8 @@ def main() -> None:
 
     def validate() -> bool:
         """Scores the validation rows, keeps the weights if they are the best so far; False when asked to stop."""
-        scored = evaluate(model, data.splits["validation"], collate, run, args, "validation")
+        with averaged(ema):
+            scored = evaluate(model, data.splits["validation"], collate, run, args, "validation")
         if scored is None:
             return False
         metrics.update(classification_metrics(scored["labels"], scored["logits"], scored["losses"]))
@@ -492,7 +485,8 @@ def main() -> None:
                  metrics["loss"], metrics["accuracy"], metrics["f1_macro"], state.step, train_loss)  # fmt: skip
         if best:
             state.best_value, state.best_step = value, state.step
-            save_model_folder(accelerator, model, run.directory / "best", write_beside_weights)
+            with averaged(ema):
+                save_model_folder(accelerator, model, run.directory / "best", write_beside_weights)
             success("New best %s %.4f, saved to %s", args.best_metric, value, run.directory / "best")
         write_summary(run, model_title(args), total_steps, {"validation": metrics})
         return True
@@ -502,7 +496,7 @@ def main() -> None:
         args.eval_every, state.step, state.position == 0, state.step == total_steps
     )  # fmt: skip
     if evaluation_due and not validate():
-        leave_after_stop(run, save(run, model, optimizer, schedule, args.keep_checkpoints))
+        leave_after_stop(run, save(run, model, optimizer, schedule, args.keep_checkpoints, ema))
 
     checkpoint = None
     bar = progress_bar(total_steps, state.step, " steps", "training")
@@ -526,6 +520,8 @@ def main() -> None:
                 schedule.step()
             optimizer.zero_grad()
             stop = after_step(run, window, loss_sum)
+            if ema:
+                ema.update(state.step)
             end_of_epoch, last_step = state.position == len(train_batches.dataset), state.step == total_steps
             now = time.perf_counter()
             state.seconds, clock = state.seconds + now - clock, now
@@ -547,7 +543,7 @@ def main() -> None:
                 stop = not validate()
                 clock = time.perf_counter()  # evaluating and saving is not training
             if stop or is_due(args.save_every, state.step, end_of_epoch, last_step):
-                checkpoint = save(run, model, optimizer, schedule, args.keep_checkpoints)
+                checkpoint = save(run, model, optimizer, schedule, args.keep_checkpoints, ema)
                 clock = time.perf_counter()
             if stop:
                 leave_after_stop(run, checkpoint)
@@ -557,7 +553,7 @@ def main() -> None:
     if out_of_patience(state, args.early_stop):
         log.info("Stopped early: no better %s in %d evaluations", args.best_metric, args.early_stop)
         if checkpoint is None or checkpoint.name != f"step_{state.step:06d}":
-            save(run, model, optimizer, schedule, args.keep_checkpoints)
+            save(run, model, optimizer, schedule, args.keep_checkpoints, ema)
 
     save_model_folder(accelerator, model, run.directory / "last", write_beside_weights)
     load_trained_weights(accelerator, model, run.directory / "best")

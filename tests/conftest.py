@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a misspelt model is not looked for in the network
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 TEXT = SCRIPTS / "text_classify.py"
+CLIP = SCRIPTS / "clip_finetune.py"
 
 # Many short processes: one thread each is faster than many that wait for each other, and bit-exact comparisons need
 # the same number everywhere.
@@ -188,9 +191,101 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-@pytest.fixture
-def train_here(text_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """``train_here(*flags, name="a") -> run folder``: text_classify.py's ``main`` in this process, on one thread.
+COLOURS = {"red": (200, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 210), "grey": (128, 128, 128)}
+KINDS = ("chair", "table", "lamp")
+
+
+def draw_pair(rng: np.random.Generator) -> tuple[bytes, str]:
+    """A small JPEG of a coloured shape, and its caption."""
+    import io
+
+    from PIL import Image, ImageDraw
+
+    colour, kind = str(rng.choice(list(COLOURS))), str(rng.choice(KINDS))
+    width, height = (int(side) for side in rng.integers(20, 40, 2))
+    image = Image.new("RGB", (width, height), tuple(int(v) for v in rng.integers(225, 256, 3)))
+    draw = ImageDraw.Draw(image)
+    left, top = (int(rng.integers(0, side // 4)) for side in (width, height))
+    box = (left, top, left + width // 2, top + height // 2)
+    {"chair": draw.rectangle, "table": draw.ellipse, "lamp": lambda box, fill: draw.line(box, fill, 4)}[kind](
+        box, fill=COLOURS[colour]
+    )
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue(), f"a {colour} {kind} number {int(rng.integers(50))}"
+
+
+def write_shard(path: Path, members: list[tuple[str, bytes]]) -> Path:
+    """A tar with these members."""
+    import io
+    import tarfile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(scope="session")
+def pair_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ (3 shards of 31, 17 and 27 pairs), validation/ (23) and test/ (19); no round numbers."""
+    folder = tmp_path_factory.mktemp("pair_set")
+    rng = np.random.default_rng(5)
+    for split, counts in {"train": (31, 17, 27), "validation": (23,), "test": (19,)}.items():
+        for shard, count in enumerate(counts):
+            members = []
+            for number in range(count):
+                picture, caption = draw_pair(rng)
+                kind = caption.split()[2]
+                key = f"{split}{shard}_{number:03d}"
+                members += [(f"{key}.jpg", picture), (f"{key}.txt", caption.encode())]
+                members += [(f"{key}.json", json.dumps({"kind": kind}).encode())]
+            write_shard(folder / split / f"{shard:05d}.tar", members)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a CLIP of about 60,000 parameters, random weights, with its processor."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    from lib.models.clip import make_preprocessing
+
+    folder = tmp_path_factory.mktemp("tiny_clip")
+    rng = np.random.default_rng(5)
+    preprocessing = make_preprocessing([draw_pair(rng)[1] for _ in range(200)], 120, 16, 16)
+    tokenizer = preprocessing.tokenizer
+    torch.manual_seed(0)
+    tower = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    tokens = {"eos_token_id": tokenizer.sep_token_id, "bos_token_id": tokenizer.cls_token_id, "pad_token_id": 0}
+    config = CLIPConfig(
+        text_config={**tower, **tokens, "vocab_size": len(tokenizer), "max_position_embeddings": 16},
+        vision_config={**tower, "image_size": 16, "patch_size": 8},
+        projection_dim=24,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    preprocessing.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_args(pair_set: Path, tiny_clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags that fine-tune the tiny CLIP; 4 optimizer steps an epoch of 75 pairs at a batch of 24."""
+    cache = tmp_path_factory.mktemp("clip_cache")
+    return [
+        *("--data_dir", str(pair_set), "--model_name", str(tiny_clip_folder), "--cache_dir", str(cache)),
+        *("--effective_batch_size", "24", "--micro_batch_size", "8", "--lr", "3e-3", "--warmup_steps", "2"),
+        *("--epochs", "2", "--log_every", "1", "--num_workers", "0", "--report_to", "none", "--early_stop", "None"),
+        *("--loss_batch_size", "8"),
+    ]
+
+
+def run_in_this_process(script: Path, base_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Yields ``run(*flags, name="a") -> run folder``: the script's ``main`` in this process, on one thread.
 
     Imports are paid for once, so an option's effect costs a second. Kills and several ranks use :func:`launch`.
     """
@@ -203,21 +298,33 @@ def train_here(text_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    if "text_classify" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("text_classify", TEXT)
-        sys.modules["text_classify"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["text_classify"])
-    module = sys.modules["text_classify"]
+    if script.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(script.stem, script)
+        sys.modules[script.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[script.stem])
+    module = sys.modules[script.stem]
 
     def run(*flags: str, name: str = "a", base: list[str] | None = None) -> Path:
         AcceleratorState._reset_state(True)
         PartialState._reset_state()
         GradientState._reset_state()
-        argv = [*(text_args if base is None else base), "--run_name", name, *map(str, flags)]
-        monkeypatch.setattr(sys, "argv", [str(TEXT), *argv])
+        argv = [*(base_args if base is None else base), "--run_name", name, *map(str, flags)]
+        monkeypatch.setattr(sys, "argv", [str(script), *argv])
         module.main()
         return tmp_path / "runs" / name
 
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def train_here(text_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """text_classify.py in this process; see :func:`run_in_this_process`."""
+    yield from run_in_this_process(TEXT, text_args, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def clip_here(clip_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """clip_finetune.py in this process; see :func:`run_in_this_process`."""
+    yield from run_in_this_process(CLIP, clip_args, tmp_path, monkeypatch)

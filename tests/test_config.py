@@ -212,3 +212,28 @@ def test_the_text_guides_files_are_understood_as_they_stand(tmp_path: Path) -> N
     cnn = "model: {architecture: cnn, vocab_size: 30522, embed_size: 128, num_filters: 100, filter_sizes: [3, 4, 5], dropout_prob: 0.5}"
     args = parse_args(module.Args, module.ALIASES, ["--config", write(tmp_path / "cnn.yaml", cnn)])
     assert (args.architecture, args.filter_sizes, args.dropout_prob) == ("cnn", (3, 4, 5), 0.5)
+
+
+@dataclass
+class Noted:
+    # -- output --
+    maybe: bool | None = None  # yes, no or as it comes
+    wandb_notes: str | None = None  # notes
+    config: tuple[str, ...] = ()  # files
+
+
+def test_a_text_that_begins_with_dashes_stays_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("wandb_notes: --not a flag\n")
+    assert parse_args(Noted, {}, ["--config", str(path)]).wandb_notes == "--not a flag"
+    assert parse_args(Noted, {}, ["--wandb_notes=-x"]).wandb_notes == "-x"
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [([], None), (["--maybe"], True), (["--maybe", "false"], False), (["--no_maybe"], False), (["--maybe=true"], True),
+     (["--maybe", "None"], None)],
+    ids=str,
+)  # fmt: skip
+def test_a_switch_with_a_third_state(argv: list[str], value: bool | None) -> None:
+    assert parse_args(Noted, {}, argv).maybe is value

@@ -14,7 +14,7 @@ from test_resume import wait_for_step
 
 NO_DROPOUT = ("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0", "--lora_dropout", "0")
 KINDS = {
-    "full": ("--warmup_steps", "3"),
+    "full": ("--warmup_steps", "3", "--ema_decay", "0.9", "--eval_every", "4"),
     "lora": ("--strategy", "lora", "--lora_r", "4"),
     "cnn": ("--architecture", "cnn", "--embed_size", "16", "--num_filters", "8", "--dropout_prob", "0",
             "--vocab_size", "300"),
@@ -96,3 +96,15 @@ def test_eight_bit_optimizers_are_refused_under_fsdp(text_args, tmp_path: Path) 
     done = launch(TEXT, *text_args, "--optimizer", "adamw8bit", cwd=tmp_path, processes=2, fsdp=True, check=False)
     assert "error: --optimizer adamw8bit does not know sharded parameters (FSDP)" in done.err
     assert done.code != 0
+
+
+def test_compiled_and_sharded(text_args, tmp_path: Path) -> None:
+    """torch.compile wraps the sharded root: saving, evaluating and resuming still find the plain model."""
+    flags = [*text_args, "--compile_model", "--batch_size", "12", "--max_steps", "4", "--eval_every", "2"]
+    launch(TEXT, *flags, "--run_name", "run", "--save_every", "2", cwd=tmp_path, processes=2, fsdp=True)
+    run = tmp_path / "runs" / "run"
+    assert not [key for key in load_file(run / "last" / "model.safetensors") if "_orig_mod" in key]
+    rest = ("--resume", str(run / "checkpoints" / "step_000002"))
+    kept = weights(run / "last")
+    launch(TEXT, *flags, *rest, cwd=tmp_path, processes=2, fsdp=True)
+    assert weights(run / "last") == kept

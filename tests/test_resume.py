@@ -17,7 +17,7 @@ from lib.errors import UserError
 # Dropout is on, windows are ragged, saves and evaluations fall inside epochs and on different steps.
 FLAGS = (
     "--epochs", "4", "--batch_size", "12", "--gradient_accumulation_steps", "2", "--eval_every", "5",
-    "--save_every", "3", "--warmup_steps", "4", "--early_stop", "50",
+    "--save_every", "3", "--warmup_steps", "4", "--early_stop", "50", "--ema_decay", "0.95",
 )  # fmt: skip
 TIMING = {"samples_per_second", "data_wait_share", "peak_memory_mb"}
 
@@ -58,12 +58,12 @@ def wait_for_draft(run: Path, process, timeout: float = 60) -> None:
         time.sleep(0.0002)
 
 
-def kill_and_resume(folder: Path, args: list[str], processes: int, kills: int, seed: int) -> Path:
+def kill_and_resume(folder: Path, args: list[str], processes: int, kills: int, seed: int, script: Path = TEXT) -> Path:
     """Kills the run ``kills`` times, every third time while it saves, and lets it finish."""
     rng = random.Random(seed)
     run = folder / "runs" / "run"
     for number in range(kills):
-        process = start(TEXT, *args, "--resume", cwd=folder, processes=processes)
+        process = start(script, *args, "--resume", cwd=folder, processes=processes)
         if number % 3 == 2:
             wait_for_draft(run, process)
         else:
@@ -71,7 +71,7 @@ def kill_and_resume(folder: Path, args: list[str], processes: int, kills: int, s
             wait_for_step(run, (rows[-1]["step"] if rows else 0) + rng.randint(4, 7), process)
             time.sleep(rng.random() * 0.05)
         kill(process)
-    launch(TEXT, *args, "--resume", cwd=folder, processes=processes)
+    launch(script, *args, "--resume", cwd=folder, processes=processes)
     resumed = (folder / "stdout.txt").read_text().count("Resumed from")
     assert resumed >= (kills - 1) // 2, f"only {resumed} of {kills} starts found a checkpoint"
     return run
@@ -170,3 +170,28 @@ def test_going_back_to_an_earlier_checkpoint_gives_up_what_came_after(text_args,
     assert weights(whole / "last") == expected
     with pytest.raises(UserError, match="no complete checkpoint; there are step_000014"):
         train_here("--resume", str(whole / "checkpoints" / "step_000005"), base=[], name="run")
+
+
+def test_the_best_model_goes_back_with_its_checkpoint(text_args, train_here) -> None:
+    """best/ may be of a later moment, or half replaced, than the checkpoint that a run goes on from."""
+    flags = ("--save_every", "2", "--eval_every", "2", "--keep_checkpoints", "9", "--best_metric", "loss")
+    run = train_here(*flags, name="run")
+    evaluated = {row["step"]: row["loss"] for row in history(run, "validation")}
+    early = min((step for step in evaluated if step <= 6), key=evaluated.get)
+    assert min(evaluated, key=evaluated.get) > 6  # a later one was better
+    kept = weights(run / "checkpoints" / "step_000006" / "best")
+    assert weights(run / "best") != kept
+    train_here("--resume", str(run / "checkpoints" / "step_000006"), "--max_steps", "6", base=[], name="run")
+    results = json.loads((run / "results.json").read_text())
+    assert results["best_step"] == early
+    assert weights(run / "best") == kept
+    assert results["validation"]["loss"] == pytest.approx(evaluated[early], rel=1e-6)
+
+
+def test_a_kill_between_the_two_renames_of_a_second_save_loses_nothing(train_here) -> None:
+    run = train_here("--max_steps", "2", name="run")
+    place = run / "checkpoints" / "step_000002"
+    place.rename(place.with_name(".step_000002.old"))
+    train_here("--resume", "--max_steps", "4", name="run")
+    assert "Resumed from" in (run / "logs" / "train.log").read_text()
+    assert not list((run / "checkpoints").glob(".*"))

@@ -10,6 +10,9 @@ import pytest
 import torch
 import yaml
 from conftest import history, make_rows, weights, write_json
+from safetensors.torch import load_file
+
+from lib.errors import UserError
 
 NO_DROPOUT = ("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0")
 CNN = ("--architecture", "cnn", "--vocab_size", "300", "--embed_size", "16", "--num_filters", "8", "--lr", "1e-2")
@@ -169,6 +172,17 @@ def test_the_logged_train_loss_is_the_mean_over_all_samples(train_here) -> None:
     counts = [32] * 6 + [11]
     mean = sum(row["loss"] * count for row, count in zip(rows, counts, strict=True)) / 203
     assert history(each, "validation")[0]["train_loss"] == pytest.approx(mean, rel=1e-6)
+
+
+def test_ema_is_what_is_evaluated_and_saved_as_best(train_here) -> None:
+    run = train_here("--max_steps", "4", "--eval_every", "4", "--ema_decay", "0.9", "--save_every", "4")
+    checkpoint = run / "checkpoints" / "step_000004"
+    average, raw, best = (
+        load_file(path) for path in (checkpoint / "ema.safetensors", checkpoint / "model.safetensors",
+                                     run / "best" / "model.safetensors")
+    )  # fmt: skip
+    assert torch.equal(best["classifier.weight"], average["classifier.weight"])
+    assert not torch.equal(best["classifier.weight"], raw["classifier.weight"])
 
 
 def test_early_stopping_counts_evaluations_without_improvement(train_here) -> None:
@@ -337,7 +351,8 @@ def test_defaults_name_the_run_after_what_distinguishes_it(
 def test_checkpoints_on_disk_are_plain_files(train_here) -> None:
     run = train_here("--max_steps", "2", name="plain")
     files = {path.name for path in (run / "checkpoints" / "step_000002").iterdir()}
-    assert files == {"model.safetensors", "optimizer.safetensors", "state.json", "rng.json", "manifest.json"}
+    plain = {"model.safetensors", "optimizer.safetensors", "state.json", "rng.json", "manifest.json"}
+    assert files == plain | {"best", "metrics.jsonl"}
 
 
 def test_a_loss_that_is_nan_is_said_and_the_run_still_ends_with_a_model(train_here, capsys) -> None:
@@ -361,3 +376,29 @@ def test_an_overflow_under_fp16_does_not_move_the_schedule(train_here, monkeypat
     run = train_here(name="fp16")
     rates = [row["lr"] for row in history(run, "train")]
     assert rates[2] == rates[3] != rates[4]
+
+
+def test_a_setting_that_nothing_reads_is_named(train_here) -> None:
+    flags = ("--embed_size", "64", "--wandb_project", "mine", "--momentum", "0.5", "--max_steps", "1")
+    log = (train_here(*flags) / "logs" / "train.log").read_text()
+    for line in ("--embed_size has no effect here (cnn: embedding width)", "--wandb_project has no effect here",
+                 "--momentum has no effect here (sgd:"):  # fmt: skip
+        assert log.count(line) == 1, line
+    assert log.count("has no effect") == 3
+
+
+def test_roberta_counts_positions_from_behind_the_padding(train_here, tiny_bert: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, RobertaConfig, RobertaModel
+
+    folder = tmp_path / "roberta"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=34, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    RobertaModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    longest = 34 - tokenizer.pad_token_id - 1
+    train_here("--model_name", folder, "--max_length", longest, "--max_steps", "2", name="fits")
+    with pytest.raises(UserError, match=f"exceeds the {longest} positions"):
+        train_here("--model_name", folder, "--max_length", longest + 1, name="too_long")

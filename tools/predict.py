@@ -22,6 +22,7 @@ import tyro
 
 from lib.config import parse_args
 from lib.errors import UserError, errors_in_one_line
+from lib.tokenizer import VOCABULARY_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,7 @@ if TYPE_CHECKING:
 CHUNK = 4096  # texts that are read, sorted by length and answered at once
 NO_LIMIT_LENGTH = 512  # tokens kept where neither tokenizer nor model names a limit
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model",
-                   "spiece.model", "sentencepiece.bpe.model")  # fmt: skip
+TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")  # which is all that a tokenizer of bytes has
 
 
 @dataclass
