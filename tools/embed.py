@@ -1,0 +1,513 @@
+"""Embed pictures and captions with CLIP or SigLIP, base or fine-tuned: vectors of unit length in a Parquet file.
+
+  python tools/embed.py runs/x photos --output photos.parquet      a folder of pictures, with the weights in runs/x/best
+  python tools/embed.py openai/clip-vit-base-patch32 'data/train/{00000..00009}.tar' --parts image
+  python tools/embed.py MODEL captions.csv --image_folder photos --adapter runs/x/best/adapter
+  python tools/embed.py runs/x --texts queries.txt --output queries.parquet
+
+MODEL: a run, a model folder, a Hub name, or a LoRA adapter. INPUT: a folder of pictures (with what lies in it), shards
+(a folder with .tar files, a brace pattern, a URL), or a table of captions (.csv .tsv .json .jsonl .parquet).
+
+Columns: key (the picture's path in its folder, shard:member, or file:line of --texts), caption, image_embedding and
+text_embedding, as far as they are there: lists of a fixed size, or lists and nulls where --texts stands beside
+INPUT. The schema's metadata names the model, the dimension, the logit scale (the factor itself: 100 for CLIP) and the
+pixels of a side. A transparent picture stands on white, as in training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from lib.config import check_ranges, parse_args
+from lib.errors import UserError, errors_in_one_line, first_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+    import torch
+
+# Those that Pillow may not know are found too, so that they are named and not passed over.
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+ROW_GROUP = 4096  # rows that are held and written at once
+NAMED = 10  # rows left out that are named on the console
+
+
+@dataclass
+class Args:
+    # -- input --
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]  # run, folder, Hub name or LoRA adapter
+    input: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[INPUT]")] = None  # pictures or pairs
+    texts: str | None = None  # embed the lines of this file too, or alone; blank lines are passed over
+    adapter: str | None = None  # LoRA adapter that is merged into MODEL first
+    image_folder: str | None = None  # tables: folder of the images (default: the table's own)
+    image_column: str = "image"  # tables: column of the image file
+    caption_column: str = "caption"  # tables: column of the caption
+    cache_dir: str | None = None  # indexes and fetched shards (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
+    cache_gb: float = 50.0  # fetched shards that are kept, in GB
+    # -- embedding --
+    parts: Literal["both", "image", "text"] = "both"  # what is embedded, of what is there
+    max_length: int | None = None  # tokens kept of a caption (default: what the model can take)
+    batch_size: int = 64  # pictures or captions in one forward pass
+    num_workers: int = 2  # processes that read and decode; 0: this one
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where it is computed
+    amp: Literal["no", "bf16"] = "no"  # mixed precision
+    # -- output --
+    output: str = "embeddings.parquet"  # the file to write
+    dtype: Literal["float32", "float16"] = "float32"  # of the embeddings in it
+    overwrite: bool = False  # replace the file where it exists
+
+
+# ------------------------------------------------------------------------------------------------------------ input
+
+
+@dataclass
+class Files:
+    """Pictures in ``folder``, or ``lines`` of a text file; ``names`` [n] are keys, as the file system's bytes."""
+
+    names: pa.Array
+    folder: Path | None = None
+    lines: pa.Array | None = None
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def key(self, row: int) -> str:
+        """The path in the folder, or file:line."""
+        return os.fsdecode(self.names[row].as_py())
+
+    def read(self, row: int) -> tuple[bytes | None, bytes | None]:
+        """The picture's file and the caption, one of which is None."""
+        if self.lines is not None:
+            return None, self.lines[row].as_py()
+        return (self.folder / self.key(row)).read_bytes(), None
+
+
+def list_pictures(folder: Path) -> Files:
+    """The picture files in a folder and the folders in it, by path. UserError where there is none."""
+    import pyarrow as pa
+
+    found: list[bytes] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        there = [name for name in files if name.lower().endswith(PICTURES) and not name.startswith(".")]
+        found += [os.fsencode((Path(place) / name).relative_to(folder).as_posix()) for name in there]
+    if not found:
+        raise UserError(f"{folder}: no picture in it ({' '.join(PICTURES)}), nor shards (*.tar)")
+    return Files(pa.array(sorted(found), pa.large_binary()), folder=folder)
+
+
+def read_lines(path: Path) -> Files:
+    """The lines of a text file that are not blank. UserError where there is none, or one is not UTF-8."""
+    import pyarrow as pa
+
+    keys, lines, number = [], [], 0
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                    keys.append(os.fsencode(f"{path.name}:{number}"))
+                    lines.append(text.encode())
+    except OSError as error:
+        raise UserError(f"--texts {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--texts {path}, line {number}: not UTF-8 text ({error.reason})") from None
+    if not lines:
+        raise UserError(f"--texts {path}: no text in it")
+    return Files(pa.array(keys, pa.large_binary()), lines=pa.array(lines, pa.large_binary()))
+
+
+def open_sources(args: Args) -> list[Any]:
+    """What INPUT and ``--texts`` name: ``read(row)`` gives the bytes of picture and caption, or None for either.
+
+    Raises:
+        UserError: something is missing or broken, or there is nothing of what ``--parts`` asks for.
+    """
+    from lib.pairs import open_pairs
+    from lib.tokens import cache_folder
+
+    sources: list[Any] = []
+    if args.input is not None:
+        path = Path(args.input)
+        if path.suffix.lower() == ".txt":
+            raise UserError(f"{path}: texts are given with --texts; INPUT is for pictures, with or without captions")
+        if path.is_dir() and not any(path.glob("*.tar")):
+            sources.append(list_pictures(path))
+        else:
+            table = (args.image_folder, args.image_column, args.caption_column)
+            sources.append(open_pairs(args.input, cache_folder(args.cache_dir), args.cache_gb, *table))
+    if args.texts is not None:
+        sources.append(read_lines(Path(args.texts)))
+    for source in sources:
+        if not chosen_parts(source, args.parts):
+            there = "has no captions" if "image" in parts_of(source) else "has no pictures"
+            name = args.input if "image" in parts_of(source) else f"--texts {args.texts}"
+            raise UserError(f"--parts {args.parts}: {name} {there}")
+    return sources
+
+
+def parts_of(source: Any) -> list[str]:
+    """Which of image and text a source has."""
+    return ["image", "text"] if not isinstance(source, Files) else ["image" if source.lines is None else "text"]
+
+
+def chosen_parts(source: Any, wanted: str) -> list[str]:
+    """Which of them are embedded."""
+    return [part for part in parts_of(source) if wanted in ("both", part)]
+
+
+def key_of(source: Any) -> Callable[[int], str]:
+    """A function from row to key; for shards to be asked row by row, since it keeps the names of one shard."""
+    import numpy as np
+
+    from lib.folders import TablePairs
+    from lib.shards import index_shard
+
+    if isinstance(source, Files):
+        return source.key
+    if isinstance(source, TablePairs):
+        return lambda row: source.names[row].as_py()
+    kept: dict[int, list[str]] = {}
+
+    def key(row: int) -> str:
+        shard = int(np.searchsorted(source.starts, row, side="right")) - 1
+        if shard not in kept:
+            path = source.shards[shard] if source.remote is None else source.remote.get(source.shards[shard])
+            with tarfile.open(path, "r:") as tar:
+                members = {member.offset_data: member.name for member in tar}
+            kept.clear()
+            kept[shard] = [members[start] for start in index_shard(path, source.cache)["image_start"].tolist()]
+        return f"{source.name(shard)}:{kept[shard][row - int(source.starts[shard])]}"
+
+    return key
+
+
+@dataclass
+class Samples:
+    """Samples of ``source``, with ``fault`` in place of what cannot be read."""
+
+    source: Any
+    transform: Callable[[bytes], torch.Tensor]
+    parts: list[str]
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        from lib.pairs import read_caption
+
+        sample: dict[str, Any] = {"valid": 1.0, "image_id": 0, "text_id": 0, "words": None}
+        try:
+            file, text = self.source.read(row)
+            if text is not None:
+                with contextlib.suppress(*(() if "text" in self.parts else (ValueError,))):
+                    sample["words"] = read_caption(text)
+            if "text" in self.parts:
+                sample["caption"] = sample["words"]
+            if "image" in self.parts:
+                sample["pixel_values"] = self.transform(file)
+        except UserError:
+            raise
+        except Exception as error:  # each of Pillow's decoders has errors of its own
+            # Pillow names the buffer it read from, which tells nobody anything.
+            reason = re.sub(r"cannot identify image file .*", "no picture that can be read", first_line(error))
+            return {"fault": " ".join(reason.split())}
+        return sample
+
+
+@dataclass
+class SampleCollate:
+    """``faults`` [B] (None where a sample is sound); of the b sound ones ``captions`` [b] and what ``pairs`` makes."""
+
+    pairs: Any  # lib.collate.PairCollate
+
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        sound = [sample for sample in samples if "fault" not in sample]
+        batch = self.pairs(sound) if sound else {}
+        captions = [sample["words"] for sample in sound]
+        return {**batch, "faults": [sample.get("fault") for sample in samples], "captions": captions}
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+def model_folder(name: str) -> str:
+    """The folder with the weights (``name`` itself, or ``best/`` of the run ``name``), or ``name``, a Hub name.
+
+    Raises:
+        UserError: a path at which there is no model.
+    """
+    path = Path(name)
+    if path.is_dir():
+        for folder in (path, path / "best"):
+            if any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
+                return str(folder)
+        raise UserError(f"{path}: no model here (no config.json, nor one in best/)")
+    if path.exists() or name.count("/") > 1 or (path.parent.name and path.parent.is_dir()):
+        raise UserError(f"{path}: {'is a file, not a folder' if path.exists() else 'no such folder'}")
+    return name
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device of that name; "auto" is the GPU where there is one.
+
+    Raises:
+        UserError: there is no GPU.
+    """
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU here; give auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load_model(args: Args) -> tuple[Any, Any]:
+    """The model on its device, whose forward embeds, and its :class:`lib.models.clip.Preprocessing`.
+
+    Raises:
+        UserError: no such model, or one of another kind; an adapter for another base model.
+    """
+    from transformers.utils import logging
+
+    from lib.models.clip import embed_in_forward, open_clip_model, open_preprocessing
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    name, device = model_folder(args.model), choose_device(args.device)
+    try:
+        preprocessing = open_preprocessing(name, args.max_length)
+        model = open_clip_model(name, args.adapter)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("--model_name ")) from None
+    embed_in_forward(model)
+    return model.eval().to(device), preprocessing
+
+
+def make_transform(processor: Any, size: int) -> Callable[[bytes], torch.Tensor]:
+    """From a file to uint8 [3, size, size], or to float32 [3, H, W] where the processor does it in its own way."""
+    from lib.augment import ImageTransform
+
+    like_clip = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 3,
+                 "rescale_factor": 1 / 255}  # fmt: skip
+    asked, crop = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
+    fast = all(getattr(processor, name, None) == value for name, value in like_clip.items())
+    if fast and asked.get("shortest_edge") == crop.get("height") == crop.get("width") == size:
+        return ImageTransform(size)
+    return OwnTransform(processor)
+
+
+@dataclass
+class OwnTransform:
+    """From a file to float32 [3, H, W], normalised, by the model's own processor: SigLIP's, which makes a square."""
+
+    processor: Any
+
+    def __call__(self, file: bytes) -> torch.Tensor:
+        from PIL import Image
+
+        from lib.augment import decode_image
+
+        picture = Image.fromarray(decode_image(file).permute(1, 2, 0).numpy())
+        return self.processor(images=[picture], return_tensors="pt")["pixel_values"][0]
+
+
+def embed(model: Any, batch: dict[str, Any], processor: Any, amp: str) -> dict[str, np.ndarray]:
+    """Embeddings of unit length, float32 [b, d], of the ``image`` and ``text`` in ``batch``.
+
+    Raises:
+        UserError: a token that the model does not know, or a result that is no number.
+    """
+    import numpy as np
+    import torch
+
+    from lib.augment import normalise
+
+    device, inputs = model.logit_scale.device, {}
+    for name in ("pixel_values", "input_ids", "attention_mask"):
+        if name in batch:
+            inputs[name] = batch[name].to(device, non_blocking=True)
+    known = model.config.text_config.vocab_size
+    if "input_ids" in batch and int(batch["input_ids"].max()) >= known:
+        raise UserError(f"the tokenizer has more tokens than the model's {known}; they do not belong together")
+    if "pixel_values" in inputs and inputs["pixel_values"].dtype == torch.uint8:
+        inputs["pixel_values"] = normalise(inputs["pixel_values"], processor.image_mean, processor.image_std)
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
+        output = model(**inputs)
+    found = {name: output[name].float().cpu().numpy() for name in ("image", "text") if name in output}
+    if not all(np.isfinite(values).all() for values in found.values()):
+        raise UserError("the model gives NaN; its weights are broken")
+    return found
+
+
+def embedded(
+    source: Any, model: Any, preprocessing: Any, collate: SampleCollate, schema: pa.Schema, args: Args
+) -> Iterator[tuple[pa.Table, list[str]]]:
+    """Batch by batch, in the order of the source: the rows that can be read, and a line for each that cannot."""
+    import numpy as np
+
+    from lib.batches import Plan, make_loader
+
+    transform = make_transform(preprocessing.image_processor, preprocessing.image_size)
+    samples = Samples(source, transform, chosen_parts(source, args.parts))
+    rows = np.arange(len(source))
+    if hasattr(source, "prefetch"):
+        source.prefetch(rows)
+    plan = Plan([rows[start : start + args.batch_size] for start in range(0, len(rows), args.batch_size)])
+    key = key_of(source)
+    try:
+        for batch in make_loader(samples, collate, plan, args.num_workers, model.logit_scale.device):
+            rows = [(key(row), fault) for row, fault in zip(batch["index"].tolist(), batch["faults"], strict=True)]
+            sound = [key for key, fault in rows if fault is None]
+            found = embed(model, batch, preprocessing.image_processor, args.amp) if sound else {}
+            table = make_table(schema, sound, batch["captions"], found)
+            yield table, [f"{key}: {fault}" for key, fault in rows if fault is not None]
+    except UserError as error:  # a worker's comes with its traceback before it
+        raise UserError(str(error).strip().splitlines()[-1].removeprefix("lib.errors.UserError: ")) from None
+
+
+# ----------------------------------------------------------------------------------------------------------- output
+
+
+def make_schema(sources: list[Any], args: Args, model: Any, preprocessing: Any, collate: SampleCollate) -> pa.Schema:
+    """The columns that there will be, and what is worth knowing of the model."""
+    import pyarrow as pa
+
+    probe = collate([{"valid": 1.0, "image_id": 0, "text_id": 0, "words": "a", "caption": "a"}])
+    dimension = embed(model, probe, None, "no")["text"].shape[1]
+    number = pa.float16() if args.dtype == "float16" else pa.float32()
+    fields = [pa.field("key", pa.string(), nullable=False)]
+    if any("text" in parts_of(source) for source in sources):
+        fields.append(pa.field("caption", pa.string()))
+    for part in ("image", "text"):
+        there = [part in chosen_parts(source, args.parts) for source in sources]
+        # Arrow (to 25) reads no null among lists of a fixed size: https://github.com/apache/arrow/issues/35692
+        vectors = pa.list_(number, dimension) if all(there) else pa.list_(number)
+        fields += [pa.field(f"{part}_embedding", vectors)] if any(there) else []
+    known = {"model": args.model, "dimension": dimension, "logit_scale": float(model.logit_scale.detach().exp()),
+             "image_size": preprocessing.image_size, "max_length": preprocessing.max_length}  # fmt: skip
+    if args.adapter:
+        known["adapter"] = args.adapter
+    if hasattr(model, "logit_bias"):
+        known["logit_bias"] = float(model.logit_bias.detach())
+    return pa.schema(fields, {name: str(value) for name, value in known.items()})
+
+
+def make_table(
+    schema: pa.Schema, keys: list[str], captions: list[str | None], found: dict[str, np.ndarray]
+) -> pa.Table:
+    """The rows of a batch; a column of ``schema`` of which there is nothing in it is null."""
+    import pyarrow as pa
+
+    # A file's name may be none in UTF-8.
+    columns = {"key": pa.array([key.encode("utf-8", "backslashreplace").decode() for key in keys]),
+               "caption": pa.array(captions, pa.string())}  # fmt: skip
+    for part, values in found.items():
+        kind = schema.field(f"{part}_embedding").type
+        flat = pa.array(values.astype(kind.value_type.to_pandas_dtype()).reshape(-1))
+        columns[f"{part}_embedding"] = pa.FixedSizeListArray.from_arrays(flat, values.shape[1]).cast(kind)
+    arrays = [columns[field.name] if field.name in columns else pa.nulls(len(keys), field.type) for field in schema]
+    return pa.Table.from_arrays(arrays, schema=schema)
+
+
+@contextlib.contextmanager
+def open_output(target: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+    """A function that takes tables, for a file at ``target`` that appears when all of it is written and not before.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = open(draft, "wb")  # noqa: SIM115  (closed below)
+    except OSError as error:
+        raise UserError(f"--output {target}: {error.strerror}") from None
+    pending: list[pa.Table] = []
+
+    def write(table: pa.Table | None) -> None:
+        pending.extend([] if table is None else [table])
+        if pending and (table is None or sum(map(len, pending)) >= ROW_GROUP):
+            writer.write_table(pa.concat_tables(pending).combine_chunks())
+            pending.clear()
+
+    try:
+        with file, pq.ParquetWriter(file, schema, use_dictionary=False) as writer:  # vectors do not repeat
+            yield write
+            write(None)
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_args(args: Args) -> None:
+    """UserError for what can be wrong before anything is loaded."""
+    check_ranges(args, cache_gb=(0.001, 1e6))
+    if args.input is None and args.texts is None:
+        raise UserError("nothing to embed: name INPUT (pictures, shards or a table), or a text file with --texts")
+    target = Path(args.output)
+    if target.is_dir():
+        raise UserError(f"--output {target}: is a folder; name a file")
+    read = [Path(name) for name in (args.input, args.texts) if name and Path(name).exists()]
+    if target.exists() and any(target.samefile(path) for path in read):
+        raise UserError(f"--output {target}: would replace the file that is read; name another")
+    if target.exists() and not args.overwrite:
+        raise UserError(f"--output {target} exists: --overwrite replaces it")
+
+
+def main() -> None:
+    args = parse_args(Args, {})
+    check_args(args)
+
+    from lib.collate import PairCollate
+    from lib.run import progress_bar, quiet_libraries
+
+    quiet_libraries()
+    sources = open_sources(args)
+    model, preprocessing = load_model(args)
+    pairs = PairCollate(preprocessing.tokenizer, preprocessing.max_length, full_length=preprocessing.full_length)
+    schema = make_schema(sources, args, model, preprocessing, SampleCollate(pairs))
+    total, rows, left_out = sum(map(len, sources)), 0, 0
+    named: list[str] = []
+    started = said = time.perf_counter()
+    with open_output(Path(args.output), schema) as write, progress_bar(total, 0, " rows", "embedding") as bar:
+        for source in sources:
+            for table, faults in embedded(source, model, preprocessing, SampleCollate(pairs), schema, args):
+                write(table)
+                rows, left_out = rows + len(table), left_out + len(faults)
+                named += faults[: NAMED - len(named)]
+                bar.update(len(table) + len(faults))
+                if bar.disable and time.perf_counter() - said > 30:
+                    said = time.perf_counter()
+                    speed = rows / (said - started)
+                    print(f"embedding: {rows + left_out:,} of {total:,} rows, {speed:,.0f} samples/s", flush=True)
+        if not rows:
+            raise UserError(f"{args.input}: none of its {total:,} rows can be read, the first one is {named[0]}")
+    seconds = time.perf_counter() - started
+
+    for line in named:
+        print(f"left out: {line}", file=sys.stderr)
+    if left_out > NAMED:
+        print(f"... and {left_out - NAMED:,} more", file=sys.stderr)
+    missing = f", {left_out:,} left out" if left_out else ""
+    dimension = int(schema.metadata[b"dimension"])
+    print(f"{rows:,} rows{missing}, dimension {dimension}, {rows / seconds:,.1f} samples/s: {args.output}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the draft is cleared away
+    with errors_in_one_line():
+        main()
