@@ -1,14 +1,14 @@
-# make demo (TASK=text) · make test · make setup · make bench · make torture · make lint
+# make demo (TASK=clip|text) · make test · make setup · make bench · make torture · make lint
 # VENV=path chooses the virtual environment, PYTHON=python3.x the interpreter it is made with.
 
 VENV ?= .venv
 PYTHON ?= python3.11
-TASK ?= text
+TASK ?= clip
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup demo demo_text test bench torture lint link
+.PHONY: setup demo demo_clip demo_text test bench bench_clip bench_text torture lint link
 
 setup: $(STAMP) link
 
@@ -24,6 +24,14 @@ link: $(STAMP)
 
 demo: demo_$(TASK)
 
+demo_clip: setup
+	$(BIN)/python data/make_clip_demo.py --output_dir data/demo_clip
+	test -f data/demo_clip_shards/shards.json || $(BIN)/python tools/make_shards.py --images data/demo_clip \
+	  --captions data/demo_clip/captions.csv --split_column split --max_shard_count 500 --output_dir data/demo_clip_shards
+	PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/accelerate launch \
+	  --config_file accelerate_configs/cpu.yaml scripts/clip_finetune.py --config configs/demo/clip.yaml --overwrite
+	@echo; cat runs/demo_clip/summary.txt; echo "Report: $(CURDIR)/runs/demo_clip/report.html"
+
 demo_text: setup
 	$(BIN)/python data/make_text_demo.py --output_dir data/demo_text
 	PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/accelerate launch \
@@ -38,8 +46,16 @@ test: setup
 torture: setup
 	$(BIN)/python -m pytest tests/torture.py -s $(PYTEST_ARGS)
 
+bench: bench_$(TASK)
+
+# Beside open_clip, which wants an older webdataset than ours and so gets a folder of its own.
+bench_clip: setup
+	test -d $(VENV)/open_clip || $(BIN)/python -m pip install --quiet --target $(VENV)/open_clip --no-deps \
+	  open_clip_torch==3.3.0 ftfy regex timm "webdataset<=0.2.86" braceexpand wcwidth
+	$(BIN)/python benchmarks/clip.py --open_clip $(VENV)/open_clip
+
 # DATA=file.json: other rows than the demo's.
-bench: setup
+bench_text: setup
 	test -n "$(DATA)" || $(BIN)/python data/make_text_demo.py --output_dir data/demo_text
 	$(BIN)/python benchmarks/text.py --train_file "$(or $(DATA),data/demo_text/train.json)"
 

@@ -11,8 +11,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from conftest import ENVIRONMENT, ROOT, TEXT, launch, weights
+from conftest import CLIP, ENVIRONMENT, ROOT, TEXT, draw_pair, launch, weights
 
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("data/*.md")])
 PROGRAMS = sorted(
@@ -53,7 +54,8 @@ def test_every_flag_in_the_docs_exists() -> None:
 
 
 def test_every_path_in_the_docs_exists() -> None:
-    made_by_use = ("data/train.csv", "data/test.csv", "data/raw", "data/processed", "data/demo_text")
+    made_by_use = ("data/train.csv", "data/test.csv", "data/raw", "data/processed", "data/demo_", "data/photos",
+                   "data/captions.csv", "data/furniture", "data/train")  # fmt: skip
     for path in DOCS:
         for word in re.findall(
             r"(?:scripts|tools|lib|configs|accelerate_configs|data|benchmarks|tests)/[\w./-]*\w", path.read_text()
@@ -104,29 +106,40 @@ def test_every_recipe_parses() -> None:
 
     from lib.config import parse_args
 
-    spec = importlib.util.spec_from_file_location("recipes", TEXT)
-    module = sys.modules["recipes"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    recipes = [*ROOT.glob("configs/text_*.yaml"), *ROOT.glob("configs/demo/text.yaml")]
-    assert len(recipes) >= 3
-    for path in recipes:
-        assert parse_args(module.Args, module.ALIASES, ["--config", str(path)]).epochs >= 1
+    found = 0
+    for script, stem in ((TEXT, "text"), (CLIP, "clip")):
+        spec = importlib.util.spec_from_file_location(f"recipes_{stem}", script)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for path in [*ROOT.glob(f"configs/{stem}_*.yaml"), ROOT / "configs" / "demo" / f"{stem}.yaml"]:
+            assert parse_args(module.Args, module.ALIASES, ["--config", str(path)]).epochs >= 1
+            found += 1
+    assert found == len(list(ROOT.glob("configs/**/*.yaml"))) >= 6
 
 
 @pytest.fixture
-def workshop(tmp_path: Path, text_set: Path, tiny_bert: Path) -> tuple[Path, dict[str, str]]:
+def workshop(tmp_path: Path, text_set: Path, tiny_bert: Path, tiny_clip_folder: Path) -> tuple[Path, dict[str, str]]:
     """A copy of the project with small data where the README has the user's, and `accelerate` on the path."""
     import shutil
 
     for name in ("scripts", "tools", "configs", "accelerate_configs", "data"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("demo_text", "__pycache__"))
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("demo_*", "__pycache__"))
     for split in ("train", "test"):
         rows = json.loads((text_set / f"{split}.json").read_text())
         lines = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
         (tmp_path / "data" / f"{split}.csv").write_text("\n".join(lines) + "\n")
     (tmp_path / "data" / "raw").mkdir()
     shutil.copy(text_set / "train.json", tmp_path / "data" / "raw" / "train.json")
-    shutil.copytree(tiny_bert, tmp_path / "bert-base-uncased")  # a folder of that name goes before the Hub
+    # Folders of these names go before the Hub.
+    shutil.copytree(tiny_bert, tmp_path / "bert-base-uncased")
+    shutil.copytree(tiny_clip_folder, tmp_path / "openai" / "clip-vit-base-patch32")
+    rng, lines = np.random.default_rng(2), ["image,caption"]
+    (tmp_path / "data" / "photos").mkdir()
+    for number in range(60):
+        picture, caption = draw_pair(rng)
+        (tmp_path / "data" / "photos" / f"{number}.jpg").write_bytes(picture)
+        lines.append(f"{number}.jpg,{caption}")
+    (tmp_path / "data" / "captions.csv").write_text("\n".join(lines) + "\n")
     environment = {
         **ENVIRONMENT,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -172,12 +185,17 @@ def test_the_readmes_commands_run(workshop) -> None:
                 command = f"CONFIG=accelerate_configs/cpu.yaml {command}"
         if "text_classify.py" in command or "my_experiment.py" in command:
             command += f" {SMALL} --run_name run{tried}" if not command.startswith("cp") else ""
+        if "clip_finetune.py" in command:
+            command += (
+                " --max_steps 2 --effective_batch_size 16 --micro_batch_size 8 --num_workers 0 --run_name demo_clip"
+            )
         if "predict.py" in command:
             command = command.replace("runs/demo_text", "runs/run0")
         done = run(command, folder, environment)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         tried += 1
-    assert tried >= 9
+    assert tried >= 12
+    assert (folder / "embeddings.parquet").is_file()
     assert (folder / "data" / "processed" / "train.json").is_file()
 
 
