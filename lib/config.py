@@ -166,9 +166,16 @@ def check_ranges(args: Any, **others: tuple[float, float]) -> None:
 def without_effect(args: Any, used: dict[str, bool]) -> list[str]:
     """Settings that were changed and that nothing reads, because the part they belong to is not in use.
 
-    A line of help that begins with ``cnn:`` says whom the setting belongs to; ``used`` says, for each such word,
-    whether this run has it.
+    A line of help that begins with ``cnn:`` says whom the setting belongs to; ``used`` says, for each such word of this
+    script alone, whether this run has it.
     """
+    used = {
+        "wandb": "wandb" in args.report_to,
+        "mlflow": "mlflow" in args.report_to,
+        "sgd": args.optimizer == "sgd",
+        "plateau": args.scheduler == "plateau",
+        **used,
+    }
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     return [
         f"--{name} has no effect here ({text})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
 import os
@@ -48,6 +49,8 @@ def errors_in_one_line() -> Iterator[None]:
             raise
         hint = "what was finished before is intact: free space, then run it again (training: with --resume)"
         leave(f"error: {error}; {hint}", 2)
+    else:
+        end_rank(0)
 
 
 def leave(message: str, exit_code: int) -> None:
@@ -59,4 +62,19 @@ def leave(message: str, exit_code: int) -> None:
         # Where only this rank failed the others are inside a collective: a barrier here would never end.
         if exit_code != 2 and distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
+    end_rank(exit_code)
     sys.exit(exit_code)
+
+
+def end_rank(exit_code: int) -> None:
+    """Ends a process that is one of several after its exit handlers ran; does nothing to one that is alone.
+
+    gloo's threads may still want the interpreter while it is torn down, which aborts the process now and then
+    (pytorch/pytorch#179291): a run that went well would be reported as failed.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # piped into something that has ended
+                stream.flush()
+        os._exit(exit_code)

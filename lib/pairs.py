@@ -91,12 +91,13 @@ def open_pairs(
 ) -> ShardPairs | TablePairs:
     """The pairs that ``where`` names: shards here or at a URL, or a table of captions of images in ``image_folder``."""
     from lib.folders import TablePairs
-    from lib.remote import FileCache, is_remote, list_remote
+    from lib.remote import FileCache, RangeReader, is_remote, list_remote
     from lib.shards import ShardPairs, list_shards
     from lib.tables import SUFFIXES
 
     if is_remote(where):
-        return ShardPairs(list_remote(where), cache, FileCache(cache / "remote", int(cache_gb * 1e9)))
+        remote = FileCache(cache / "remote", int(cache_gb * 1e9)) if cache_gb else RangeReader()
+        return ShardPairs(list_remote(where), cache, remote)
     if Path(where).suffix.lower() in SUFFIXES:
         folder = Path(image_folder) if image_folder else Path(where).parent
         return TablePairs(where, folder, image_column, caption_column)

@@ -1,4 +1,4 @@
-"""Files at s3://, https:// and other URLs, through fsspec: listed, cached, fetched ahead; checkpoints kept there.
+"""Files at s3://, https:// and other URLs, through fsspec: listed, cached, fetched ahead or read in parts; checkpoints.
 
 Keys and endpoint of S3 come from where boto looks for them: ``AWS_ACCESS_KEY_ID``, ``AWS_SECRET_ACCESS_KEY``,
 ``AWS_ENDPOINT_URL_S3`` or ``AWS_ENDPOINT_URL``, ``AWS_PROFILE``; a public bucket needs ``FSSPEC_S3_ANON=true``. What a
@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import io
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from lib.checkpoint import MANIFEST, sync_folder, what_is_wrong
 from lib.errors import UserError, first_line
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 TRIES = 4
 FIRST_DELAY = 0.2  # seconds before the second try; doubled before each further one
 UPLOAD_PART = 16 * 2**20  # bytes; a file of two or more such parts goes up in parts, a few of them at a time
+RANGE_BLOCK = 4 * 2**20  # bytes that a file which is read from end to end is read by
 POLL = 0.2  # seconds between two looks at what other processes have asked for
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_ACCESS_KEY_ID")
@@ -228,6 +230,10 @@ class FileCache:
             self._asked.set()
         return path
 
+    def open(self, file: RemoteFile) -> IO[bytes]:
+        """The local copy of ``file``, open for reading."""
+        return open(self.get(file), "rb")
+
     def prefetch(self, files: list[RemoteFile]) -> None:
         """Fetches ``files`` in this order in the background; replaces an earlier order, an empty list ends it.
 
@@ -337,6 +343,62 @@ class FileCache:
                         size = path.stat().st_size
                         path.unlink()
                         total -= size
+
+
+class RangeReader:
+    """Reads parts of remote files where they lie, for a disk that should keep none of them: a request each time."""
+
+    def read(self, file: RemoteFile, parts: list[tuple[int, int]]) -> list[bytes]:
+        """The ``parts`` (start, size) of a file in bytes, by one request, which also brings what is between them.
+
+        Raises:
+            UserError: it is no longer there, it was cut, access is refused, or the server fails on every try.
+        """
+        url = file.signed or file.url
+        first, end = min(start for start, _ in parts), max(start + size for start, size in parts)
+
+        def attempt() -> bytes:
+            fs = _filesystem(url)
+            content = fs.cat_file(_path(fs, url), start=first, end=end)
+            if len(content) != end - first:
+                raise ConnectionError(f"{len(content):,} bytes came instead of {end - first:,}")
+            return content
+
+        content = _retried(url, attempt) if end > first else b""
+        return [content[start - first : start - first + size] for start, size in parts]
+
+    def open(self, file: RemoteFile) -> IO[bytes]:
+        """The whole file, read in blocks of a few MB from its beginning to its end."""
+        return io.BufferedReader(_Blocks(self, file), RANGE_BLOCK)
+
+    def prefetch(self, files: list[RemoteFile]) -> None:
+        """Nothing: no file is kept."""
+
+
+class _Blocks(io.RawIOBase):
+    """A remote file as Python's own buffering wants it."""
+
+    def __init__(self, reader: RangeReader, file: RemoteFile) -> None:
+        self.reader, self.file, self.position = reader, file, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.file.size}[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self.file.size - self.position))
+        buffer[:size] = self.reader.read(self.file, [(self.position, size)])[0]
+        self.position += size
+        return size
 
 
 # ----------------------------------------------------------------------------------------------------- checkpoints

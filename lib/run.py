@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from lib.batches import Window
+    from lib.batches import TrainBatches, Window
     from lib.ema import Ema
     from lib.optim import Schedule
 
@@ -201,6 +201,17 @@ def choose_directory(args: Any, default_name: str) -> Path:
         if not (directory / "config.yaml").is_file():
             raise UserError(f"--overwrite {directory}: not a run (no config.yaml in it), so it is left alone")
     return directory
+
+
+def short_name(model_name: str) -> str:
+    """What to call a model: the last part of its path that says more than ``best`` does."""
+    path = Path(model_name)
+    return path.parent.name if path.name in ("model", "best", "last") and path.parent.name else path.name
+
+
+def join_name(*parts: str) -> str:
+    """A name for a folder, from parts of any characters."""
+    return "_".join(parts).replace("/", "-").replace(" ", "-")
 
 
 def start_run(accelerator: Accelerator, args: Any, default_name: str, remote: str | None = None) -> Run:
@@ -636,6 +647,66 @@ def stop_requested(run: Run) -> bool:
 
     flag = torch.tensor([float(run.stop.received is not None)], device=run.accelerator.device)
     return run.accelerator.reduce(flag, reduction="sum").item() > 0
+
+
+def plan_steps(run: Run, batches: TrainBatches, epochs: int, max_steps: int | None) -> int:
+    """The optimizer steps of the whole run: those taken and those left of ``epochs``, but ``max_steps`` at most."""
+    state = run.state
+    state.epoch_size = len(batches.dataset)
+    left = sum(
+        batches.num_windows(state.position if epoch == state.epoch else 0) for epoch in range(state.epoch, epochs)
+    )
+    return state.step + left if max_steps is None else min(state.step + left, max_steps)
+
+
+def log_step(run: Run, bar: Any, total_steps: int, lr: float, grad_norm: float) -> None:
+    """One line on the steps since the last one: mean loss, learning rate, gradient norm, samples per second."""
+    state = run.state
+    loss = state.log_loss_sum / state.log_loss_count
+    state.log_loss_sum, state.log_loss_count = 0.0, 0
+    record(run, "train", {"loss": loss, "lr": lr, "grad_norm": grad_norm})
+    if loss != loss:
+        log.warning("The loss is nan: lower --lr, set --warmup_steps, keep --grad_clip")
+    bar.set_postfix_str(f"loss {loss:.4f}")
+    log.info(
+        "train step %d/%d  epoch %.2f  loss %.4f  lr %.3g  grad norm %.3f  %.0f samples/s",
+        state.step, total_steps, state.epochs_done, loss, lr, grad_norm, state.samples / state.seconds,
+    )  # fmt: skip
+
+
+def speed(run: Run) -> dict[str, float]:
+    """Samples per second of training, the share of it spent waiting for data, and the peak memory, for the records."""
+    state = run.state
+    return {
+        "samples_per_second": state.samples / state.seconds,
+        "data_wait_share": state.wait_seconds / state.seconds,
+        "peak_memory_mb": peak_memory_mb(run.accelerator),
+    }
+
+
+def take_train_loss(state: TrainState) -> float:
+    """The mean loss of the samples since the last evaluation; the count starts anew."""
+    loss = state.loss_sum / max(1, state.loss_count)
+    state.loss_sum, state.loss_count = 0.0, 0
+    return loss
+
+
+def count_evaluation(state: TrainState, value: float, min_delta: float, higher_is_better: bool) -> bool:
+    """Notes what an evaluation found, for the best weights and for patience; True when ``value`` is the best so far."""
+    state.evaluated_step = state.step
+    state.bad_evaluations += 1
+    if is_improvement(value, state.patience_value, min_delta, higher_is_better):
+        state.patience_value, state.bad_evaluations = value, 0
+    best = is_improvement(value, state.best_value, 0.0, higher_is_better)
+    if best:
+        state.best_value, state.best_step = value, state.step
+    return best
+
+
+def evaluation_was_stopped(state: TrainState, eval_every: int, total_steps: int) -> bool:
+    """Whether the run was stopped inside the evaluation that belongs to its last step."""
+    due = is_due(eval_every, state.step, state.position == 0, state.step == total_steps)
+    return due and state.step > 0 and state.evaluated_step < state.step
 
 
 def is_due(every: int, step: int, end_of_epoch: bool, last_step: bool) -> bool:

@@ -1,8 +1,8 @@
 """WebDataset shards (tar files of images and captions) read at random through an index of their members' offsets.
 
 A sample is the members that share a key, one after another: ``abc.jpg``, ``abc.txt`` and perhaps ``abc.json``. The
-index of a shard is made once and kept in the cache; reading is then one ``pread`` a member, so order, resume and exact
-evaluation hold for shards as for files.
+index of a shard is made once and kept in the cache; reading is then one ``pread`` a member (or one request a sample,
+where shards lie elsewhere and none is to be kept), so order, resume and exact evaluation hold for shards as for files.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import re
 import tarfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from lib.errors import UserError, first_line
 
 if TYPE_CHECKING:
-    from lib.remote import FileCache, RemoteFile
+    from lib.remote import FileCache, RangeReader, RemoteFile
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 INDEX = np.dtype([(f"{part}_{field}", "<u8") for part in ("image", "text", "json") for field in ("start", "size")])
@@ -64,10 +64,13 @@ def expand_braces(pattern: str) -> list[str]:
     return [rest for word in words for rest in expand_braces(pattern[: match.start()] + word + pattern[match.end() :])]
 
 
-def index_shard(path: Path, cache: Path, remote: tuple[RemoteFile, FileCache] | None = None) -> np.ndarray:
+def index_shard(
+    path: Path, cache: Path, remote: tuple[RemoteFile, FileCache | RangeReader] | None = None
+) -> np.ndarray:
     """Offsets and sizes of the samples of a shard, memory-mapped [n] of ``INDEX``; made where it is not in ``cache``.
 
-    A ``remote`` shard, whose name ``path`` then is, is fetched only where there is no index of it yet.
+    A ``remote`` shard, whose name ``path`` then is, is fetched (or read where it lies) only where there is no index of
+    it yet.
 
     Raises:
         UserError: the tar is damaged or cut off, or a sample lacks its image or its caption.
@@ -82,7 +85,12 @@ def index_shard(path: Path, cache: Path, remote: tuple[RemoteFile, FileCache] | 
         kept = np.load(target, mmap_mode="r" if target.stat().st_size > 200 else None, allow_pickle=False)
         if kept.dtype == INDEX:
             return kept
-    index = _scan(path if remote is None else remote[1].get(remote[0]), str(path if remote is None else remote[0].url))
+    if remote is None:
+        with open(path, "rb") as file:
+            index = _scan(file, path.stat().st_size, str(path))
+    else:
+        with remote[1].open(remote[0]) as file:
+            index = _scan(file, remote[0].size, remote[0].url)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         draft = target.with_name(f".{target.name}.{os.getpid()}")
@@ -94,7 +102,7 @@ def index_shard(path: Path, cache: Path, remote: tuple[RemoteFile, FileCache] | 
     return index
 
 
-def _scan(path: Path, shown: str) -> np.ndarray:
+def _scan(file: IO[bytes], size: int, shown: str) -> np.ndarray:
     rows: list[tuple[int, ...]] = []
     sample: dict[str, tuple[int, int]] = {}
     current = None
@@ -110,13 +118,13 @@ def _scan(path: Path, shown: str) -> np.ndarray:
         rows.append(tuple(number for part in ("image", "text", "json") for number in sample.get(part, (0, 0))))
 
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if not member.isfile():
                     continue
                 folder, slash, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
-                part = _part_of(suffix.lower())
+                part = _kind_of(suffix.lower())
                 if part is None:
                     continue
                 if folder + slash + stem != current or part in sample:
@@ -131,23 +139,29 @@ def _scan(path: Path, shown: str) -> np.ndarray:
         raise UserError(f"{shown}: a damaged or truncated tar ({first_line(error)}): fetch or pack it again") from None
     except OSError as error:
         raise UserError(f"{shown}: {error.strerror or error}") from None
-    size = path.stat().st_size
     if rows and max(row[at] + row[at + 1] for row in rows for at in (0, 2, 4)) > size:
         raise UserError(f"{shown}: a truncated tar (its last sample ends behind the file): fetch or pack it again")
     return np.array(rows, dtype=INDEX) if rows else np.zeros(0, INDEX)
 
 
-def _part_of(suffix: str) -> str | None:
+def part_of(entry: np.ndarray, part: str) -> tuple[int, int]:
+    """Start and size, in bytes, of a part (image, text or json) of a sample's entry in the index."""
+    return int(entry[f"{part}_start"]), int(entry[f"{part}_size"])
+
+
+def _kind_of(suffix: str) -> str | None:
     return "image" if suffix in IMAGE_SUFFIXES else {"txt": "text", "json": "json"}.get(suffix)
 
 
 class ShardPairs:
     """The samples of many shards under one row number: shard by shard, in the order of their names.
 
-    ``shards`` are local paths, or files elsewhere that ``remote`` brings when they are read.
+    ``shards`` are local paths, or files elsewhere of which ``remote`` keeps copies or reads the parts that are needed.
     """
 
-    def __init__(self, shards: list[Path] | list[RemoteFile], cache: Path, remote: FileCache | None = None) -> None:
+    def __init__(
+        self, shards: list[Path] | list[RemoteFile], cache: Path, remote: FileCache | RangeReader | None = None
+    ) -> None:
         from lib.run import progress_bar
 
         self.shards, self.cache, self.remote = shards, cache / "shards", remote
@@ -174,11 +188,7 @@ class ShardPairs:
     def read(self, row: int) -> tuple[bytes, bytes]:
         """The image file and the caption of a row, as they are stored."""
         shard, entry = self._entry(row)
-        file = self._file(shard)
-        return (
-            os.pread(file, int(entry["image_size"]), int(entry["image_start"])),
-            os.pread(file, int(entry["text_size"]), int(entry["text_start"])),
-        )
+        return tuple(self._read(shard, [part_of(entry, "image"), part_of(entry, "text")]))
 
     def metadata(self, row: int) -> dict[str, Any]:
         """What the sample's .json says; empty where it has none.
@@ -190,7 +200,7 @@ class ShardPairs:
         if not entry["json_size"]:
             return {}
         try:
-            content = json.loads(os.pread(self._file(shard), int(entry["json_size"]), int(entry["json_start"])))
+            content = json.loads(self._read(shard, [part_of(entry, "json")])[0])
         except ValueError as error:
             raise UserError(f"{self.where(row)}: broken JSON ({first_line(error)})") from None
         if not isinstance(content, dict):
@@ -199,10 +209,15 @@ class ShardPairs:
 
     def where(self, row: int) -> str:
         """Shard and key of a row, for a message."""
-        shard, entry = self._entry(row)
-        with tarfile.open(self._path(shard), "r:") as tar:
-            names = (member.name for member in tar if member.offset_data == int(entry["image_start"]))
-            return f"{self.name(shard)}: {next(names, '?')}"
+        shard, _ = self._entry(row)
+        return f"{self.name(shard)}: {self.members(shard)[row - self.starts[shard]]}"
+
+    def members(self, shard: int) -> list[str]:
+        """The names of a shard's images, sample by sample."""
+        starts = self._index(shard)["image_start"].tolist()
+        with self._open(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            names = {member.offset_data: member.name for member in tar}
+        return [names.get(start, "?") for start in starts]
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """The rows of an epoch, int64 [n]: shards shuffled, then samples within a few of them at a time."""
@@ -226,8 +241,15 @@ class ShardPairs:
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1
         return shard, self._index(shard)[row - self.starts[shard]]
 
-    def _path(self, shard: int) -> Path:
-        return self.shards[shard] if self.remote is None else self.remote.get(self.shards[shard])
+    def _open(self, shard: int) -> IO[bytes]:
+        return open(self.shards[shard], "rb") if self.remote is None else self.remote.open(self.shards[shard])
+
+    def _read(self, shard: int, parts: list[tuple[int, int]]) -> list[bytes]:
+        """Some parts (start, size) of a shard, in bytes."""
+        if hasattr(self.remote, "read"):
+            return self.remote.read(self.shards[shard], parts)
+        file = self._file(shard)
+        return [os.pread(file, size, start) for start, size in parts]
 
     def _index(self, shard: int) -> np.ndarray:
         indexes = self.__dict__.setdefault("_indexes", {})
@@ -248,7 +270,8 @@ class ShardPairs:
         if shard not in files:
             while len(files) >= OPEN_FILES:
                 os.close(files.popitem(last=False)[1])
-            files[shard] = os.open(self._path(shard), os.O_RDONLY)
+            path = self.shards[shard] if self.remote is None else self.remote.get(self.shards[shard])
+            files[shard] = os.open(path, os.O_RDONLY)
         files.move_to_end(shard)
         return files[shard]
 

@@ -36,10 +36,10 @@ class Args:
     image_column: str = "image"  # tables: column of the image file
     caption_column: str = "caption"  # tables: column of the caption
     s3_bucket: str | None = None  # instead of train_data: an S3 bucket with shards
-    s3_prefix: str = "data/train"  # where in it the training shards are; validation: the same with val for train
-    s3_validation_prefix: str | None = None  # where in it the validation shards are
+    s3_prefix: str = "data/train"  # s3: where the training shards are; validation: the same with val for train
+    s3_validation_prefix: str | None = None  # s3: where the validation shards are
     cache_dir: str | None = None  # indexes and fetched shards (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
-    cache_gb: float = 50.0  # fetched shards that are kept, in GB
+    cache_gb: float = 50.0  # fetched shards that are kept, in GB; 0: none, each pair is read where it lies
     mini_train: bool = False  # 256 training and 128 validation pairs, for a quick look
     augmentation: AugmentationName = "simple"  # of training pictures: none, simple (flip, crop), advanced
     class_field: str | None = None  # zero-shot classification: field of the .json with a picture's class
@@ -47,8 +47,8 @@ class Args:
     class_templates: tuple[str, ...] = ("a photo of a {}.",)  # zero-shot classification: captions of a class
     max_length: int | None = None  # tokens kept of a caption (default: what the model can take)
     # -- model --
-    model_name: str = "openai/clip-vit-base-patch32"  # folder or Hub name, of a LoRA adapter too
-    adapter: str | None = None  # LoRA adapter that is merged into model_name first
+    model_name: str = "openai/clip-vit-base-patch32"  # pretrained: folder or Hub name, of a LoRA adapter too
+    adapter: str | None = None  # pretrained: LoRA adapter that is merged into model_name first
     from_scratch: bool = False  # random weights in the shape that follows, tokenizer trained on the captions
     image_size: int = 224  # from scratch: pixels of a side
     patch_size: int = 32  # from scratch: pixels of a patch
@@ -107,7 +107,7 @@ class Args:
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # go on with a run: its folder, or no value for the one this command made
     enable_s3_checkpoints: bool = False  # keep checkpoints in the bucket too, and find them there
-    s3_checkpoint_prefix: str = "checkpoints"  # where in the bucket
+    s3_checkpoint_prefix: str = "checkpoints"  # s3: where in the bucket
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
     keep_checkpoints: int = 2  # how many checkpoints stay
     log_every: int = 10  # optimizer steps between lines of the log
@@ -423,7 +423,7 @@ def check_args(args: Args) -> None:
     choose_directory(args, default_name(args))
     check_ranges(
         args, effective_batch_size=(2, 2**30), micro_batch_size=(0, 2**30), loss_batch_size=(2, 2**30),
-        ema_decay=(0, 0.9999999), attention_dropout=(0, 0.999), logit_scale_init=(1e-3, 1e6), cache_gb=(0.001, 1e6),
+        ema_decay=(0, 0.9999999), attention_dropout=(0, 0.999), logit_scale_init=(1e-3, 1e6), cache_gb=(0, 1e6),
         image_size=(8, 4096), patch_size=(2, 4096),
     )  # fmt: skip
     if args.scenario == "zero_shot" and args.push_to_hub:
@@ -448,16 +448,17 @@ def data_title(args: Args) -> str:
 
 def model_title(args: Args) -> str:
     """A short name of the model."""
-    path = Path(args.model_name)
-    named = path.parent if path.name in ("model", "best", "last") and path.parent.name else path
-    return f"clip{args.vision_width}x{args.vision_layers}" if args.from_scratch else named.name
+    from lib.run import short_name
+
+    return f"clip{args.vision_width}x{args.vision_layers}" if args.from_scratch else short_name(args.model_name)
 
 
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that one tends to compare."""
-    parts = [data_title(args), model_title(args), args.scenario, f"bs{args.effective_batch_size}", f"lr{args.lr:g}",
-             f"seed{args.seed}"]  # fmt: skip
-    return "_".join(parts).replace("/", "-").replace(" ", "-")
+    from lib.run import join_name
+
+    settings = (args.scenario, f"bs{args.effective_batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
+    return join_name(data_title(args), model_title(args), *settings)
 
 
 def main() -> None:
@@ -487,23 +488,27 @@ def main() -> None:
     from lib.run import (
         after_step,
         choose_sharded_layers,
+        count_evaluation,
         count_parameters,
+        evaluation_was_stopped,
         evaluations,
         finish_run,
         is_due,
-        is_improvement,
         leave_after_stop,
         log,
+        log_step,
         make_accelerator,
         out_of_patience,
-        peak_memory_mb,
+        plan_steps,
         progress_bar,
         record,
         restore,
         save,
         seed_processes_apart,
+        speed,
         start_run,
         success,
+        take_train_loss,
     )  # fmt: skip
 
     accelerator = make_accelerator(args.seed, args.amp)
@@ -512,11 +517,11 @@ def main() -> None:
     remote = f"s3://{args.s3_bucket}/{args.s3_checkpoint_prefix.strip('/')}" if args.enable_s3_checkpoints else None
     run = start_run(accelerator, args, default_name(args), remote)
     state = run.state
-    used = {name: name in args.report_to for name in ("wandb", "mlflow")}
-    used |= {"from scratch": args.from_scratch, "plateau": args.scheduler == "plateau", "full": args.scenario == "full"}
+    used = {"from scratch": args.from_scratch, "full": args.scenario == "full", "siglip": args.loss == "siglip"}
     used |= {"tables": any(hasattr(pairs, "names") for pairs in data.sources.values())}
-    used |= {"sgd": args.optimizer == "sgd", "lora": args.scenario.endswith("lora"), "siglip": args.loss == "siglip"}
-    for line in without_effect(args, used | {"zero-shot classification": args.class_field is not None}):
+    used |= {"zero-shot classification": args.class_field is not None, "pretrained": not args.from_scratch}
+    used |= {"s3": args.s3_bucket is not None}
+    for line in without_effect(args, used | {"lora": args.scenario.endswith("lora")}):
         log.warning("%s", line)
 
     preprocessing, micro_batch_size = data.preprocessing, args.micro_batch_size or state.micro_batch_size
@@ -537,13 +542,7 @@ def main() -> None:
         num_workers=args.num_workers, num_processes=accelerator.num_processes,
         process_index=accelerator.process_index, device=accelerator.device,
     )  # fmt: skip
-    state.epoch_size = len(dataset)
-    total_steps = state.step + sum(
-        train_batches.num_windows(state.position if epoch == state.epoch else 0)
-        for epoch in range(state.epoch, args.epochs)
-    )
-    if args.max_steps is not None:
-        total_steps = min(total_steps, args.max_steps)
+    total_steps = plan_steps(run, train_batches, args.epochs, args.max_steps)
 
     higher_is_better = args.best_metric != "loss"
     optimizer = schedule = ema = initial = None
@@ -583,37 +582,27 @@ def main() -> None:
     def stop_here() -> None:
         leave_after_stop(run, save(run, model, optimizer, schedule, args.keep_checkpoints, ema) if optimizer else None)
 
-    latest = evaluations(run)[-1] if evaluations(run) else {}
-    metrics = {name: latest[name] for name in RETRIEVAL_METRICS if name in latest}
+    metrics = {name: row[name] for row in evaluations(run)[-1:] for name in RETRIEVAL_METRICS if name in row}
 
     def validate() -> bool:
         """Scores the validation pairs, keeps the weights if they are the best so far; False when asked to stop."""
         with averaged(ema):
             found = evaluate(model, data, "validation", run, args)
-            if found is None:
-                return False
-            metrics.update(score(found, data, "validation", args))
-            value = metrics[args.best_metric]
-            best = is_improvement(value, state.best_value, 0.0, higher_is_better)
-            state.bad_evaluations += 1
-            if is_improvement(value, state.patience_value, args.early_stop_min_delta, higher_is_better):
-                state.patience_value, state.bad_evaluations = value, 0
-            state.evaluated_step = state.step
-            train_loss = state.loss_sum / max(1, state.loss_count)
-            state.loss_sum, state.loss_count = 0.0, 0
-            record(run, "validation", {
-                "train_loss": train_loss, **metrics, "lr": optimizer.param_groups[0]["lr"],
-                "logit_scale": float(found["scale"]), "samples_per_second": state.samples / state.seconds,
-                "data_wait_share": state.wait_seconds / state.seconds, "peak_memory_mb": peak_memory_mb(accelerator),
-            })  # fmt: skip
-            schedule.evaluated(value)
-            log.info("validation loss %.4f  R@1 image to text %.4f, text to image %.4f  (step %d, train loss %.4f)",
-                     metrics["loss"], metrics["image_to_text_r1"], metrics["text_to_image_r1"], state.step,
-                     train_loss)  # fmt: skip
-            if best:
-                state.best_value, state.best_step = value, state.step
+        if found is None:
+            return False
+        metrics.update(score(found, data, "validation", args))
+        value, train_loss = metrics[args.best_metric], take_train_loss(state)
+        best = count_evaluation(state, value, args.early_stop_min_delta, higher_is_better)
+        lr, scale = optimizer.param_groups[0]["lr"], float(found["scale"])
+        record(run, "validation", {"train_loss": train_loss, **metrics, "lr": lr, "logit_scale": scale, **speed(run)})
+        schedule.evaluated(value)
+        log.info("validation loss %.4f  R@1 image to text %.4f, text to image %.4f  (step %d, train loss %.4f)",
+                 metrics["loss"], metrics["image_to_text_r1"], metrics["text_to_image_r1"], state.step,
+                 train_loss)  # fmt: skip
+        if best:
+            with averaged(ema):
                 save_weights(run.directory / "best")
-                success("New best %s %.4f, saved to %s", args.best_metric, value, run.directory / "best")
+            success("New best %s %.4f, saved to %s", args.best_metric, value, run.directory / "best")
         write_summary(run, model_title(args), total_steps, {"base": base["validation"], "validation": metrics})
         return True
 
@@ -634,10 +623,7 @@ def main() -> None:
                  *(base[split][name] for name in ("loss", "image_to_text_r1", "text_to_image_r1")))  # fmt: skip
 
     # A run that was stopped inside an evaluation goes on with it.
-    evaluation_due = state.step > 0 and state.evaluated_step < state.step and is_due(
-        args.eval_every, state.step, state.position == 0, state.step == total_steps
-    )  # fmt: skip
-    if evaluation_due and not validate():
+    if evaluation_was_stopped(state, args.eval_every, total_steps) and not validate():
         stop_here()
 
     checkpoint = None
@@ -668,15 +654,7 @@ def main() -> None:
             state.wait_seconds += train_batches.take_seconds_waited()
             bar.update()
             if state.step % args.log_every == 0:
-                train_loss = state.log_loss_sum / state.log_loss_count
-                state.log_loss_sum, state.log_loss_count = 0.0, 0
-                record(run, "train", {"loss": train_loss, "lr": lr, "grad_norm": float(norm)})
-                if train_loss != train_loss:
-                    log.warning("The loss is nan: lower --lr, set --warmup_steps, keep --grad_clip")
-                bar.set_postfix_str(f"loss {train_loss:.4f}")
-                log.info("train step %d/%d  epoch %.2f  loss %.4f  lr %.3g  grad norm %.3f  %.0f samples/s",
-                         state.step, total_steps, state.epochs_done, train_loss, lr, float(norm),
-                         state.samples / state.seconds)  # fmt: skip
+                log_step(run, bar, total_steps, lr, float(norm))
             if end_of_epoch:
                 state.epoch, state.position = state.epoch + 1, 0
             if end_of_epoch or last_step or stop:
@@ -710,16 +688,17 @@ def main() -> None:
             scores[split]["tuned"] = score(found, data, split, args)
             keep_examples(run, "tuned", split, retrieval_examples(found, data.galleries[split]))
         if args.wise_ft:
+            weights = trained_weights(unwrapped(accelerator, model))
             tuned = trained_weights(unwrapped(accelerator, model), copy=True)
             for alpha in args.wise_ft:
-                mix_weights(trained_weights(unwrapped(accelerator, model)), initial, tuned, alpha)
+                mix_weights(weights, initial, tuned, alpha)
                 found = evaluate(model, data, "validation", run, args)
                 if found is None:
                     leave_after_stop(run, run.checkpoints)
                 mixtures.append({"alpha": alpha, **score(found, data, "validation", args)})
             choose = max if higher_is_better else min
             chosen = choose(mixtures, key=lambda mixture: mixture[args.best_metric])
-            mix_weights(trained_weights(unwrapped(accelerator, model)), initial, tuned, chosen["alpha"])
+            mix_weights(weights, initial, tuned, chosen["alpha"])
             metrics.update(chosen)
             save_weights(run.directory / "wise_ft")
             log.info("WiSE-FT: the mixture with %.0f %% of the new weights is best, saved to %s", 100 * chosen["alpha"],

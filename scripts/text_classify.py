@@ -179,19 +179,21 @@ def load_tokenizer(args: Args, train_table: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------ model
 
 
-def build_model(args: Args, data: Data, on_cpu: bool) -> Any:
+def build_model(args: Args, data: Data, accelerator: Any) -> Any:
     from lib.dropout import speed_up_dropout
     from lib.lora import attach_lora
     from lib.run import count_parameters, log
 
+    on_cpu = accelerator.device.type == "cpu"
     labels = {
         "num_labels": len(data.label_names),
         "id2label": dict(enumerate(data.label_names)),
         "label2id": {name: number for number, name in enumerate(data.label_names)},
     }
-    model = (
-        build_cnn(args, data, labels) if args.architecture == "cnn" else build_transformer(args, data, labels, on_cpu)
-    )
+    if args.architecture == "cnn":
+        model = build_cnn(args, data, labels)
+    else:
+        model = build_transformer(args, data, labels, on_cpu)
     head = head_names(model)
     if args.strategy == "head":
         for name, parameter in model.named_parameters():
@@ -348,22 +350,17 @@ def data_title(args: Args) -> str:
 
 def model_title(args: Args) -> str:
     """A short name of the model."""
-    path = Path(args.model_name)
-    named = path.parent if path.name in ("model", "best", "last") and path.parent.name else path
-    return "cnn" if args.architecture == "cnn" else named.name
+    from lib.run import short_name
+
+    return "cnn" if args.architecture == "cnn" else short_name(args.model_name)
 
 
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that one tends to compare."""
-    parts = [
-        data_title(args),
-        model_title(args),
-        args.strategy,
-        f"bs{args.batch_size}",
-        f"lr{args.lr:g}",
-        f"seed{args.seed}",
-    ]
-    return "_".join(parts).replace("/", "-").replace(" ", "-")
+    from lib.run import join_name
+
+    settings = (args.strategy, f"bs{args.batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
+    return join_name(data_title(args), model_title(args), *settings)
 
 
 def text_of(table: Any, row: int) -> str:
@@ -389,34 +386,37 @@ def main() -> None:
     from lib.run import (
         after_step,
         choose_sharded_layers,
+        count_evaluation,
         count_parameters,
+        evaluation_was_stopped,
         evaluations,
         finish_run,
         is_due,
-        is_improvement,
         leave_after_stop,
         log,
+        log_step,
         make_accelerator,
         out_of_patience,
-        peak_memory_mb,
+        plan_steps,
         progress_bar,
         record,
         restore,
         save,
         seed_processes_apart,
+        speed,
         start_run,
         success,
+        take_train_loss,
     )  # fmt: skip
 
     accelerator = make_accelerator(args.seed, args.amp)
     data = load_data(args, accelerator)
-    model = build_model(args, data, on_cpu=accelerator.device.type == "cpu")
+    model = build_model(args, data, accelerator)
     run = start_run(accelerator, args, default_name(args))
     state = run.state
-    used = {name: name in args.report_to for name in ("wandb", "mlflow")}
-    used |= {"cnn": args.architecture == "cnn", "transformer": args.architecture == "transformer"}
-    used |= {"transformer from scratch": args.from_scratch, "plateau": args.scheduler == "plateau"}
-    for line in without_effect(args, used | {"sgd": args.optimizer == "sgd", "lora": args.strategy == "lora"}):
+    cnn = args.architecture == "cnn"
+    used = {"cnn": cnn, "transformer": not cnn, "transformer from scratch": args.from_scratch and not cnn}
+    for line in without_effect(args, used | {"lora": args.strategy == "lora"}):
         log.warning("%s", line)
 
     collate = collate_text(data.tokenizer.pad_token_id or 0, multiple_of=8 if args.compile_model else 1)
@@ -425,13 +425,7 @@ def main() -> None:
         lengths=data.splits["train"].lengths if args.length_buckets else None, num_workers=args.num_workers,
         num_processes=accelerator.num_processes, process_index=accelerator.process_index, device=accelerator.device,
     )  # fmt: skip
-    state.epoch_size = len(train_batches.dataset)
-    total_steps = state.step + sum(
-        train_batches.num_windows(state.position if epoch == state.epoch else 0)
-        for epoch in range(state.epoch, args.epochs)
-    )
-    if args.max_steps is not None:
-        total_steps = min(total_steps, args.max_steps)
+    total_steps = plan_steps(run, train_batches, args.epochs, args.max_steps)
 
     optimizer = make_optimizer(
         model, args.optimizer, args.lr, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
@@ -455,48 +449,41 @@ def main() -> None:
         usage = USAGE.format(folder=run.directory / "best")
         if args.architecture == "cnn":
             usage = "import lib.models.text_cnn  # makes transformers know this model\n" + usage.lstrip()
-        base = args.model_name if args.architecture == "transformer" and not args.from_scratch else None
-        write_model_card(folder, run, "text-classification", base, metrics, usage)
+        base_model = None if args.from_scratch or args.architecture == "cnn" else args.model_name
+        write_model_card(folder, run, "text-classification", base_model, metrics, usage)
+
+    def save_weights(folder: Path) -> None:
+        save_model_folder(accelerator, model, folder, write_beside_weights)
+
+    def stop_here() -> None:
+        leave_after_stop(run, save(run, model, optimizer, schedule, args.keep_checkpoints, ema))
 
     metrics = {name: row[name] for row in evaluations(run)[-1:] for name in METRICS}
 
     def validate() -> bool:
         """Scores the validation rows, keeps the weights if they are the best so far; False when asked to stop."""
         with averaged(ema):
-            scored = evaluate(model, data.splits["validation"], collate, run, args, "validation")
-        if scored is None:
+            found = evaluate(model, data.splits["validation"], collate, run, args, "validation")
+        if found is None:
             return False
-        metrics.update(classification_metrics(scored["labels"], scored["logits"], scored["losses"]))
-        value = metrics[args.best_metric]
-        best = is_improvement(value, state.best_value, 0.0, higher_is_better)
-        state.bad_evaluations += 1
-        if is_improvement(value, state.patience_value, args.early_stop_min_delta, higher_is_better):
-            state.patience_value, state.bad_evaluations = value, 0
-        state.evaluated_step = state.step
-        train_loss = state.loss_sum / max(1, state.loss_count)
-        state.loss_sum, state.loss_count = 0.0, 0
-        record(run, "validation", {
-            "train_loss": train_loss, **metrics, "lr": optimizer.param_groups[0]["lr"],
-            "samples_per_second": state.samples / state.seconds, "data_wait_share": state.wait_seconds / state.seconds,
-            "peak_memory_mb": peak_memory_mb(accelerator),
-        })  # fmt: skip
+        metrics.update(classification_metrics(found["labels"], found["logits"], found["losses"]))
+        value, train_loss = metrics[args.best_metric], take_train_loss(state)
+        best = count_evaluation(state, value, args.early_stop_min_delta, higher_is_better)
+        lr = optimizer.param_groups[0]["lr"]
+        record(run, "validation", {"train_loss": train_loss, **metrics, "lr": lr, **speed(run)})
         schedule.evaluated(value)
         log.info("validation loss %.4f  accuracy %.4f  f1_macro %.4f  (step %d, train loss %.4f)",
                  metrics["loss"], metrics["accuracy"], metrics["f1_macro"], state.step, train_loss)  # fmt: skip
         if best:
-            state.best_value, state.best_step = value, state.step
             with averaged(ema):
-                save_model_folder(accelerator, model, run.directory / "best", write_beside_weights)
+                save_weights(run.directory / "best")
             success("New best %s %.4f, saved to %s", args.best_metric, value, run.directory / "best")
         write_summary(run, model_title(args), total_steps, {"validation": metrics})
         return True
 
     # A run that was stopped inside an evaluation goes on with it.
-    evaluation_due = state.step > 0 and state.evaluated_step < state.step and is_due(
-        args.eval_every, state.step, state.position == 0, state.step == total_steps
-    )  # fmt: skip
-    if evaluation_due and not validate():
-        leave_after_stop(run, save(run, model, optimizer, schedule, args.keep_checkpoints, ema))
+    if evaluation_was_stopped(state, args.eval_every, total_steps) and not validate():
+        stop_here()
 
     checkpoint = None
     bar = progress_bar(total_steps, state.step, " steps", "training")
@@ -528,15 +515,7 @@ def main() -> None:
             state.wait_seconds += train_batches.take_seconds_waited()
             bar.update()
             if state.step % args.log_every == 0:
-                train_loss = state.log_loss_sum / state.log_loss_count
-                state.log_loss_sum, state.log_loss_count = 0.0, 0
-                record(run, "train", {"loss": train_loss, "lr": lr, "grad_norm": float(norm)})
-                if train_loss != train_loss:
-                    log.warning("The loss is nan: lower --lr, set --warmup_steps, keep --grad_clip")
-                bar.set_postfix_str(f"loss {train_loss:.4f}")
-                log.info("train step %d/%d  epoch %.2f  loss %.4f  lr %.3g  grad norm %.3f  %.0f samples/s",
-                         state.step, total_steps, state.epochs_done, train_loss, lr, float(norm),
-                         state.samples / state.seconds)  # fmt: skip
+                log_step(run, bar, total_steps, lr, float(norm))
             if end_of_epoch:
                 state.epoch, state.position = state.epoch + 1, 0
             if is_due(args.eval_every, state.step, end_of_epoch, last_step) and not stop:
@@ -555,7 +534,7 @@ def main() -> None:
         if checkpoint is None or checkpoint.name != f"step_{state.step:06d}":
             save(run, model, optimizer, schedule, args.keep_checkpoints, ema)
 
-    save_model_folder(accelerator, model, run.directory / "last", write_beside_weights)
+    save_weights(run.directory / "last")
     load_trained_weights(accelerator, model, run.directory / "best")
     scores = {}
     for split in ("validation", "test", *(["train"] if args.report_on_train else [])):
@@ -576,11 +555,8 @@ def main() -> None:
         log.info("Summary\n%s", (run.directory / "summary.txt").read_text(encoding="utf-8"))
         log.info("Report: %s", report)
         if args.push_to_hub:
-            success(
-                "Pushed %s to %s",
-                run.directory / "best",
-                push_folder(run.directory / "best", args.hub_repo_id, args.hub_private),
-            )
+            best = run.directory / "best"
+            success("Pushed %s to %s", best, push_folder(best, args.hub_repo_id, args.hub_private))
     finish_run(run)
 
 

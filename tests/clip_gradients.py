@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lib.batches import deal
+from lib.errors import errors_in_one_line
 from lib.lora import attach_lora
 from lib.losses import Pairs, backward_contrastive
 from lib.models.clip import embed_in_forward, make_trainable_scale
@@ -95,4 +96,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with errors_in_one_line():
+        main()

@@ -54,8 +54,10 @@ def test_a_run_goes_on_from_the_bucket_on_another_machine(bucket_args, s3: Serve
     kill(process)
     there = s3.root / "bucket" / "checkpoints" / "run"
     assert sorted(path.name for path in there.iterdir())
-    # The machine is lost with its disk; the other one has nothing but the command.
-    done = launch(CLIP, *bucket_args, "--resume_from_checkpoint", cwd=second)
+    # The machine is lost with its disk; the other one has nothing but the command, and keeps no shard.
+    stream = ("--cache_gb", "0", "--cache_dir", str(second / "cache"))
+    done = launch(CLIP, *bucket_args, *stream, "--resume_from_checkpoint", cwd=second)
+    assert {path.suffix for path in (second / "cache").rglob("*") if path.is_file()} == {".npy"}
     assert "Fetched step_00000" in done.out
     assert "Resumed from" in done.out
     run = second / "runs" / "run"

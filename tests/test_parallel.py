@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,6 +93,30 @@ def test_fsdp_resumes_exactly_and_hands_over_to_one_process(text_args, tmp_path:
     # The same checkpoint, on one process that shards nothing: one more epoch.
     launch(TEXT, *flags, "--run_name", "killed", "--resume", "--epochs", "4", cwd=tmp_path)
     assert json.loads((run / "results.json").read_text())["samples"] == 4 * 203
+
+
+def test_one_of_several_processes_ends_without_tearing_the_interpreter_down() -> None:
+    """A thread of gloo that wants the interpreter while it is torn down would abort a run that went well."""
+    code = """
+import atexit
+from lib.errors import UserError, errors_in_one_line
+class Late:
+    def __del__(self): print("torn down")
+late = Late()
+atexit.register(print, "exit handler")
+with errors_in_one_line():
+    print("work")
+    if {fails}: raise UserError("a reason")
+"""
+    for world, fails, exit_code in (("1", False, 0), ("2", False, 0), ("1", True, 2), ("2", True, 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(fails=fails)],
+            env={**os.environ, "WORLD_SIZE": world, "RANK": "0"}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == exit_code, done.stderr
+        assert done.stdout.split("\n")[:2] == ["work", "exit handler"]
+        assert ("torn down" in done.stdout) is (world == "1")
+        assert ("error: a reason" in done.stderr) is fails
 
 
 def test_eight_bit_optimizers_are_refused_under_fsdp(text_args, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -28,6 +29,7 @@ from lib.checkpoint import what_is_wrong
 from lib.errors import UserError
 from lib.remote import (
     FileCache,
+    RangeReader,
     RemoteFile,
     fetch_checkpoint,
     fetch_file,
@@ -38,6 +40,7 @@ from lib.remote import (
     upload_checkpoint,
     without_credentials,
 )
+from lib.shards import ShardPairs, list_shards
 
 KEY, SECRET = "TESTKEYTESTKEY00", "not/so+secret/wordsJKLM"
 
@@ -413,6 +416,47 @@ def test_https_with_a_signature_that_is_never_shown(tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_shards_are_read_where_they_lie(proxy: Proxy, s3: Server, tmp_path: Path) -> None:
+    """Without a cache: the same samples as from the disk, a request each, none of them kept; faults are survived."""
+    rng = np.random.default_rng(0)
+    for shard in range(3):
+        samples = [
+            {f"{row:03}.jpg": rng.bytes(int(rng.integers(1, 40_000))), f"{row:03}.txt": f"caption {row}".encode()}
+            | ({f"{row:03}.json": json.dumps({"row": row}).encode()} if row % 2 else {})
+            for row in range(5 + shard)
+        ]
+        write_members(
+            s3.root / "bucket" / f"{shard}.tar", {name: part for one in samples for name, part in one.items()}
+        )
+    s3.settle()
+    here = ShardPairs(list_shards(str(s3.root / "bucket")), tmp_path / "here")
+    there = ShardPairs(list_remote("s3://bucket"), tmp_path / "there", RangeReader())
+    assert len(there) == len(here) == 18
+    proxy.gets.clear()
+    proxy.kind, proxy.faults = "cut", 3
+    for row in rng.permutation(len(here)):
+        assert there.read(row) == here.read(row)
+        assert there.metadata(row) == here.metadata(row)
+    assert len(proxy.gets) <= 18 + 18 + 3
+    assert there.where(7) == "s3://bucket/1.tar: 002.jpg"
+    assert (there.epoch_order(1, 2) == here.epoch_order(1, 2)).all()
+    assert [path.suffix for path in (tmp_path / "there").rglob("*") if path.is_file()] == [".npy"] * 3
+    write_members(s3.root / "bucket" / "2.tar", {"0.jpg": b"short", "0.txt": b"now"})
+    s3.settle()
+    with pytest.raises(UserError) as error:
+        there.read(17)
+    assert "s3://bucket/2.tar" in one_line(error)
+
+
+def write_members(path: Path, members: dict[str, bytes]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
 
 
 def put_files(s3: Server, count: int, size: int = 1000) -> list[RemoteFile]:

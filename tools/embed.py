@@ -21,7 +21,6 @@ import os
 import re
 import signal
 import sys
-import tarfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,7 +54,7 @@ class Args:
     image_column: str = "image"  # tables: column of the image file
     caption_column: str = "caption"  # tables: column of the caption
     cache_dir: str | None = None  # indexes and fetched shards (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
-    cache_gb: float = 50.0  # fetched shards that are kept, in GB
+    cache_gb: float = 50.0  # fetched shards that are kept, in GB; 0: none, each pair is read where it lies
     # -- embedding --
     parts: Literal["both", "image", "text"] = "both"  # what is embedded, of what is there
     max_length: int | None = None  # tokens kept of a caption (default: what the model can take)
@@ -172,7 +171,6 @@ def key_of(source: Any) -> Callable[[int], str]:
     import numpy as np
 
     from lib.folders import TablePairs
-    from lib.shards import index_shard
 
     if isinstance(source, Files):
         return source.key
@@ -183,11 +181,8 @@ def key_of(source: Any) -> Callable[[int], str]:
     def key(row: int) -> str:
         shard = int(np.searchsorted(source.starts, row, side="right")) - 1
         if shard not in kept:
-            path = source.shards[shard] if source.remote is None else source.remote.get(source.shards[shard])
-            with tarfile.open(path, "r:") as tar:
-                members = {member.offset_data: member.name for member in tar}
             kept.clear()
-            kept[shard] = [members[start] for start in index_shard(path, source.cache)["image_start"].tolist()]
+            kept[shard] = source.members(shard)
         return f"{source.name(shard)}:{kept[shard][row - int(source.starts[shard])]}"
 
     return key
@@ -455,7 +450,7 @@ def open_output(target: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table]
 
 def check_args(args: Args) -> None:
     """UserError for what can be wrong before anything is loaded."""
-    check_ranges(args, cache_gb=(0.001, 1e6))
+    check_ranges(args, cache_gb=(0, 1e6))
     if args.input is None and args.texts is None:
         raise UserError("nothing to embed: name INPUT (pictures, shards or a table), or a text file with --texts")
     target = Path(args.output)
