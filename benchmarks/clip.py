@@ -1,6 +1,6 @@
 """Memory, speed and reading of clip_finetune.py, beside open_clip's own trainer and data pipeline.
 
-  python benchmarks/clip.py --open_clip FOLDER [--parts memory open_clip reading --size small --amp bf16 --rounds 3]
+  python benchmarks/clip.py --open_clip FOLDER [--parts memory open_clip reading --size small --amp auto --rounds 3]
   python benchmarks/clip.py --parts reading --images photos --captions table.csv
 
 FOLDER holds open_clip_torch and what it needs; without the flag it is imported as installed. Pictures are made here
@@ -10,8 +10,9 @@ very same shards. Every measurement is a process of its own; contestants take tu
   memory     ours alone: a contrastive batch of 1,024 in micro-batches of 64 beside plain batches of 64, all weights
              trained from scratch. Peak memory is that of the training process, without the worker that reads.
   open_clip  ours beside `open_clip_train.main`: the same widths, layers, heads, activation, vocabulary and tokens (its
-             own), batch, precision, threads, clipped gradient and 1 worker; the rest as each ships it. Once with
-             batches of 64, once with 8 x 64 as one batch (its --accum-freq 8, our --effective_batch_size 512).
+             own), batch, precision (bf16 where the processor computes it), threads, clipped gradient and 1 worker; the
+             rest as each ships it. Once with batches of 64, once with 8 x 64 as one batch (its --accum-freq 8, our
+             --effective_batch_size 512).
   reading    one worker process reads, decodes, augments, tokenises and makes batches, nothing is trained; ours without
              augmentation and with flip and crop, open_clip's with its random crop. What ours leaves to the training
              process (normalising the pixels) is counted too. Beside samples/s stands the processor time of worker and
@@ -454,7 +455,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--open_clip", help="folder with open_clip_torch and what it needs (default: as installed)")
     parser.add_argument("--size", choices=SHAPES, default="small", help="of the model; base is ViT-B/32")
-    parser.add_argument("--amp", choices=("no", "bf16"), default="bf16", help="precision of both sides")
+    parser.add_argument("--amp", choices=("auto", "no", "bf16"), default="auto", help="precision of both sides")
     parser.add_argument("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu", help="beside open_clip")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of each training process")
     parser.add_argument("--rounds", type=int, default=3, help="times each contestant runs")
@@ -481,6 +482,10 @@ def main() -> None:
         args.size, args.rounds, args.samples, args.warm_up, args.memory_samples = "tiny", 1, 1, 1, [128, 256]
         args.reading_samples, args.reading_warm_up, args.pictures, args.picture_side = 128, 64, 64, 96
 
+    if args.amp == "auto":
+        from lib.run import computes_bf16
+
+        args.amp = "bf16" if computes_bf16() else "no"
     peer = has_peer(args)
     if not peer and "open_clip" in args.parts:
         if not args.quick:

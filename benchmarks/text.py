@@ -4,10 +4,12 @@
 
 The same encoder, the same rows, batch 32, 128 tokens at most, one epoch, in turns within one process tree. Contestants:
 
-  ours          accelerate launch scripts/text_classify.py --amp bf16 (length buckets, as shipped)
-  bare          a plain PyTorch loop over the very batches that `ours` uses, bf16 autocast
+  ours          accelerate launch scripts/text_classify.py --amp auto (length buckets, as shipped)
+  bare          a plain PyTorch loop over the very batches that `ours` uses, in the same precision
   trainer       transformers.Trainer with its default settings
-  trainer_best  transformers.Trainer with length grouping and bf16
+  trainer_best  transformers.Trainer with length grouping, in the same precision
+
+The precision is bf16 where the processor computes it, else float32.
 
 Prints a table and ends with one line of JSON; ratios are medians over the rounds, above 1 means `ours` is faster.
 """
@@ -52,7 +54,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> float:
         *accelerate, "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"),
         str(ROOT / "scripts" / "text_classify.py"), "--train_file", str(folder / "rows.json"),
         "--validation_file", str(folder / "few.json"), "--model_name", args.model_name, "--epochs", "1",
-        "--batch_size", "32", "--max_length", "128", "--amp", "bf16", "--lr", "5e-5", "--output_dir", str(folder),
+        "--batch_size", "32", "--max_length", "128", "--amp", "auto", "--lr", "5e-5", "--output_dir", str(folder),
         "--run_name", "ours", "--overwrite", "--cache_dir", str(folder / "cache"),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
@@ -78,6 +80,7 @@ def run_bare(args: argparse.Namespace, folder: Path) -> float:
 
     from lib.batches import TrainBatches
     from lib.collate import collate_text
+    from lib.run import computes_bf16
     from lib.tables import encode_labels, label_names, read_text_table
     from lib.tokens import tokenize_table
 
@@ -92,7 +95,7 @@ def run_bare(args: argparse.Namespace, folder: Path) -> float:
     model.train()
     started = time.perf_counter()
     for batch in batches:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=computes_bf16()):
             logits = model(
                 input_ids=batch["input_ids"],
                 attention_mask=batch["attention_mask"],
@@ -110,13 +113,15 @@ def run_bare(args: argparse.Namespace, folder: Path) -> float:
 def run_trainer(args: argparse.Namespace, folder: Path, best: bool) -> float:
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
+    from lib.run import computes_bf16
+
     rows, tokenizer, model = load(args, folder)
     names = sorted({row["label"] for row in rows})
     encoded = tokenizer([row["text"] for row in rows], truncation=True, max_length=128)
     data = [
         {**{key: encoded[key][i] for key in encoded}, "labels": names.index(row["label"])} for i, row in enumerate(rows)
     ]
-    settings = {"train_sampling_strategy": "group_by_length", "bf16": True} if best else {}
+    settings = {"train_sampling_strategy": "group_by_length", "bf16": computes_bf16()} if best else {}
     arguments = TrainingArguments(
         str(folder / "trainer"), num_train_epochs=1, per_device_train_batch_size=32, use_cpu=True, report_to="none",
         save_strategy="no", disable_tqdm=True, **settings,
@@ -148,6 +153,8 @@ def main() -> None:
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    from lib.run import computes_bf16
+
     args.model_name = args.model_name or minilm_folder()
     if args.contestant:
         folder = Path(args.folder)
@@ -185,6 +192,7 @@ def main() -> None:
                 "rows": args.rows,
                 "rounds": args.rounds,
                 "cores": len(os.sched_getaffinity(0)),
+                "precision": "bf16" if computes_bf16() else "float32",
                 **{f"samples_per_second_{name}": round(statistics.median(speeds[name]), 1) for name in CONTESTANTS},
                 **{f"ratio_to_{name}": round(ratio, 4) for name, ratio in ratios.items()},
             }

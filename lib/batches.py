@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -153,7 +154,7 @@ class TrainBatches:
         self._plan.batches = [rows for share in shares for rows in share.micro_batches]
         if hasattr(self.dataset, "prefetch"):
             self.dataset.prefetch(order[position:])
-        batches = iter(self._make_loader())
+        batches = start_workers(self._make_loader())
         for start, share in zip(starts, shares, strict=True):
             end = min(start + self.window_size, len(order))
             pending = iter(share.counts)
@@ -208,8 +209,7 @@ def evaluation_batches(
         for start in range(0, len(rows), batch_size * num_processes)
     ]
     plan = Plan([share.micro_batches[0] for share in shares])
-    loader = make_loader(dataset, collate, plan, num_workers, device)
-    batches = iter(loader)
+    batches = start_workers(make_loader(dataset, collate, plan, num_workers, device))
     for share in shares:
         batch = _next_of(batches)
         yield to_device({**batch, "weight": _weights(batch, share.counts[0])}, device)
@@ -316,16 +316,34 @@ def make_loader(
     )
 
 
+def start_workers(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+    """The loader's iterator; its workers, and every thread of theirs, are born with SIGTERM blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else ())
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker(parent: int, _: int) -> None:
     # The threads of the tokenizers' pool do not survive the fork; waiting for them would never end.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # The stop signal is the training process's own affair; a worker ends with it, also where it is killed.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # The stop signal is the training process's own affair, also where it is sent to the whole group (timeout, Slurm): a
+    # worker that died of it would end the run before it could save. It ends with its parent, also where that is killed.
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        threading.Thread(target=_leave_when_told_by, args=(parent,), daemon=True).start()
     signal_when_parent_dies(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def _leave_when_told_by(parent: int) -> None:
+    """Ends this process on a SIGTERM of ``parent``, and on nobody else's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:

@@ -73,6 +73,9 @@ COMMON_ALIASES: dict[str, Alias] = {
     "wandb.notes": "wandb_notes",
 }
 
+# What a flag means that stands without a value.
+BARE = {"resume": "auto", "amp": "auto"}
+
 # What `accelerate launch` decides, and how.
 LAUNCH_FLAGS: dict[str, str] = {
     "distributed_mode": "accelerate launch --config_file accelerate_configs/{mode}.yaml {script}",
@@ -243,7 +246,7 @@ def _is_bool(field: dataclasses.Field) -> bool:
 
 
 def _canonical_argv(argv: list[str], known: dict[str, dataclasses.Field], table: dict[str, Alias]) -> list[str]:
-    """Flags in one spelling: underscores, aliases resolved, ``--a=b`` split, ``--flag true`` and bare ``--resume``."""
+    """Flags in one spelling: underscores, aliases resolved, ``--a=b`` split, ``--flag true``, ``--resume`` alone."""
     result: list[str] = []
     position = 0
     while position < len(argv):
@@ -285,8 +288,8 @@ def _canonical_argv(argv: list[str], known: dict[str, dataclasses.Field], table:
             result.append("--" + name)
             if equals:
                 result.append(value)
-            elif name == "resume" and not follows:
-                result.append("auto")
+            elif name in BARE and not follows:
+                result.append(BARE[name])
         elif negated in known and "bool" in str(known[negated].type):
             result += ["--no_" + negated] if _is_bool(known[negated]) else ["--" + negated, "False"]
         else:
@@ -362,8 +365,8 @@ def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str,
             raise UserError(f"{path}: unknown key {dotted!r}{_suggestion(name, known, table, '')}")
         if isinstance(value, dict):
             raise UserError(f"{path}: {dotted} takes a value, not a section")
-        if name == "resume" and isinstance(value, bool):
-            argv += ["--resume", "auto" if value else "None"]
+        if name in BARE and isinstance(value, bool):  # YAML takes a bare `no` for false
+            argv += ["--" + name, BARE[name] if value else {"amp": "no"}.get(name, "None")]
             continue
         if _is_bool(known[name]):
             if not isinstance(value, bool):

@@ -52,6 +52,8 @@ logging.addLevelName(SUCCESS, "SUCCESS")
 def make_accelerator(seed: int, amp: str | None) -> Accelerator:
     """The Accelerator (precision from ``amp``, or from the launch config where it is None), with seeds set.
 
+    "auto" is bf16 where the hardware computes it, else fp16 on a GPU and float32 on a CPU.
+
     Accumulation stays with the script, so Accelerate divides no loss. Raises UserError for fp16 without a GPU.
     """
     start_log()
@@ -65,7 +67,11 @@ def make_accelerator(seed: int, amp: str | None) -> Accelerator:
     if not torch.cuda.is_available() and os.environ.get("OMP_NUM_THREADS") == "1":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    if amp == "auto":
+        amp = "bf16" if computes_bf16() else "fp16" if torch.cuda.is_available() else "no"
     wanted = amp or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if wanted == "bf16" and not computes_bf16():
+        log.warning("bf16 is many times slower than float32 on this hardware: --amp auto takes what it computes")
     if wanted == "fp16" and not torch.cuda.is_available():
         raise UserError("fp16 needs a CUDA GPU: --amp bf16 is the mixed precision of a CPU, --amp no the full one")
     try:
@@ -82,6 +88,16 @@ def make_accelerator(seed: int, amp: str | None) -> Accelerator:
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
     set_seed(seed)
     return accelerator
+
+
+def computes_bf16() -> bool:
+    """Whether GPU or CPU multiply bf16 numbers themselves; others emulate it (a CPU with AVX2 alone: 20 x slower)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's
 
 
 def seed_processes_apart(seed: int, accelerator: Accelerator) -> None:

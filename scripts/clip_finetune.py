@@ -91,7 +91,7 @@ class Args:
     warmup_steps: float = 100.0  # optimizer steps of warm-up; below 1, a share of all steps
     grad_clip: float | None = 1.0  # largest gradient norm; None: not clipped
     ema_decay: float | None = None  # average the weights over the steps and evaluate the average: 0.999, say
-    amp: Literal["no", "bf16", "fp16"] | None = None  # mixed precision (default: the launch config's)
+    amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 if it is fast (default: launch's)
     compile_model: bool = False  # torch.compile
     activation_checkpointing: bool = False  # compute activations twice to save memory
     best_metric: Literal["loss", "recall_mean"] = "loss"  # chooses the best weights

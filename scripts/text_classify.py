@@ -76,7 +76,7 @@ class Args:
     warmup_steps: float = 0.0  # optimizer steps of linear warm-up; below 1, a share of all steps
     grad_clip: float | None = 1.0  # largest gradient norm; None: not clipped
     ema_decay: float | None = None  # average the weights over the steps and evaluate the average: 0.999, say
-    amp: Literal["no", "bf16", "fp16"] | None = None  # mixed precision (default: the launch config's)
+    amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 if it is fast (default: launch's)
     compile_model: bool = False  # torch.compile
     best_metric: Literal["accuracy", "f1_macro", "f1_weighted", "loss"] = "accuracy"  # chooses the best weights
     early_stop: int | None = None  # evaluations without improvement before the run ends

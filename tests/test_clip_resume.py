@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -42,6 +43,19 @@ def test_asked_to_stop_it_saves_and_goes_on_with_another_number_of_processes(cli
     results = json.loads((run / "results.json").read_text())
     assert results["samples"] == 3 * 75
     assert results["test"]["count"] == 19
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_whole_group_lets_it_save(number: int, clip_args, tmp_path: Path) -> None:
+    """As `timeout`, Slurm and Ctrl-C send it: to the workers too, who must not die of it before the run has saved."""
+    args = [*clip_args, *FLAGS, "--epochs", "30", "--run_name", "run"]
+    run = tmp_path / "runs" / "run"
+    process = start(CLIP, *args, cwd=tmp_path)
+    wait_for_step(run, 9, process)
+    os.killpg(process.pid, number)
+    assert process.wait(timeout=60) == 128 + number
+    assert "the same command with --resume goes on" in (tmp_path / "stdout.txt").read_text()
+    assert not (tmp_path / "stderr.txt").read_text()
 
 
 @pytest.fixture(scope="module", params=["full", "dual_lora", "vision_lora", "text_lora", "linear_probe"])

@@ -21,7 +21,7 @@ class Args:
     # -- training --
     lr: float = 2e-5  # peak rate
     epochs: int = 3  # passes
-    amp: Literal["no", "bf16", "fp16"] | None = None  # precision
+    amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision
     grad_clip: float | None = 1.0  # norm
     shuffle: bool = True  # in a new order every epoch
     wandb_name: str | None = None  # name
@@ -54,6 +54,8 @@ def test_default_then_yaml_then_command_line(tmp_path: Path) -> None:
         (["--learning-rate=3"], "lr", 3.0),
         (["--num-train-epochs", "4"], "epochs", 4),
         (["--max-grad-norm", "None"], "grad_clip", None),
+        (["--amp"], "amp", "auto"),
+        (["--amp", "--lr", "1"], "amp", "auto"),
         (["--fp16"], "amp", "fp16"),
         (["--fp16", "false"], "amp", "no"),
         (["--no_mixed_precision"], "amp", "no"),

@@ -61,7 +61,7 @@ class Args:
     batch_size: int = 64  # pictures or captions in one forward pass
     num_workers: int = 2  # processes that read and decode; 0: this one
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where it is computed
-    amp: Literal["no", "bf16"] = "no"  # mixed precision
+    amp: Literal["no", "bf16"] = "no"  # mixed precision; bf16 needs hardware that computes it to be fast
     # -- output --
     output: str = "embeddings.parquet"  # the file to write
     dtype: Literal["float32", "float16"] = "float32"  # of the embeddings in it
