@@ -22,18 +22,20 @@ def find_micro_batch_size(
     accelerator: Accelerator,
     model: torch.nn.Module,
     make_batch: Callable[[int], dict[str, torch.Tensor]],
-    embed: Callable[[torch.nn.Module, dict[str, torch.Tensor]], Any],
+    loss: Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor],
     most: int,
+    flag: str = "--micro_batch_size 0",
 ) -> int:
     """The largest power of two, at most ``most``, whose forward and backward pass fit; the same on every process.
 
+    ``make_batch(n)`` gives n samples, the largest there can be; ``loss(model, batch)`` is a scalar to go backward from.
     Tried on the model before it is wrapped, in the precision of training, with room left for gradients and optimizer
     states; the answer is one that was run. Weights, gradients and random states are as they were afterwards. On a CPU
     it stops where the next size would need more than half of the free memory (in a container: of its limit), shared by
-    the processes of this machine, or where twice the pairs no longer take less time each.
+    the processes of this machine, or where twice the samples no longer take less time each.
 
     Raises:
-        UserError: not even one pair fits.
+        UserError: not even one sample fits.
     """
     import torch
 
@@ -53,7 +55,7 @@ def find_micro_batch_size(
     model.train()
     try:
         while size <= most:
-            needed, seconds = _try(accelerator, model, embed, make_batch(size))
+            needed, seconds = _try(accelerator, model, loss, make_batch(size))
             fits = needed is not None and needed <= room
             if not fits or (not on_gpu and best and size / seconds < 1.05 * speed):
                 break
@@ -71,13 +73,19 @@ def find_micro_batch_size(
         sizes = accelerator.gather(sizes)
     best = int(sizes.min())
     if not best:
-        raise UserError("--micro_batch_size 0: not even one pair fits; try --activation_checkpointing, or --amp bf16")
+        raise UserError(f"{flag}: not even one sample fits; try --amp bf16, or a smaller model")
     log.info("Micro-batch size %d: the largest power of two that fits and pays", best)
     return best
 
 
+def choose_num_workers() -> int:
+    """Worker processes that the cores of this machine have room for beside its training processes, up to 8."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(0, min(8, len(os.sched_getaffinity(0)) // local - 1))
+
+
 def _try(
-    accelerator: Accelerator, model: torch.nn.Module, embed: Callable[..., Any], batch: dict[str, torch.Tensor]
+    accelerator: Accelerator, model: torch.nn.Module, loss: Callable[..., Any], batch: dict[str, torch.Tensor]
 ) -> tuple[float | None, float]:
     """Bytes (None: out of memory) and seconds of one forward and backward pass; gradients are dropped."""
     import time
@@ -87,13 +95,12 @@ def _try(
     from lib.batches import to_device
 
     on_gpu = accelerator.device.type == "cuda"
-    batch = to_device({**batch, "weight": batch["valid"]}, accelerator.device)
+    batch = to_device(batch, accelerator.device)
     watch = _Watch(on_gpu)
     started = time.perf_counter()
     try:
         with accelerator.autocast():
-            pairs = embed(model, batch)
-            (pairs.image * pairs.text.roll(1, 0)).sum().backward()
+            loss(model, batch).backward()
         if on_gpu:
             torch.cuda.synchronize()
     except torch.cuda.OutOfMemoryError:
@@ -125,7 +132,7 @@ class _Watch:
                 Path("/proc/self/clear_refs").write_text("5")
             except OSError:
                 raise UserError(
-                    "--micro_batch_size 0: this system does not tell how much memory is used; name a size, such as 64"
+                    "this system does not tell how much memory is used: name the batch size, such as 64"
                 ) from None
             self.before = _status("VmRSS")
 

@@ -120,6 +120,7 @@ class TrainBatches:
     process_index: int = 0
     device: torch.device | str = "cpu"
     effective_batch_size: int | None = None
+    pin_memory: bool = True  # on a GPU: page-locked batches
     seconds_waited: float = 0.0
     unreadable: set[int] = field(default_factory=set, repr=False)
     _loader: Any = field(default=None, repr=False)
@@ -169,7 +170,7 @@ class TrainBatches:
         if self._loader is None:
             window = self.window_size // (self.batch_size * self.num_processes)  # micro-batches that are wanted at once
             self._loader = make_loader(
-                self.dataset, self.collate, self._plan, self.num_workers, self.device, ahead=min(window, 16)
+                self.dataset, self.collate, self._plan, self.num_workers, self.device, min(window, 16), self.pin_memory
             )
         return self._loader
 
@@ -295,6 +296,7 @@ def make_loader(
     num_workers: int,
     device: torch.device | str,
     ahead: int = 0,
+    pin_memory: bool = True,
 ) -> torch.utils.data.DataLoader:
     """A DataLoader over the batches of row numbers in ``plan``; it never draws from the global random state.
 
@@ -309,7 +311,7 @@ def make_loader(
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         prefetch_factor=max(2, -(-ahead // num_workers)) if num_workers else None,
-        pin_memory=torch.device(device).type == "cuda",
+        pin_memory=pin_memory and torch.device(device).type == "cuda",
         # Without a generator of its own, each new iterator would advance the one that dropout uses.
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=functools.partial(_start_worker, os.getpid()),

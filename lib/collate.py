@@ -45,6 +45,35 @@ class TextCollate:
         return tensors
 
 
+class ClipCollate:
+    """Collate for clips of signing: a dict of tensors.
+
+    ``frames`` float32 [B, T, D], ``attention_mask`` int64 [B, T], ``gloss`` and ``cat`` int64 [B], and ``mask`` bool
+    [B, T, 78] where the clips have one. T is the longest clip of the batch, rounded up to ``multiple_of``; what only
+    fills up is 0. A class because worker processes need to pickle it.
+    """
+
+    def __init__(self, multiple_of: int = 1) -> None:
+        self.multiple_of = multiple_of
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        import torch
+
+        lengths = np.array([len(sample["frames"]) for sample in samples])
+        length = -(-int(lengths.max()) // self.multiple_of) * self.multiple_of
+        batch = {"attention_mask": (np.arange(length) < lengths[:, None]).astype(np.int64)}
+        for name in ("frames", "mask"):
+            if name in samples[0]:
+                first = samples[0][name]
+                values = np.zeros((len(samples), length, first.shape[1]), first.dtype)
+                for place, sample in zip(values, samples, strict=True):
+                    place[: len(sample[name])] = sample[name]
+                batch[name] = values
+        for name in ("gloss", "cat"):
+            batch[name] = np.array([sample[name] for sample in samples], dtype=np.int64)
+        return {name: torch.from_numpy(values) for name, values in batch.items()}
+
+
 class PairCollate:
     """Collate for image-caption pairs: a dict of tensors.
 

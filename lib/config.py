@@ -349,7 +349,7 @@ def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str,
     """The flags a YAML file stands for; keys may be grouped in sections of any name."""
     pairs: list[tuple[str, str, Any]] = []  # (dotted key, key, value)
     for key, value in read_yaml(path).items():
-        if isinstance(value, dict) and key not in known:
+        if isinstance(value, dict):  # no setting is a mapping, whatever its section is called
             pairs += [(f"{key}.{inner}", str(inner), content) for inner, content in value.items()]
         elif value is not None or key in known or key in table:  # nothing else: a heading without settings
             pairs.append((str(key), str(key), value))

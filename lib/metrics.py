@@ -18,6 +18,29 @@ def classification_metrics(labels: np.ndarray, logits: np.ndarray, losses: np.nd
     return {"loss": float(losses.astype(np.float64).mean()), **values}
 
 
+def sign_metrics(found: dict[str, np.ndarray], occluded: np.ndarray | None = None) -> dict[str, float]:
+    """The metrics of the glosses as :func:`classification_metrics` names them, those of the categories as ``cat_...``.
+
+    ``found``: ``gloss`` and ``cat`` int [n], ``gloss_logits`` [n, G], ``cat_logits`` [n, C] and ``losses`` [n]. Also
+    ``gloss_top5`` where there are more than five, and the accuracy of clips that are ``occluded`` [n] or not.
+    """
+    gloss = classification_metrics(found["gloss"], found["gloss_logits"], found["losses"])
+    cat = classification_metrics(found["cat"], found["cat_logits"], found["losses"])
+    values = {"loss": gloss.pop("loss"), "gloss_accuracy": gloss.pop("accuracy")}
+    if found["gloss_logits"].shape[1] > 5:
+        own = np.take_along_axis(found["gloss_logits"], found["gloss"][:, None], axis=1)
+        values["gloss_top5"] = float(((~(found["gloss_logits"] < own)).sum(axis=1) <= 5).mean())
+    values["cat_accuracy"] = cat["accuracy"]
+    values |= {f"gloss_{name}": value for name, value in gloss.items()}
+    values |= {f"cat_{name}": cat[name] for name in ("f1_macro", "f1_weighted")}
+    if occluded is not None:
+        right = found["gloss_logits"].argmax(axis=1) == found["gloss"]
+        for name, rows in (("occluded", occluded), ("visible", ~occluded)):
+            if rows.any():
+                values[f"{name}_accuracy"] = float(right[rows].mean())
+    return values
+
+
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:
     """Counts, int64 [C, C]: rows are the true classes, columns the predicted ones."""
     flat = np.bincount(labels * num_labels + predictions, minlength=num_labels * num_labels)

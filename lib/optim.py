@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
 OptimizerName = Literal["adamw", "sgd", "adamw8bit", "lion8bit", "paged_adamw", "paged_adamw8bit", "paged_lion8bit"]
-SchedulerName = Literal["linear", "cosine", "constant", "polynomial", "onecycle", "plateau"]
+SchedulerName = Literal["linear", "cosine", "constant", "polynomial", "onecycle", "plateau", "warmup_cosine"]
 
 # Ours -> the class in bitsandbytes.
 BITSANDBYTES = {
@@ -84,13 +84,16 @@ def make_scheduler(
     """A schedule over ``total_steps`` optimizer steps, to be stepped once for each of them.
 
     ``linear``, ``cosine``, ``polynomial`` (power 1 down to 1e-7: transformers' own) fall to the end, ``constant``
-    stays, ``onecycle`` is Smith's 1cycle policy (arXiv:1708.07120) as torch has it, with the warm-up as its rising
-    part (30 % where none is given), ``plateau`` lowers the rate when the evaluated metric stops improving.
+    stays, ``warmup_cosine`` is ``cosine`` with 5 % of warm-up where none is given, ``onecycle`` is Smith's 1cycle
+    policy (arXiv:1708.07120) as torch has it, with the warm-up as its rising part (30 % where none is given),
+    ``plateau`` lowers the rate when the evaluated metric stops improving.
     """
     import torch
     from transformers import get_scheduler
 
     total_steps = max(1, total_steps)
+    if name == "warmup_cosine":
+        name, warmup = "cosine", warmup or 0.05
     steps = warmup_in_steps(warmup, total_steps)
     if steps > total_steps // 2 > 2:
         from lib.run import log

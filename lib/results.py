@@ -27,6 +27,12 @@ RETRIEVAL_METRICS = (
     "zero_shot_top5",
 )  # fmt: skip
 
+SIGN_METRICS = (
+    "loss", "gloss_accuracy", "gloss_top5", "cat_accuracy", "gloss_f1_macro", "gloss_f1_weighted",
+    "gloss_precision_macro", "gloss_precision_weighted", "gloss_recall_macro", "gloss_recall_weighted", "cat_f1_macro",
+    "cat_f1_weighted", "occluded_accuracy", "visible_accuracy",
+)  # fmt: skip
+
 
 def write_summary(run: Run, model_name: str, total_steps: int, columns: dict[str, dict[str, float]]) -> str:
     """Writes ``summary.txt``: the result on one screen. Called at each evaluation, so that it is current."""
@@ -52,7 +58,7 @@ def write_summary(run: Run, model_name: str, total_steps: int, columns: dict[str
 
 def metrics_table(columns: dict[str, dict[str, float]]) -> str:
     """Metrics as rows, one aligned column for each of ``columns``."""
-    known = dict.fromkeys((*METRICS, *RETRIEVAL_METRICS))
+    known = dict.fromkeys((*METRICS, *SIGN_METRICS, *RETRIEVAL_METRICS))
     names = [name for name in known if any(name in values for values in columns.values())]
     width = max(map(len, names), default=0)
     cells = {title: max(10, 2 + len(title)) for title in columns}
@@ -185,6 +191,113 @@ def _write_report(
         report.settings(grouped(run.args), _changed(run)),
     ]
     report.write_report(path, title, _subtitle(run), blocks)
+
+
+# ------------------------------------------------------------------------------------------------------------ signs
+
+
+def write_sign_results(
+    run: Run,
+    model_name: str,
+    title: str,
+    names: dict[str, list[str]],
+    scores: dict[str, dict[str, np.ndarray]],
+    metrics: dict[str, dict[str, float]],
+    worst: list[dict[str, Any]],
+    extra: dict[str, Any],
+    total_steps: int,
+) -> Path:
+    """Writes everything the run directory promises and returns the path of ``report.html``. Main process only.
+
+    ``names``: of the classes of the heads ``gloss`` and ``cat``. ``scores`` and ``metrics`` for each split: what
+    :func:`lib.metrics.sign_metrics` takes and gives. ``worst``: rows for :func:`lib.report.mistakes`.
+    """
+    from lib import report
+    from lib.plots import plot_confusion, plot_curves
+
+    state, directory = run.state, run.directory
+    matrices = {
+        (split, head): confusion_matrix(score[head], score[f"{head}_logits"].argmax(axis=1), len(names[head]))
+        for split, score in scores.items()
+        for head in names
+    }
+    for (split, head), matrix in matrices.items():
+        path = directory / "logs" / f"classification_report_{split}_{head}.txt"
+        write_text(path, report_text(matrix, names[head]))
+        plot_confusion(matrix, names[head], directory / "plots" / f"confusion_{split}_{head}.png")
+    last = "test" if "test" in scores else "validation"
+    scored = {split: {**values, "count": len(scores[split]["gloss"])} for split, values in metrics.items()}
+    details = {f"{head}_names": names[head] for head in names}
+    details |= {f"{head}_confusion_matrix": matrices[last, head].tolist() for head in names}
+    _write_results(run, scored, extra | details)
+    write_summary(run, model_name, total_steps, metrics)
+    history = [{"step": row["step"], **{f"{row['kind']}/{k}": v for k, v in row.items()}} for row in run.history]
+    plot_curves(history, _sign_curves(), directory / "plots" / "curves.png")
+    for split in [split for split in metrics if split != "validation"]:
+        for tracker in run.trackers:
+            tracker.log({f"{split}/{name}": value for name, value in metrics[split].items()}, step=state.step)
+
+    shown, count = metrics[last], len(scores[last]["gloss"])
+    rows = [(name, *(metrics[split].get(name) for split in metrics)) for name in SIGN_METRICS]
+    tiles = [
+        (f"{last}, gloss", f"{100 * shown['gloss_accuracy']:.1f} %", f"{count:,} clips, {len(names['gloss'])} glosses"),
+        (f"{last}, category", f"{100 * shown['cat_accuracy']:.1f} %", f"{len(names['cat'])} categories"),
+        ("best step", f"{state.best_step:,}", f"of {state.step:,}"),
+        ("speed", f"{state.samples / max(state.seconds, 1e-9):,.0f}", "clips/s in training"),
+    ]
+    blocks = [
+        report.headline(tiles),
+        report.curves(history, _sign_curves()),
+        report.table(["metric", *metrics], [row for row in rows if any(value is not None for value in row[1:])],
+                     title="Metrics of the best weights"),
+    ]  # fmt: skip
+    for head, label in (("gloss", "glosses"), ("cat", "categories")):
+        values = per_class(matrices[last, head])
+        columns = (values[name] for name in ("precision", "recall", "f1", "support"))
+        blocks.append(report.confusion(matrices[last, head], names[head], title=f"Confusion matrix of {label}, {last}"))
+        blocks.append(report.per_class(names[head], *columns, title=f"Per class, {label}, {last}"))
+    blocks.append(report.mistakes(worst, title=f"Worst mistakes, {last}"))
+    blocks += [report.command(command_line()), report.settings(grouped(run.args), _changed(run))]
+    path = directory / "report.html"
+    report.write_report(path, title, _subtitle(run), blocks)
+    return path
+
+
+def write_log_csv(run: Run, path: str | None) -> None:
+    """The table ``path`` with a row for each evaluation; times in seconds since the last one, memory in MB."""
+    if path is None or not run.accelerator.is_main_process:
+        return
+    import csv
+    import io
+
+    columns = {
+        "epoch": "epoch", "train_loss": "train_loss", "val_loss": "loss", "val_gloss_acc": "gloss_accuracy",
+        "val_cat_acc": "cat_accuracy", "lr": "lr", "epoch_time": "seconds", "gpu_memory_allocated": "gpu_allocated_mb",
+        "gpu_memory_reserved": "gpu_reserved_mb",
+    }  # fmt: skip
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    before = 0.0
+    for row in evaluations(run):
+        values = {**row, "seconds": row["seconds"] - before}
+        before = row["seconds"]
+        writer.writerow([values.get(name, "") for name in columns.values()])
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_text(target, text.getvalue())
+
+
+def _sign_curves() -> list[Any]:
+    from lib.plots import Curve
+
+    accuracies = {"validation/gloss_accuracy": "gloss", "validation/cat_accuracy": "category"}
+    return [
+        Curve("Loss", {"train/loss": "train", "validation/loss": "validation"}, best="min"),
+        Curve("Accuracy", accuracies, best="max"),
+        Curve("Learning rate", {"train/lr": "rate"}),
+        Curve("Gradient norm", {"train/grad_norm": "norm before clipping"}, log_y=True),
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------- retrieval

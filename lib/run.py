@@ -691,13 +691,20 @@ def log_step(run: Run, bar: Any, total_steps: int, lr: float, grad_norm: float) 
 
 
 def speed(run: Run) -> dict[str, float]:
-    """Samples per second of training, the share of it spent waiting for data, and the peak memory, for the records."""
+    """Seconds of training, samples per second, the share of waiting for data, and memory, for the records."""
     state = run.state
-    return {
+    values = {
+        "seconds": state.seconds,
         "samples_per_second": state.samples / state.seconds,
         "data_wait_share": state.wait_seconds / state.seconds,
         "peak_memory_mb": peak_memory_mb(run.accelerator),
     }
+    if run.accelerator.device.type == "cuda":
+        import torch
+
+        values["gpu_allocated_mb"] = torch.cuda.memory_allocated() / 1e6
+        values["gpu_reserved_mb"] = torch.cuda.memory_reserved() / 1e6
+    return values
 
 
 def take_train_loss(state: TrainState) -> float:

@@ -302,6 +302,12 @@ def embed(model: Any, batch: dict[str, Any], data: Data) -> tuple[Pairs, Any, An
     return pairs, output["scale"], output.get("bias")
 
 
+def embeddings_loss(model: Any, batch: dict[str, Any], data: Data) -> Any:
+    """A scalar of both embeddings: what the search for the largest micro-batch goes backward from."""
+    output = model(**model_inputs(batch, data))
+    return (output["image"] * output["text"].roll(1, 0)).sum()
+
+
 def model_inputs(batch: dict[str, Any], data: Data) -> dict[str, Any]:
     """What the model takes of a batch: normalised pixels, tokens and their mask, as far as they are there."""
     from lib.augment import normalise
@@ -533,7 +539,7 @@ def main() -> None:
         longest = PairCollate(preprocessing.tokenizer, preprocessing.max_length, full_length=True)
         micro_batch_size = find_micro_batch_size(
             accelerator, model, lambda size: longest([dataset.at(row % len(dataset), 0) for row in range(size)]),
-            lambda plain, batch: embed(plain, batch, data)[0],
+            lambda plain, batch: embeddings_loss(plain, batch, data),
             most=-(-args.effective_batch_size // accelerator.num_processes),
         )  # fmt: skip
         state.micro_batch_size = micro_batch_size

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 TEXT = SCRIPTS / "text_classify.py"
 CLIP = SCRIPTS / "clip_finetune.py"
+SIGN = SCRIPTS / "sign_train.py"
 
 # Many short processes: one thread each is faster than many that wait for each other, and bit-exact comparisons need
 # the same number everywhere.
@@ -328,3 +329,63 @@ def train_here(text_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyP
 def clip_here(clip_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """clip_finetune.py in this process; see :func:`run_in_this_process`."""
     yield from run_in_this_process(CLIP, clip_args, tmp_path, monkeypatch)
+
+
+GLOSSES = 6
+
+
+def make_clip(rng: np.random.Generator, gloss: int) -> dict[str, np.ndarray]:
+    """A clip in which the right hand moves in a direction of the gloss's own, as keypoints and as features."""
+    length = int(rng.integers(4, 30))
+    points = np.tile(rng.uniform(0.3, 0.7, (78, 2)), (length, 1, 1))
+    points[:, 11], points[:, 12] = (0.6, 0.5), (0.4, 0.5)
+    angle = 2 * np.pi * gloss / GLOSSES
+    path = np.linspace(0, 0.25, length)[:, None] * [np.cos(angle), np.sin(angle)]
+    points[:, 46:67] = 0.5 + 0.02 * rng.standard_normal((21, 2)) + path[:, None]
+    points += 0.005 * rng.standard_normal(points.shape)
+    mask = rng.random((length, 78)) > 0.1
+    mask[:, 11:13] = True
+    features = np.zeros((length, 2048), np.float32)
+    features[:, : 78 * 2] = points.reshape(length, -1)
+    features[:, 200 + gloss] = np.linspace(0, 1, length)
+    return {
+        "X": (points * mask[:, :, None]).clip(0, 1).reshape(length, 156).astype(np.float32), "mask": mask,
+        "X2048": features, "timestamps_ms": np.arange(length) * 33,
+        "meta": np.array(json.dumps({"dims_per_frame": 156, "keypoints_total": 78})),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def sign_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ (75 clips), val/ (23) and test/ (19) with labels.csv; names with spaces, with and without .npz."""
+    folder = tmp_path_factory.mktemp("sign_set")
+    rng = np.random.default_rng(7)
+    for split, count in {"train": 75, "val": 23, "test": 19}.items():
+        (folder / split).mkdir()
+        lines = ["file,gloss,cat,occluded"]
+        for number in range(count):
+            gloss = number % GLOSSES
+            name = f"{split} clip_{number:03d}"
+            np.savez_compressed(folder / split / f"{name}.npz", **make_clip(rng, gloss))
+            lines.append(f"{name}{'.npz' * (number % 2)},{gloss},{gloss // 2},{int(number % 5 == 0)}")
+        (folder / split / "labels.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sign_args(sign_set: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags that train a tiny Transformer; 3 optimizer steps an epoch of 75 clips at a batch of 32."""
+    cache = tmp_path_factory.mktemp("sign_cache")
+    return [
+        *("--keypoints-train", str(sign_set / "train"), "--keypoints-val", str(sign_set / "val")),
+        *("--keypoints-test", str(sign_set / "test"), "--features-train", str(sign_set / "train")),
+        *("--features-val", str(sign_set / "val"), "--features-test", str(sign_set / "test")),
+        *("--hidden_size", "32", "--num_layers", "2", "--num_attention_heads", "4", "--intermediate_size", "48"),
+        *("--cache_dir", str(cache), "--lr", "3e-3", "--epochs", "2", "--log_every", "1", "--report_to", "none"),
+    ]
+
+
+@pytest.fixture
+def sign_here(sign_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """sign_train.py in this process; see :func:`run_in_this_process`."""
+    yield from run_in_this_process(SIGN, sign_args, tmp_path, monkeypatch)

@@ -19,7 +19,7 @@ FLAGS = (
     "--epochs", "4", "--batch_size", "12", "--gradient_accumulation_steps", "2", "--eval_every", "5",
     "--save_every", "3", "--warmup_steps", "4", "--early_stop", "50", "--ema_decay", "0.95",
 )  # fmt: skip
-TIMING = {"samples_per_second", "data_wait_share", "peak_memory_mb"}
+TIMING = {"seconds", "samples_per_second", "data_wait_share", "peak_memory_mb"}
 
 
 def numbers(run: Path) -> list[dict]:
