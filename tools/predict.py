@@ -3,6 +3,7 @@
 python tools/predict.py runs/x "some text" "another"              texts from the command line
 python tools/predict.py runs/x --file texts.txt --output out.jsonl  a text a line, or .json .jsonl .csv .tsv .parquet
 zcat texts.gz | python tools/predict.py runs/x --top_k 2 | head   standard input of any length
+python tools/predict.py runs/signs clip.npz data/clips            a sign run: clips, or folders of clips
 """
 
 from __future__ import annotations
@@ -37,17 +38,17 @@ TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")  # which is all t
 class Args:
     # -- input --
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]  # run, its best/ or last/, or a folder
-    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[TEXT ...]")] = ()  # the texts
+    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[TEXT ...]")] = ()  # texts, or clips
     file: str | None = None  # read the texts from here: a text a line, or a table (.json .jsonl .csv .tsv .parquet)
     text_column: str = "text"  # tables: column of the text
     text_pair_column: str | None = None  # tables: column of a second text, for a model of pairs
     text_pair: str | None = None  # second text, the same for every text
     # -- prediction --
-    batch_size: int = 32  # texts in one forward pass
+    batch_size: int = 32  # texts or clips in one forward pass
     max_length: int | None = None  # tokens kept of each text (default: what the tokenizer or the model was made for)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     # -- output --
-    top_k: int = 0  # how many classes scores lists, best first; 0: all
+    top_k: int = 0  # how many classes scores lists, best first; 0: all (signs: 5 glosses and 3 categories)
     output: str | None = None  # write here instead of standard output
 
 
@@ -88,7 +89,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def task_of(folder: Path, config: dict[str, Any]) -> str:
-    """Which task the model in ``folder`` was trained for, from its ``config.json``: "text".
+    """Which task the model in ``folder`` was trained for, from its ``config.json``: "text" or "sign".
 
     Raises:
         UserError: a model that is no classifier this tool knows.
@@ -96,8 +97,10 @@ def task_of(folder: Path, config: dict[str, Any]) -> str:
     architectures = [str(name) for name in config.get("architectures") or []]
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return "text"
+    if str(config.get("model_type")).startswith("sign_"):
+        return "sign"
     kind = architectures[0] if architectures else config.get("model_type", "of unknown kind")
-    raise UserError(f"{folder}: the model is {kind}; predict.py needs a sequence classification model")
+    raise UserError(f"{folder}: the model is {kind}; predict.py needs a classifier of texts or of signs")
 
 
 def choose_device(name: str) -> torch.device:
@@ -394,6 +397,86 @@ def _first_line(error: Exception) -> str:
     return lines[0][:200] if lines else type(error).__name__
 
 
+# ------------------------------------------------------------------------------------------------------------- signs
+
+
+def predict_clips(args: Args, folder: Path, config: dict[str, Any]) -> None:
+    """Reads clips (``.npz``, alone or all of a folder) and writes the best glosses and categories of each."""
+    import torch
+    from tqdm.auto import tqdm
+    from transformers import AutoModel
+
+    import lib.models.sign  # noqa: F401  (makes the auto classes know it)
+    from lib.clips import normalise, read_clip
+    from lib.collate import ClipCollate
+
+    paths = clip_paths(args)
+    device = choose_device(args.device)
+    try:
+        model, report = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+    except Exception as error:
+        raise UserError(f"{folder}: the model does not load ({_first_line(error)})") from None
+    if report["missing_keys"]:
+        raise UserError(f"{folder}: weights are missing ({', '.join(sorted(report['missing_keys'])[:3])})")
+    model, collate, settings = model.eval().to(device), ClipCollate(), model.config
+    bar = tqdm(total=len(paths), unit=" clips", delay=2, disable=None, leave=False, file=sys.stderr)
+    with open_output(args.output) as stream, bar:
+        for start in range(0, len(paths), args.batch_size):
+            chunk, samples = paths[start : start + args.batch_size], []
+            for path in chunk:
+                frames, mask = read_clip(path, settings.input_key, settings.input_width)
+                frames, mask = normalise(frames, mask, settings.normalisation)
+                samples.append({"frames": frames, "gloss": 0, "cat": 0} | ({} if mask is None else {"mask": mask}))
+            # Clips with a mask beside others without one go alone.
+            together = len({"mask" in sample for sample in samples}) == 1
+            for batch in [collate(samples)] if together else [collate([sample]) for sample in samples]:
+                inputs = {
+                    name: batch[name].to(device) for name in ("frames", "attention_mask", "mask") if name in batch
+                }
+                with torch.inference_mode():
+                    output = model(**inputs)
+                gloss, cat = (logits.float().softmax(1).cpu() for logits in (output.gloss_logits, output.cat_logits))
+                for row in range(len(gloss)):
+                    path = chunk.pop(0)
+                    result = {
+                        "file": str(path),
+                        "gloss": best_classes(gloss[row], settings.gloss_names, args.top_k or 5),
+                        "category": best_classes(cat[row], settings.cat_names, args.top_k or 3),
+                    }
+                    stream.write(json.dumps(result, ensure_ascii=False) + "\n")
+            stream.flush()
+            bar.update(len(samples))
+
+
+def best_classes(odds: torch.Tensor, names: list[str], count: int) -> list[dict[str, Any]]:
+    """The ``count`` most likely classes of ``odds`` [C], best first, as ``{"label", "score"}``."""
+    best = odds.topk(min(count, len(names)))
+    return [
+        {"label": names[index], "score": round(score, 6)}
+        for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
+
+
+def clip_paths(args: Args) -> list[Path]:
+    """The clips that the command line names, those of a folder in the order of their names.
+
+    Raises:
+        UserError: none is named, a path does not exist, a folder holds none, or a flag for texts was given.
+    """
+    if args.file or args.text_pair or args.text_pair_column or args.max_length:
+        raise UserError("--file, --text_pair and --max_length are for texts; name the clips behind the run")
+    paths: list[Path] = []
+    for name in args.texts:
+        path = Path(name)
+        found = sorted(path.glob("*.npz")) if path.is_dir() else [path]
+        if not path.exists() or not found:
+            raise UserError(f"{path}: {'no .npz files in it' if path.is_dir() else 'no such file or folder'}")
+        paths += found
+    if not paths:
+        raise UserError("no clips: name .npz files, or folders of them, behind the run")
+    return paths
+
+
 def check(args: Args) -> None:
     """UserError for a number that makes no sense."""
     if args.batch_size < 1:
@@ -410,7 +493,7 @@ def main() -> None:
     check(args)
     folder = model_folder(Path(args.model))
     config = read_model_config(folder)
-    tasks = {"text": predict_texts}
+    tasks = {"text": predict_texts, "sign": predict_clips}
     tasks[task_of(folder, config)](args, folder, config)
 
 

@@ -1,0 +1,252 @@
+"""Split the labels of sign clips into training, validation and test rows.
+
+  python tools/split_labels.py --labels data/sign/labels.csv \\
+      --output_dir data/sign/split
+  python tools/split_labels.py --labels data/sign/labels.csv \\
+      --output_dir data/sign/split --group_column signer
+
+Every gloss is dealt out in the wanted shares, to within one clip, and keeps a
+training clip. With --group_column all rows of a group (a signer, a video)
+stay on one side; shares then hold as nearly as the groups allow. All columns
+are kept: labels_train.csv, labels_val.csv, labels_test.csv.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lib.config import check_ranges, parse_args
+from lib.errors import UserError, errors_in_one_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SIDES = ("train", "val", "test")
+
+
+@dataclass
+class Args:
+    # -- data --
+    labels: str  # CSV with file, gloss, cat and any other columns
+    output_dir: str  # folder for labels_train.csv, labels_val.csv, labels_test.csv
+    overwrite: bool = False  # replace these three where they are there
+    # -- split --
+    validation_fraction: float = 0.1  # share of validation clips
+    test_fraction: float = 0.1  # share of test clips; 0: no such file
+    group_column: str | None = None  # rows with one value here stay together, such as signer
+    seed: int = 42  # of the split
+    config: tuple[str, ...] = ()  # YAML files with any of these settings
+
+
+def deal_clips(gloss: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The side of each clip, int [n]; of each gloss every side gets its share, rounded up or down, training at least 1.
+
+    What one gloss's rounding takes from a side the next ones give back, so that the sides' totals hold too.
+
+    Raises:
+        UserError: too few clips for a wanted side.
+    """
+    import numpy as np
+
+    side = np.zeros(len(gloss), np.int64)
+    owed = np.zeros(len(shares))
+    for number in rng.permutation(np.unique(gloss)):
+        members = rng.permutation(np.flatnonzero(gloss == number))
+        exact = np.round(len(members) * shares, 9)
+        low, high = np.floor(exact), np.ceil(exact)
+        low[0] = max(low[0], 1)
+        high[0] = max(high[0], 1)
+        wanted = exact + owed
+        counts = low.copy()
+        while counts.sum() < len(members):
+            counts[np.where(counts < high, wanted - counts, -np.inf).argmax()] += 1
+        owed = wanted - counts
+        side[members] = np.repeat(np.arange(len(shares)), counts.astype(np.int64))
+    for empty in np.flatnonzero((np.bincount(side, minlength=len(shares)) == 0) & (shares > 0)):
+        left = np.bincount(gloss[side == 0])
+        if left.max() < 2:
+            raise UserError(
+                f"too few clips for {SIDES[empty]}: each gloss needs one for training; "
+                "--validation_fraction 0 or --test_fraction 0 does without that side"
+            )
+        side[rng.choice(np.flatnonzero((side == 0) & (gloss == left.argmax())))] = empty
+    return side
+
+
+def deal_groups(gloss: np.ndarray, group: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The side of each group, int [groups]: greedily where the shares of glosses and of clips come nearest, then moved
+    about while that betters them. A side without groups is worst, then a gloss without a training clip.
+
+    Raises:
+        UserError: fewer groups than sides.
+    """
+    import numpy as np
+
+    sides = np.flatnonzero(shares > 0)
+    sizes, totals, clips = np.bincount(group), np.bincount(gloss), len(gloss)
+    if len(sizes) < len(sides):
+        raise UserError(f"{len(sizes)} groups for {', '.join(SIDES[number] for number in sides)}: too few")
+    members = np.split(gloss[np.argsort(group, kind="stable")], np.cumsum(sizes)[:-1])
+    parts = [np.unique(glosses, return_counts=True) for glosses in members]
+    target = shares[:, None] * totals
+
+    def settle(chosen: np.ndarray, order: np.ndarray, final: bool) -> bool:
+        """Puts each group where it costs least; ``final``: emptiness and coverage count. True where one moved."""
+        moved = False
+        for number in order:
+            glosses, counts = parts[number]
+            here = chosen[number]
+            if here >= 0:
+                held[here, glosses] -= counts
+                filled[here] -= sizes[number]
+            # By how much the squared distances from the target grow on each side; all clips together weigh 3 times.
+            off = 2 * (held[:, glosses] - target[:, glosses]) + counts
+            costs = (off * counts / totals[glosses]).sum(1)
+            costs += 3 * (2 * (filled - shares * clips) + sizes[number]) * sizes[number] / clips
+            if final:
+                costs[0] -= 10 * clips * np.count_nonzero(held[0, glosses] == 0)
+                costs[filled == 0] -= 10 * clips * (len(totals) + 1)
+            costs[shares == 0] = np.inf
+            best = here if here >= 0 and costs[here] <= costs.min() + 1e-9 else int(costs.argmin())
+            held[best, glosses] += counts
+            filled[best] += sizes[number]
+            chosen[number] = best
+            moved |= best != here
+        return moved
+
+    results = []
+    few = len(sizes) <= 1000
+    for attempt in range(8 if few else 1):
+        held, filled = np.zeros_like(target), np.zeros(len(shares))
+        order = rng.permutation(len(sizes))
+        chosen = np.full(len(sizes), -1)
+        # Large groups first fit best; of many any order fits, and no side gets the small ones.
+        settle(chosen, order[np.argsort(-sizes[order], kind="stable")] if few and attempt == 0 else order, False)
+        for _ in range(20 if few else 3):
+            if not settle(chosen, rng.permutation(len(sizes)), True):
+                break
+        off = ((held - target) ** 2 / np.maximum(totals, 1)).sum() + 3 * ((filled - shares * clips) ** 2).sum() / clips
+        bad = (np.count_nonzero(filled[sides] == 0), np.count_nonzero(held[0] == 0))
+        results.append((bad, off, attempt, chosen))
+    return min(results)[-1]
+
+
+def read_groups(args: Args) -> np.ndarray:
+    """The group of each row of ``--labels``, numbered from 0, int [n].
+
+    Raises:
+        UserError: no such column, or a row without a group.
+    """
+    import numpy as np
+
+    from lib.sign_labels import label_records
+
+    words = []
+    for where, row in label_records(Path(args.labels)):
+        if args.group_column not in row:
+            raise UserError(f"no column {args.group_column!r}; there are {', '.join(row)}")
+        words.append(row[args.group_column].strip())
+        if not words[-1]:
+            raise UserError(f"{where}: {args.group_column} is empty; give each unknown one a name of its own")
+    return np.unique(words, return_inverse=True)[1]
+
+
+def report(side: np.ndarray, gloss: np.ndarray, group: np.ndarray | None, shares: np.ndarray, args: Args) -> str:
+    """An aligned table, a line for each side, and the glosses that a side lacks."""
+    import numpy as np
+
+    heading = f"{'side':<8}{'clips':>10}{'share':>9}{'wanted':>9}{'glosses':>10}"
+    lines = [heading + (f"  {args.group_column + 's':>12.24}" if group is not None else "")]
+    notes = []
+    everything = np.unique(gloss)
+    for number in np.flatnonzero(shares > 0):
+        rows = side == number
+        there = np.unique(gloss[rows])
+        line = f"{SIDES[number]:<8}{rows.sum():>10,}{rows.mean():>9.1%}{shares[number]:>9.1%}{len(there):>10,}"
+        lines.append(line + (f"  {len(np.unique(group[rows])):>12,}" if group is not None else ""))
+        lacking = np.setdiff1d(everything, there)
+        if len(lacking):
+            shown = lacking[:8] if number else lacking
+            listed = ", ".join(map(str, shown)) + (", ..." if len(lacking) > len(shown) else "")
+            name = {"train": "training", "val": "validation", "test": "test"}[SIDES[number]]
+            text = f"{len(lacking):,} of {len(everything):,} glosses have no {name} clip: {listed}"
+            notes += textwrap.wrap(text, 80, subsequent_indent="  ")
+    return "\n".join(lines + (["", *notes] if notes else []))
+
+
+def check_output(target: Path, args: Args) -> None:
+    """UserError where ``target`` cannot take the three files."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--output_dir {target} is a file")
+    for name in SIDES:
+        path = target / f"labels_{name}.csv"
+        if path.exists() and path.resolve() == Path(args.labels).resolve():
+            raise UserError(f"--labels {args.labels} would be overwritten: choose another --output_dir")
+        if path.exists() and not args.overwrite:
+            raise UserError(f"{path} is there already: --overwrite replaces it")
+
+
+def main() -> None:
+    args = parse_args(Args, {"val_fraction": "validation_fraction"})
+    check_ranges(args, validation_fraction=(0, 1), test_fraction=(0, 1), seed=(0, 2**63))
+    if args.validation_fraction + args.test_fraction > 0.999:
+        raise UserError(
+            f"--validation_fraction {args.validation_fraction} and --test_fraction {args.test_fraction}: "
+            "0.999 together at most, so that something is left for training"
+        )
+    target = Path(args.output_dir)
+    check_output(target, args)
+
+    import numpy as np
+
+    from lib.sign_labels import label_records, read_labels
+
+    labels = read_labels(args.labels)
+    rows = [row for _, row in label_records(Path(args.labels))]
+    shares = np.array([1 - args.validation_fraction - args.test_fraction, args.validation_fraction, args.test_fraction])
+    rng = np.random.default_rng(args.seed)
+    gloss = np.unique(labels.gloss, return_inverse=True)[1]
+    group = None
+    try:
+        if args.group_column is None:
+            # A file that is listed twice is dealt out once.
+            _, first, clip = np.unique(labels.files, return_index=True, return_inverse=True)
+            side = deal_clips(gloss[first], shares, rng)[clip]
+        else:
+            group = read_groups(args)
+            side = deal_groups(gloss, group, shares, rng)[group]
+    except UserError as error:
+        raise UserError(f"{args.labels}: {error}") from None
+
+    drafts: dict[Path, Path] = {}
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for number in np.flatnonzero(shares > 0):
+            path = target / f"labels_{SIDES[number]}.csv"
+            drafts[path] = path.with_name(f".{path.name}.{os.getpid()}.draft")
+            with open(drafts[path], "w", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file, lineterminator="\n")
+                writer.writerow(rows[0])
+                writer.writerows(rows[row].values() for row in np.flatnonzero(side == number))
+        for name in SIDES:  # a file of an earlier split would mix with these
+            if (path := target / f"labels_{name}.csv") not in drafts:
+                path.unlink(missing_ok=True)
+        for path, draft in drafts.items():
+            os.replace(draft, path)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise UserError(f"--output_dir {target}: {error.strerror}") from None
+    finally:
+        for draft in drafts.values():
+            if draft.exists():
+                draft.unlink()
+    print(report(side, labels.gloss, group, shares, args) + f"\n\nWritten to {target}")
+
+
+if __name__ == "__main__":
+    with errors_in_one_line():
+        main()
