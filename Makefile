@@ -1,4 +1,4 @@
-# make demo (TASK=clip|text) · make test · make setup · make bench · make torture · make lint
+# make demo (TASK=clip|text|sign) · make test · make setup · make bench · make torture · make lint
 # VENV=path chooses the virtual environment, PYTHON=python3.x the interpreter it is made with.
 
 VENV ?= .venv
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup demo demo_clip demo_text test bench bench_clip bench_text torture lint link
+.PHONY: setup demo demo_clip demo_text demo_sign test bench bench_clip bench_text bench_sign torture lint link
 
 setup: $(STAMP) link
 
@@ -40,6 +40,17 @@ demo_text: setup
 	  --overwrite
 	@echo; cat runs/demo_text/summary.txt; echo "Report: $(CURDIR)/runs/demo_text/report.html"
 
+# Both models on the same clips, of signers that were not trained on.
+demo_sign: setup
+	$(BIN)/python data/make_sign_demo.py --output_dir data/demo_sign
+	for model in iv3_gru transformer; do \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml \
+	    scripts/sign_train.py --config configs/demo/sign_$$model.yaml --overwrite || exit; \
+	done
+	@echo; cat runs/demo_sign_iv3_gru/summary.txt; echo; cat runs/demo_sign_transformer/summary.txt
+	@echo; $(BIN)/python data/make_sign_demo.py --output_dir data/demo_sign --baseline
+	@echo "Reports: $(CURDIR)/runs/demo_sign_transformer/report.html $(CURDIR)/runs/demo_sign_iv3_gru/report.html"
+
 test: setup
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
 
@@ -58,6 +69,9 @@ bench_clip: setup
 bench_text: setup
 	test -n "$(DATA)" || $(BIN)/python data/make_text_demo.py --output_dir data/demo_text
 	$(BIN)/python benchmarks/text.py --train_file "$(or $(DATA),data/demo_text/train.json)"
+
+bench_sign: setup
+	$(BIN)/python benchmarks/sign.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLIP, ENVIRONMENT, ROOT, TEXT, draw_pair, launch, weights
+from conftest import CLIP, ENVIRONMENT, ROOT, SIGN, TEXT, draw_pair, launch, weights
 
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("data/*.md")])
 PROGRAMS = sorted(
@@ -55,7 +55,7 @@ def test_every_flag_in_the_docs_exists() -> None:
 
 def test_every_path_in_the_docs_exists() -> None:
     made_by_use = ("data/train.csv", "data/test.csv", "data/raw", "data/processed", "data/demo_", "data/photos",
-                   "data/captions.csv", "data/furniture", "data/train")  # fmt: skip
+                   "data/captions.csv", "data/furniture", "data/train", "data/signs", "data/natops", "data/videos")  # fmt: skip
     for path in DOCS:
         for word in re.findall(
             r"(?:scripts|tools|lib|configs|accelerate_configs|data|benchmarks|tests)/[\w./-]*\w", path.read_text()
@@ -107,18 +107,20 @@ def test_every_recipe_parses() -> None:
     from lib.config import parse_args
 
     found = 0
-    for script, stem in ((TEXT, "text"), (CLIP, "clip")):
+    for script, stem in ((TEXT, "text"), (CLIP, "clip"), (SIGN, "sign")):
         spec = importlib.util.spec_from_file_location(f"recipes_{stem}", script)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        for path in [*ROOT.glob(f"configs/{stem}_*.yaml"), ROOT / "configs" / "demo" / f"{stem}.yaml"]:
+        for path in [*ROOT.glob(f"configs/{stem}_*.yaml"), *ROOT.glob(f"configs/demo/{stem}*.yaml")]:
             assert parse_args(module.Args, module.ALIASES, ["--config", str(path)]).epochs >= 1
             found += 1
     assert found == len(list(ROOT.glob("configs/**/*.yaml"))) >= 6
 
 
 @pytest.fixture
-def workshop(tmp_path: Path, text_set: Path, tiny_bert: Path, tiny_clip_folder: Path) -> tuple[Path, dict[str, str]]:
+def workshop(
+    tmp_path: Path, text_set: Path, tiny_bert: Path, tiny_clip_folder: Path, sign_set: Path
+) -> tuple[Path, dict[str, str]]:
     """A copy of the project with small data where the README has the user's, and `accelerate` on the path."""
     import shutil
 
@@ -130,6 +132,7 @@ def workshop(tmp_path: Path, text_set: Path, tiny_bert: Path, tiny_clip_folder: 
         (tmp_path / "data" / f"{split}.csv").write_text("\n".join(lines) + "\n")
     (tmp_path / "data" / "raw").mkdir()
     shutil.copy(text_set / "train.json", tmp_path / "data" / "raw" / "train.json")
+    shutil.copytree(sign_set, tmp_path / "data" / "signs")
     # Folders of these names go before the Hub.
     shutil.copytree(tiny_bert, tmp_path / "bert-base-uncased")
     shutil.copytree(tiny_clip_folder, tmp_path / "openai" / "clip-vit-base-patch32")
@@ -189,6 +192,8 @@ def test_the_readmes_commands_run(workshop) -> None:
             command += (
                 " --max_steps 2 --effective_batch_size 16 --micro_batch_size 8 --num_workers 0 --run_name demo_clip"
             )
+        if "sign_train.py" in command:
+            command += " --max_steps 2 --hidden_size 32 --intermediate_size 32 --run_name signs"
         if "predict.py" in command:
             command = command.replace("runs/demo_text", "runs/run0")
         done = run(command, folder, environment)
