@@ -460,7 +460,7 @@ def baseline(train_folder: Path, test_folder: Path) -> float:
         return value
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as fast for products this small, and the same number on any machine
+    torch.set_num_threads(1)  # as fast for products this small, and the same number with any count of cores
     optimizer.step(loss)
     torch.set_num_threads(threads)
     return float(((x_test @ weight + bias).argmax(1) == y_test).float().mean())
