@@ -25,6 +25,7 @@ def find_micro_batch_size(
     loss: Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor],
     most: int,
     flag: str = "--micro_batch_size 0",
+    hint: str = "--activation_checkpointing, or --amp bf16",
 ) -> int:
     """The largest power of two, at most ``most``, whose forward and backward pass fit; the same on every process.
 
@@ -73,7 +74,7 @@ def find_micro_batch_size(
         sizes = accelerator.gather(sizes)
     best = int(sizes.min())
     if not best:
-        raise UserError(f"{flag}: not even one sample fits; try --amp bf16, or a smaller model")
+        raise UserError(f"{flag}: not even one sample fits; try {hint}")
     log.info("Micro-batch size %d: the largest power of two that fits and pays", best)
     return best
 

@@ -509,7 +509,7 @@ def report_problems(problems: list[Problem], warn: Callable[[str], None]) -> Non
     fatal = [problem for problem in problems if problem.kind in FATAL]
     if fatal:
         more = f" (and {len(fatal) - 1:,} more: tools/validate_npz.py lists them)" if fatal[1:] else ""
-        raise UserError(f"{fatal[0].text}{more}")
+        raise UserError(f"{fatal[0].text}: {KINDS[fatal[0].kind][1]}{more}")
     for kind in dict.fromkeys(problem.kind for problem in problems if problem.kind != "unlisted_file"):
         same = [problem for problem in problems if problem.kind == kind]
         warn(same[0].text + (f" (and {len(same) - 1:,} more)" if same[1:] else ""))

@@ -431,6 +431,7 @@ def main() -> None:
         batch_size = state.micro_batch_size or find_micro_batch_size(
             accelerator, model, lambda size: collate([clips[longest]] * size),
             lambda plain, batch: compute_loss(plain, batch, args, 1.0)[0].sum(), most=64, flag="--auto_batch_size",
+            hint="--amp bf16, or a smaller model",
         )  # fmt: skip
         state.micro_batch_size = batch_size
     if args.auto_workers:

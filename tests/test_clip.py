@@ -300,7 +300,7 @@ def test_a_micro_batch_size_is_found(clip_here, baseline: bytes, monkeypatch) ->
     monkeypatch.setattr(lib.autotune, "free_memory", lambda: 1.0)
     from lib.errors import UserError
 
-    with pytest.raises(UserError, match="not even one pair fits"):
+    with pytest.raises(UserError, match="not even one sample fits"):
         clip_here("--micro_batch_size", "0", name="none")
 
 
