@@ -17,7 +17,6 @@ import math
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from lib.checkpoint import whole_folder
 from lib.config import check_ranges, parse_args
 from lib.errors import UserError, errors_in_one_line
 
@@ -671,21 +671,13 @@ def main() -> None:
     if is_there(folder, made_with):
         ending = f"already in {folder}"
     else:
-        # A folder under its final name is always whole: an interrupted run leaves a draft.
-        target = folder.resolve()  # of a link, the folder behind it is replaced
-        draft, old = target.with_name(f"{target.name}.draft"), target.with_name(f"{target.name}.old")
-        for leftover in (draft, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        draw_all(draft, rows, args)
-        with open(draft / "captions.csv", "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        (draft / "demo.json").write_text(json.dumps(made_with) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rename(old)
-        draft.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        with whole_folder(folder) as draft:
+            draw_all(draft, rows, args)
+            with open(draft / "captions.csv", "w", encoding="utf-8", newline="") as file:
+                writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+            (draft / "demo.json").write_text(json.dumps(made_with) + "\n", encoding="utf-8")
         ending = f"written to {folder}"
     counts = collections.Counter(row["split"] for row in rows)
     print(f"{', '.join(f'{split} {counts[split]:,}' for split in ('train', 'validation', 'test'))}: {ending}")

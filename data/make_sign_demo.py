@@ -18,7 +18,6 @@ import math
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lib.checkpoint import whole_folder
 from lib.config import check_ranges, parse_args
 from lib.errors import UserError, errors_in_one_line
 
@@ -508,17 +508,9 @@ def main() -> None:
     if made.is_file() and made.read_text(encoding="utf-8") == made_with:
         ending = f"already in {folder}"
     else:
-        # A folder under its final name is always whole: an interrupted run leaves a draft.
-        target = folder.resolve()  # of a link, the folder behind it is replaced
-        draft, old = target.with_name(f"{target.name}.draft"), target.with_name(f"{target.name}.old")
-        for leftover in (draft, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        write_all(draft, tasks, args)
-        (draft / "made.json").write_text(made_with, encoding="utf-8")
-        if target.exists():
-            target.rename(old)
-        draft.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
+        with whole_folder(folder) as draft:
+            write_all(draft, tasks, args)
+            (draft / "made.json").write_text(made_with, encoding="utf-8")
         ending = f"written to {folder}"
     counts = [f"{split} {sum(task.split == split for task in tasks):,}" for split in SPLITS]
     print(f"{', '.join(counts)} clips of {args.num_glosses} signs: {ending}")

@@ -593,6 +593,23 @@ class StopSignal:
         return 128 + (self.received or signal.SIGTERM)
 
 
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A draft to fill, which takes the place of ``folder`` when the block ends well: it is there whole or not at all.
+
+    An interrupted block leaves a draft that the next one removes.
+    """
+    target = folder.resolve()  # of a link, the folder behind it is replaced
+    draft, old = target.with_name(f"{target.name}.draft"), target.with_name(f"{target.name}.old")
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    yield draft
+    if target.exists():
+        target.rename(old)
+    draft.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def signal_when_parent_dies(number: int) -> None:
     """Has Linux send this process a signal when its parent ends, however that happens."""
     import ctypes
