@@ -88,9 +88,9 @@ def write_classification_results(
     ``scores``: for each split ``labels`` [n], ``logits`` [n, C] and ``losses`` [n] of the best weights; ``worst``: rows
     for :func:`lib.report.mistakes`; ``extra``: more entries for ``results.json``. Main process only.
     """
-    from lib.plots import plot_confusion, plot_curves
+    from lib.plots import plot_curves
 
-    state, directory = run.state, run.directory
+    directory = run.directory
     metrics = {
         split: classification_metrics(score["labels"], score["logits"], score["losses"])
         for split, score in scores.items()
@@ -100,7 +100,7 @@ def write_classification_results(
         for split, score in scores.items()
     }
     for split, matrix in matrices.items():
-        write_text(directory / "logs" / f"classification_report_{split}.txt", report_text(matrix, label_names))
+        _write_confusion(run, split, matrix, label_names)
     last = "test" if "test" in scores else "validation"
     scored = {split: {**values, "count": int(matrices[split].sum())} for split, values in metrics.items()}
     details = {"label_names": label_names, "confusion_matrix": matrices[last].tolist()}
@@ -108,17 +108,8 @@ def write_classification_results(
     write_summary(run, model_name, total_steps, metrics)
 
     history = [{"step": row["step"], **{f"{row['kind']}/{k}": v for k, v in row.items()}} for row in run.history]
-    plot_curves(history, _curves(run), directory / "plots" / "curves.png")
-    for split, matrix in matrices.items():
-        picture = plot_confusion(matrix, label_names, directory / "plots" / f"confusion_{split}.png")
-        for tracker in run.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_image(f"{split}/confusion_matrix", picture, state.step, dataformats="HWC")
-                report = f"```\n{report_text(matrix, label_names)}```"
-                tracker.writer.add_text(f"{split}/classification_report", report, state.step)
-    for split in [split for split in metrics if split != "validation"]:
-        for tracker in run.trackers:
-            tracker.log({f"{split}/{name}": value for name, value in metrics[split].items()}, step=state.step)
+    plot_curves(history, _classification_curves(run), directory / "plots" / "curves.png")
+    _track(run, metrics)
     path = directory / "report.html"
     _write_report(run, path, title, label_names, metrics, matrices, worst, history, last)
     return path
@@ -143,16 +134,9 @@ def worst_mistakes(score: dict[str, np.ndarray], label_names: list[str], limit: 
     ]
 
 
-def _curves(run: Run) -> list[Any]:
-    from lib.plots import Curve
-
-    metric = getattr(run.args, "best_metric", "accuracy")
-    return [
-        Curve("Loss", {"train/loss": "train", "validation/loss": "validation"}, best="min"),
-        Curve(metric, {f"validation/{metric}": "validation"}, best="min" if metric == "loss" else "max"),
-        Curve("Learning rate", {"train/lr": "rate"}),
-        Curve("Gradient norm", {"train/grad_norm": "norm before clipping"}, log_y=True),
-    ]
+def _classification_curves(run: Run) -> list[Any]:
+    metric = run.args.best_metric
+    return _curves(metric, {f"validation/{metric}": "validation"}, best="min" if metric == "loss" else "max")
 
 
 def _write_report(
@@ -180,7 +164,7 @@ def _write_report(
                 ("speed", f"{state.samples / max(state.seconds, 1e-9):,.0f}", "samples/s in training"),
             ]
         ),
-        report.curves(history, _curves(run)),
+        report.curves(history, _classification_curves(run)),
         report.table(["metric", *metrics], rows, title="Metrics of the best weights"),
         report.confusion(matrices[last], names, title=f"Confusion matrix, {last}"),
         report.per_class(
@@ -213,7 +197,7 @@ def write_sign_results(
     :func:`lib.metrics.sign_metrics` takes and gives. ``worst``: rows for :func:`lib.report.mistakes`.
     """
     from lib import report
-    from lib.plots import plot_confusion, plot_curves
+    from lib.plots import plot_curves
 
     state, directory = run.state, run.directory
     matrices = {
@@ -222,9 +206,7 @@ def write_sign_results(
         for head in names
     }
     for (split, head), matrix in matrices.items():
-        path = directory / "logs" / f"classification_report_{split}_{head}.txt"
-        write_text(path, report_text(matrix, names[head]))
-        plot_confusion(matrix, names[head], directory / "plots" / f"confusion_{split}_{head}.png")
+        _write_confusion(run, f"{split}_{head}", matrix, names[head])
     last = "test" if "test" in scores else "validation"
     scored = {split: {**values, "count": len(scores[split]["gloss"])} for split, values in metrics.items()}
     details = {f"{head}_names": names[head] for head in names}
@@ -233,9 +215,7 @@ def write_sign_results(
     write_summary(run, model_name, total_steps, metrics)
     history = [{"step": row["step"], **{f"{row['kind']}/{k}": v for k, v in row.items()}} for row in run.history]
     plot_curves(history, _sign_curves(), directory / "plots" / "curves.png")
-    for split in [split for split in metrics if split != "validation"]:
-        for tracker in run.trackers:
-            tracker.log({f"{split}/{name}": value for name, value in metrics[split].items()}, step=state.step)
+    _track(run, metrics)
 
     shown, count = metrics[last], len(scores[last]["gloss"])
     rows = [(name, *(metrics[split].get(name) for split in metrics)) for name in SIGN_METRICS]
@@ -289,15 +269,7 @@ def write_log_csv(run: Run, path: str | None) -> None:
 
 
 def _sign_curves() -> list[Any]:
-    from lib.plots import Curve
-
-    accuracies = {"validation/gloss_accuracy": "gloss", "validation/cat_accuracy": "category"}
-    return [
-        Curve("Loss", {"train/loss": "train", "validation/loss": "validation"}, best="min"),
-        Curve("Accuracy", accuracies, best="max"),
-        Curve("Learning rate", {"train/lr": "rate"}),
-        Curve("Gradient norm", {"train/grad_norm": "norm before clipping"}, log_y=True),
-    ]
+    return _curves("Accuracy", {"validation/gloss_accuracy": "gloss", "validation/cat_accuracy": "category"})
 
 
 # -------------------------------------------------------------------------------------------------------- retrieval
@@ -378,11 +350,7 @@ def write_retrieval_results(
     write_summary(run, model_name, total_steps, columns)
     history = [{"step": row["step"], **{f"{row['kind']}/{k}": v for k, v in row.items()}} for row in run.history]
     plot_curves(history, _retrieval_curves(), directory / "plots" / "curves.png")
-    for split in scores:
-        if split != "validation" and "tuned" in scores[split]:
-            for tracker in run.trackers:
-                values = {f"{split}/{name}": value for name, value in scores[split]["tuned"].items()}
-                tracker.log(values, step=state.step)
+    _track(run, {split: scores[split]["tuned"] for split in scores if "tuned" in scores[split]})
 
     last = "test" if "test" in scores else "validation"
     base, tuned = scores[last]["base"], scores[last].get("tuned")
@@ -458,22 +426,47 @@ def _thumbnail(file: bytes, side: int = 128) -> bytes:
 
 
 def _retrieval_curves() -> list[Any]:
-    from lib.plots import Curve
-
     recalls = {
         "validation/text_to_image_r1": "text to image, 1",
         "validation/image_to_text_r1": "image to text, 1",
         "validation/recall_mean": "mean of all",
     }
+    return _curves("Recall", recalls)
+
+
+# ------------------------------------------------------------------------------------------------------- all of them
+
+
+def _curves(title: str, lines: dict[str, str], best: str = "max") -> list[Any]:
+    """The curves of every task: the loss, the metric ``title`` that the task is about, the rate and the gradient."""
+    from lib.plots import Curve
+
     return [
         Curve("Loss", {"train/loss": "train", "validation/loss": "validation"}, best="min"),
-        Curve("Recall", recalls, best="max"),
+        Curve(title, lines, best=best),
         Curve("Learning rate", {"train/lr": "rate"}),
         Curve("Gradient norm", {"train/grad_norm": "norm before clipping"}, log_y=True),
     ]
 
 
-# ------------------------------------------------------------------------------------------------------- all of them
+def _write_confusion(run: Run, name: str, matrix: np.ndarray, class_names: list[str]) -> None:
+    """The report in words and the confusion matrix as a picture, in the run directory and in TensorBoard."""
+    from lib.plots import plot_confusion
+
+    text = report_text(matrix, class_names)
+    write_text(run.directory / "logs" / f"classification_report_{name}.txt", text)
+    picture = plot_confusion(matrix, class_names, run.directory / "plots" / f"confusion_{name}.png")
+    for tracker in run.trackers:
+        if tracker.name == "tensorboard":
+            tracker.writer.add_image(f"{name}/confusion_matrix", picture, run.state.step, dataformats="HWC")
+            tracker.writer.add_text(f"{name}/classification_report", f"```\n{text}```", run.state.step)
+
+
+def _track(run: Run, metrics: dict[str, dict[str, float]]) -> None:
+    """The final metrics of each split; those of the validation were sent at each evaluation."""
+    for split in [split for split in metrics if split != "validation"]:
+        for tracker in run.trackers:
+            tracker.log({f"{split}/{name}": value for name, value in metrics[split].items()}, step=run.state.step)
 
 
 def _write_results(run: Run, scored: dict[str, dict[str, Any]], details: dict[str, Any]) -> None:

@@ -288,22 +288,6 @@ def _class_problems(labels: Labels, train: Labels | None) -> list[Problem]:
 # ------------------------------------------------------------------------------------------------------------ clips
 
 
-def clip_problems(
-    path: Path | str,
-    key: str = "X",
-    width: int | None = KEYPOINTS,
-    require_x2048: bool = False,
-    expect_mask: bool = False,
-) -> list[Problem]:
-    """What is wrong with one clip; see :func:`inspect_clip`."""
-    return inspect_clip(path, key=key, width=width, require_x2048=require_x2048, expect_mask=expect_mask).problems
-
-
-def clip_digest(path: Path | str, key: str = "X") -> int | None:
-    """64 bits of a hash over the frames of a clip; None where they cannot be read, are none or all zero."""
-    return inspect_clip(path, key=key, width=None, frames_only=True).digest
-
-
 def inspect_clip(
     path: Path | str,
     name: str = "",

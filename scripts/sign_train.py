@@ -65,7 +65,7 @@ class Args:
     final_norm: bool = True  # transformer: a norm after the last layer
     gru_sizes: tuple[int, ...] = (16, 12)  # iv3_gru: widths of the GRUs, one after another
     dropout: float = 0.1  # in the layers and before the heads
-    pretrained_backbone: bool = True  # accepted from old commands: Inception runs in tools/extract_features.py alone
+    pretrained_backbone: bool = True  # tools/extract_features.py: Inception's own weights; nothing is read of it here
     # -- loss --
     alpha: float = 0.5  # weight of the gloss loss
     beta: float = 0.5  # weight of the category loss
@@ -413,6 +413,7 @@ def main() -> None:
     state = run.state
     used = {name: args.model == name for name in ("transformer", "iv3_gru")}
     used |= {"focal": args.loss == "focal", "GPU": accelerator.device.type == "cuda"}
+    used |= {"tools/extract_features.py": False}  # old commands name a backbone, which runs there alone
     for line in without_effect(args, used):
         log.warning("%s", line)
 

@@ -71,6 +71,8 @@ def test_options_that_do_not(flags: tuple[str, ...], sign_here, known: dict) -> 
         known["plain"] = weights(sign_here(name="plain") / "last")
     run = sign_here(*flags, name="other")
     assert weights(run / "last") == known["plain"]
+    named = "--pretrained_backbone has no effect here" in (run / "logs" / "train.log").read_text()
+    assert named is ("--no-pretrained-backbone" in flags)
     if "--ema_decay" in flags:
         assert weights(run / "best") != weights(Path("runs/other/last"))
 

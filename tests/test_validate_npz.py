@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, launch
 
 from lib.errors import UserError
-from lib.sign_labels import KINDS, Labels, clip_digest, clip_problems, label_problems, read_labels
+from lib.sign_labels import KINDS, Labels, inspect_clip, label_problems, read_labels
 
 TOOL = ROOT / "tools" / "validate_npz.py"
 META = {"dims_per_frame": 156, "keypoints_total": 78, "order": "pose25,left_hand21,right_hand21,face11"}
@@ -254,8 +254,8 @@ def test_pickled_objects_stay_shut(tmp_path: Path) -> None:
             return Path.touch, (tmp_path / "opened",)
 
     np.savez(tmp_path / "a.npz", X=np.array([Touch()]), mask=np.array([Touch()]))
-    assert [problem.kind for problem in clip_problems(tmp_path / "a.npz")] == ["object_array"] * 2
-    assert clip_digest(tmp_path / "a.npz") is None
+    assert [problem.kind for problem in inspect_clip(tmp_path / "a.npz").problems] == ["object_array"] * 2
+    assert inspect_clip(tmp_path / "a.npz", width=None, frames_only=True).digest is None
     assert not (tmp_path / "opened").exists()
 
 
@@ -271,7 +271,7 @@ def test_damaged_bytes_are_problems_and_never_exceptions(tmp_path: Path) -> None
             for place in rng.integers(2, len(data), 1 + number % 20):
                 data[place] = int(rng.integers(256))
             (tmp_path / "c.npz").write_bytes(data[: int(rng.integers(len(data)))] if number % 3 == 0 else data)
-            found += bool(clip_problems(tmp_path / "c.npz"))
+            found += bool(inspect_clip(tmp_path / "c.npz").problems)
     assert found > 150
 
 
@@ -294,19 +294,19 @@ def test_damaged_bytes_are_problems_and_never_exceptions(tmp_path: Path) -> None
 )
 def test_other_clips_that_are_right(content: dict, settings: dict, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", **content)
-    assert clip_problems(tmp_path / "a.npz", **settings) == []
+    assert inspect_clip(tmp_path / "a.npz", **settings).problems == []
 
 
 def test_features_that_nobody_asked_for_are_a_warning(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", X=X, X2048=FEATURES[:5])
-    assert [problem.severity for problem in clip_problems(tmp_path / "a.npz")] == ["warning"]
+    assert [problem.severity for problem in inspect_clip(tmp_path / "a.npz").problems] == ["warning"]
 
 
 def test_the_digest_is_that_of_the_frames_alone(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", X=X, mask=np.ones((9, 78), bool))
     np.savez_compressed(tmp_path / "b.npz", X=X)
     np.savez(tmp_path / "c.npz", X=X[::-1])
-    digests = [clip_digest(tmp_path / f"{name}.npz") for name in "abc"]
+    digests = [inspect_clip(tmp_path / f"{name}.npz", width=None, frames_only=True).digest for name in "abc"]
     assert digests[0] == digests[1] != digests[2]
 
 
