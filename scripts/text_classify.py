@@ -26,7 +26,7 @@ class Args:
     train_file: str = ""  # training rows: .json, .jsonl, .csv, .tsv, .parquet or a `datasets` name
     validation_file: str | None = None  # validation rows; without them, validation_fraction of the training rows
     test_file: str | None = None  # test rows, scored once at the end with the best weights
-    validation_fraction: float = 0.1  # share split off, stratified and seeded, when validation_file is not given
+    validation_fraction: float = 0.1  # share split off, stratified and seeded, without validation_file; 0: none
     text_column: str = "text"  # column of the text
     text_pair_column: str | None = None  # column of a second text, for pairs
     label_column: str = "label"  # column of the label: names or whole numbers
@@ -144,7 +144,7 @@ def load_data(args: Args, accelerator: Any) -> Data:
     if args.num_labels not in (None, len(names)):
         raise UserError(f"--num_labels {args.num_labels}, but {args.train_file} has {len(names)} labels")
     labels = {split: encode_labels(table, names) for split, table in tables.items()}
-    if "validation" not in tables:
+    if "validation" not in tables and args.validation_fraction:
         kept, held_out = stratified_split(labels["train"], args.validation_fraction, args.seed)
         tables = {"validation": tables["train"].take(held_out), **tables, "train": tables["train"].take(kept)}
         labels = {"validation": labels["train"][held_out], **labels, "train": labels["train"][kept]}
@@ -339,7 +339,12 @@ def check_args(args: Args) -> None:
     choose_directory(args, default_name(args))
     if args.architecture == "cnn" and args.strategy == "lora":
         raise UserError("--strategy lora adapts attention layers, which the cnn has not: use full or head")
-    check_ranges(args, ema_decay=(0, 0.9999999))
+    check_ranges(args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9))
+    if not args.validation_fraction and not args.validation_file:
+        if args.early_stop or args.scheduler == "plateau":
+            raise UserError("--validation_fraction 0: --early_stop and --scheduler plateau need validation rows")
+        if not args.test_file and not args.report_on_train:
+            raise UserError("--validation_fraction 0: nothing would be scored; give --test_file or --report_on_train")
 
 
 def data_title(args: Args) -> str:
@@ -382,7 +387,7 @@ def main() -> None:
     from lib.hub import push_folder, write_model_card
     from lib.metrics import classification_metrics
     from lib.optim import make_optimizer, make_scheduler
-    from lib.results import METRICS, worst_mistakes, write_classification_results, write_summary
+    from lib.results import METRICS, split_to_show, worst_mistakes, write_classification_results, write_summary
     from lib.run import (
         after_step,
         choose_sharded_layers,
@@ -462,6 +467,13 @@ def main() -> None:
 
     def validate() -> bool:
         """Scores the validation rows, keeps the weights if they are the best so far; False when asked to stop."""
+        if "validation" not in data.splits:  # none were held out: the last weights count
+            state.evaluated_step = state.best_step = state.step
+            if state.step == total_steps:
+                with averaged(ema):
+                    save_weights(run.directory / "best")
+            write_summary(run, model_title(args), total_steps, {})
+            return True
         with averaged(ema):
             found = evaluate(model, data.splits["validation"], collate, run, args, "validation")
         if found is None:
@@ -543,7 +555,7 @@ def main() -> None:
             if scores[split] is None:
                 leave_after_stop(run, run.checkpoints)
     if accelerator.is_main_process:
-        last = "test" if "test" in scores else "validation"
+        last = split_to_show(scores)
         worst = worst_mistakes(scores[last], data.label_names)
         for mistake in worst:
             mistake["text"] = text_of(data.tables[last], mistake["row"])

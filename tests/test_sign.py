@@ -211,6 +211,22 @@ def test_smoke_test_needs_no_data(flags: tuple[str, ...], tmp_path: Path) -> Non
     assert results(run)["test"]["count"] == 16
 
 
+def test_nothing_held_out(sign_here, sign_set: Path) -> None:
+    base = ["--keypoints-train", str(sign_set / "train"), "--report_to", "none", "--epochs", "1", "--hidden_size", "32"]
+    base += ["--cache_dir", "cache", "--validation_fraction", "0"]
+    run = sign_here("--keypoints-test", str(sign_set / "test"), base=base, name="all")
+    assert results(run)["samples"] == 75
+    assert results(run)["test"]["count"] == 19
+    assert "validation" not in results(run)
+    assert weights(run / "best") == weights(run / "last")
+    assert "Validation" not in (run / "best" / "README.md").read_text()
+    for more, words in (((), "nothing would be scored"), (("--log_csv", "log.csv"), "--log_csv")):
+        with pytest.raises(UserError, match=words):
+            sign_here(*more, base=base, name="wrong")
+    run = sign_here("--report_on_train", base=base, name="train")
+    assert results(run)["train"]["count"] == 75
+
+
 def test_resume_by_folder_prolongs(sign_here) -> None:
     run = sign_here("--epochs", "1")
     sign_here("--resume", str(run), "--epochs", "3")

@@ -218,6 +218,24 @@ def test_splits_and_columns(train_here, text_set: Path, tiny_bert: Path, tmp_pat
     assert (tmp_path / "cache" / "tokens").is_dir()
 
 
+def test_nothing_held_out(train_here, text_set: Path) -> None:
+    flags = ("--validation_file", "None", "--validation_fraction", "0", "--epochs", "2")
+    run = train_here(*flags, "--ema_decay", "0.5", name="all")
+    found = results(run)
+    assert found["samples"] == 2 * len(json.loads((text_set / "train.json").read_text()))
+    assert "validation" not in found
+    assert found["best_step"] == found["steps"]
+    assert weights(run / "best") != weights(run / "last")  # the average of the weights, and the weights
+    assert weights(train_here(*flags, name="plain") / "best") == weights(Path("runs/plain/last"))
+    assert "Validation" not in (run / "best" / "README.md").read_text()
+    assert "test" in (run / "summary.txt").read_text()
+    for more, words in ((("--early_stop", "2"), "--early_stop"), (("--test_file", "None"), "nothing would be scored")):
+        with pytest.raises(UserError, match=words):
+            train_here(*flags, *more, name="wrong")
+    train_here(*flags, "--test_file", "None", "--report_on_train", name="train")
+    assert "train" in results(Path("runs/train"))
+
+
 def test_names_of_labels_and_overrides_land_in_the_saved_config(train_here) -> None:
     run = train_here("--hidden_dropout_prob", "0.25", "--attention_probs_dropout_prob", "0.15", name="names")
     saved = config(run)
