@@ -61,6 +61,7 @@ class Args:
     num_layers: int = 4  # transformer: layers
     num_attention_heads: int = 8  # transformer: heads
     intermediate_size: int = 1024  # transformer: feed-forward width
+    conv_kernel: int = 0  # transformer: neighbours each frame is mixed with, by a convolution in each layer; 0: none
     pooling: Literal["mean", "max", "cls"] = "mean"  # transformer: how frames become one vector
     final_norm: bool = True  # transformer: a norm after the last layer
     gru_sizes: tuple[int, ...] = (16, 12)  # iv3_gru: widths of the GRUs, one after another
@@ -220,7 +221,7 @@ def build_model(args: Args, data: Data, accelerator: Any) -> Any:
     }  # fmt: skip
     if args.model == "transformer":
         shape = ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size", "pooling", "final_norm",
-                 "velocities", "relative_hands", "use_mask")  # fmt: skip
+                 "velocities", "relative_hands", "use_mask", "conv_kernel")  # fmt: skip
         model = SignTransformer(SignTransformerConfig(**common, **{name: getattr(args, name) for name in shape}))
     else:
         model = SignGru(SignGruConfig(**common, gru_sizes=args.gru_sizes))
@@ -334,7 +335,7 @@ def check_args(args: Args) -> None:
         time_warp=(0, 0.9), time_mask=(0, 0.9), frame_drop=(0, 0.9), mirror=(0, 1), dropout=(0, 0.999999),
         alpha=(0, 1e6), beta=(0, 1e6), curriculum_share=(0, 1), focal_gamma=(0, 100), label_smoothing=(0, 0.999),
         validation_fraction=(0, 0.9), num_gloss=(2, 2**20), num_cat=(1, 2**20), hidden_size=(2, 2**16),
-        num_layers=(1, 1000), num_attention_heads=(1, 1000), intermediate_size=(1, 2**20),
+        num_layers=(1, 1000), conv_kernel=(0, 999), num_attention_heads=(1, 1000), intermediate_size=(1, 2**20),
     )  # fmt: skip
     if not (args.validation_fraction or args.smoke_test or "validation" in folders(args)):
         if args.early_stop or args.log_csv or args.scheduler == "plateau":

@@ -42,7 +42,7 @@ def known() -> dict:
         ("--frame_drop", "0.2"), ("--mirror", "0.5"), ("--normalisation", "standard"), ("--normalisation", "none"),
         ("--velocities",), ("--relative_hands",), ("--use_mask",), ("--hidden_size", "16"), ("--num_layers", "1"),
         ("--num_attention_heads", "2"), ("--intermediate_size", "16"), ("--pooling", "max"), ("--pooling", "cls"),
-        ("--no_final_norm",), ("--dropout", "0.3"), ("--num-gloss", "9"), ("--num-cat", "5"),
+        ("--no_final_norm",), ("--conv_kernel", "3"), ("--dropout", "0.3"), ("--num-gloss", "9"), ("--num-cat", "5"),
         ("--kp-key", "X2048", "--normalisation", "none"), GRU, (*GRU, "--gru_sizes", "8"), (*GRU, "--dropout", "0.5"),
         (*GRU, "--feature-key", "X"), (*GRU, "--normalisation", "standard"),
     ],

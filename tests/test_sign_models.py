@@ -15,6 +15,7 @@ NAMES = {"gloss_names": list("abcde"), "cat_names": ["x", "y"]}
 SMALL = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, **NAMES}
 KINDS = {
     "mean": {}, "max": {"pooling": "max"}, "cls": {"pooling": "cls"}, "plain": {"final_norm": False},
+    "convolution": {"conv_kernel": 5}, "convolution, cls": {"conv_kernel": 3, "pooling": "cls"},
     "everything": {"velocities": True, "relative_hands": True, "use_mask": True, "learned_weights": True},
     "standard": {"normalisation": "standard", "channel_mean": [0.5] * 156, "channel_std": [2.0] * 156},
     "gru": None,
@@ -114,6 +115,17 @@ def test_each_input_has_an_effect(option: str) -> None:
         assert model.parts(frames, torch.ones(1, 9, dtype=torch.bool), mask)[0, 2, 156 + 7] == 0
 
 
+def test_a_convolution_sees_its_neighbours_alone() -> None:
+    torch.manual_seed(0)
+    layer = SignTransformer(SignTransformerConfig(**SMALL, conv_kernel=5)).eval().layers[0].convolution
+    hidden, real = torch.randn(1, 20, 32), torch.ones(1, 20, 1, dtype=torch.bool)
+    other = hidden.clone()
+    other[0, 9] += 1
+    with torch.no_grad():
+        changed = (layer(hidden, real) - layer(other, real)).abs().amax(dim=2)[0] > 0
+    assert changed.nonzero()[:, 0].tolist() == [7, 8, 9, 10, 11]
+
+
 def test_learned_weights_get_a_gradient() -> None:
     model = make("everything")
     output = model(torch.randn(2, 5, 156))
@@ -126,6 +138,7 @@ def test_learned_weights_get_a_gradient() -> None:
     ("settings", "words"),
     [
         ({"hidden_size": 30}, "give a multiple of"),
+        ({"conv_kernel": 4}, "give an odd number"),
         ({"use_mask": True, "input_width": 24}, "needs frames of 78 points"),
     ],
 )

@@ -17,7 +17,10 @@ FLAGS = (
     "--ema_decay", "0.99", "--dropout", "0.2", "--rotation", "10", "--time_warp", "0.2", "--mirror", "0.5", "--balanced",
     "--noise", "0.02", "--curriculum", "dynamic", "--learned_weights", "--scheduler", "warmup_cosine",
 )  # fmt: skip
-KINDS = {"transformer": ("--velocities", "--use_mask", "--learned_weights"), "iv3_gru": ("--model", "iv3_gru")}
+KINDS = {
+    "transformer": ("--velocities", "--use_mask", "--learned_weights", "--conv_kernel", "3"),
+    "iv3_gru": ("--model", "iv3_gru"),
+}
 
 
 @pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 0)])

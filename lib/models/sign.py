@@ -60,6 +60,7 @@ class SignTransformerConfig(SignConfig):
 
     ``pooling`` is mean, max or cls; ``final_norm`` norms what the last layer gives. ``velocities`` adds the change
     since the frame before, ``relative_hands`` each hand as seen from its wrist, ``use_mask`` which points were seen.
+    ``conv_kernel``: before the attention of each layer, frames are mixed with this many neighbours (0: they are not).
 
     Raises:
         UserError: heads that do not divide the width, or parts that need the layout of 78 points without it.
@@ -76,10 +77,13 @@ class SignTransformerConfig(SignConfig):
     velocities: bool = False
     relative_hands: bool = False
     use_mask: bool = False
+    conv_kernel: int = 0
 
     def __post_init__(self, **kwargs: object) -> None:
         if self.hidden_size % (2 * self.num_attention_heads):
             raise UserError(f"hidden_size {self.hidden_size}: give a multiple of 2 x {self.num_attention_heads} heads")
+        if self.conv_kernel and self.conv_kernel % 2 == 0:
+            raise UserError(f"conv_kernel {self.conv_kernel}: give an odd number, or 0 for none")
         for name in ("relative_hands", "use_mask"):
             if getattr(self, name) and self.input_width != WIDTH:
                 raise UserError(f"{name} needs frames of {NUM_POINTS} points ({WIDTH} numbers), not {self.input_width}")
@@ -222,6 +226,7 @@ class SignEncoderLayer(nn.Module):
     def __init__(self, config: SignTransformerConfig) -> None:
         super().__init__()
         self.num_heads, self.dropout_prob = config.num_attention_heads, config.dropout
+        self.convolution = SignConvolution(config) if config.conv_kernel else None
         self.attention_norm = nn.LayerNorm(config.hidden_size)
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
@@ -234,6 +239,8 @@ class SignEncoderLayer(nn.Module):
 
     def forward(self, hidden: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
         """``hidden`` [B, T, H]; ``shown`` bool [B, 1, 1, T]: what may be attended to."""
+        if self.convolution is not None:
+            hidden = hidden + self.dropout(self.convolution(hidden, shown[:, 0, 0, :, None]))
         parts = self.query_key_value(self.attention_norm(hidden)).chunk(3, dim=-1)
         query, key, value = (part.unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in parts)
         attended = functional.scaled_dot_product_attention(
@@ -241,6 +248,25 @@ class SignEncoderLayer(nn.Module):
         )
         hidden = hidden + self.dropout(self.output(attended.transpose(1, 2).flatten(2)))
         return hidden + self.dropout(self.feed_forward(self.feed_forward_norm(hidden)))
+
+
+class SignConvolution(nn.Module):
+    """A Conformer's convolution (Gulati et al. 2020, arXiv:2005.08100), normed over the width: no clip sees another."""
+
+    def __init__(self, config: SignTransformerConfig) -> None:
+        super().__init__()
+        width, kernel = config.hidden_size, config.conv_kernel
+        self.norm = nn.LayerNorm(width)
+        self.expand = nn.Linear(width, 2 * width)
+        self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width)
+        self.depthwise_norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, width)
+
+    def forward(self, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """``hidden`` [B, T, H]; ``real`` bool [B, T, 1]: what fills up counts as 0, as beyond the ends."""
+        gated = functional.glu(self.expand(self.norm(hidden)), dim=-1) * real
+        mixed = self.depthwise(gated.transpose(1, 2)).transpose(1, 2)
+        return self.output(functional.silu(self.depthwise_norm(mixed)))
 
 
 def positions(length: int, width: int, device: torch.device) -> torch.Tensor:
