@@ -87,6 +87,8 @@ class TrainingClips:
     def at(self, row: int, epoch: int) -> dict[str, Any]:
         """The clip as ``epoch`` changes it."""
         sample = self.clips[row]
+        if not self.augmentation.is_on:
+            return sample
         rng = np.random.default_rng([self.seed, epoch, row])
         frames, mask = self.augmentation(sample["frames"], sample.get("mask"), rng)
         sample["frames"] = frames

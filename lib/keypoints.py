@@ -80,6 +80,12 @@ class ClipAugmentation:
     mirror: float = 0.0
     centre: float = 0.0
 
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is changed."""
+        moves = self.rotation or self.scale or self.shift or self.mirror
+        return bool(moves or self.noise or self.time_warp or self.time_mask or self.frame_drop)
+
     def __call__(
         self, frames: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray | None]:
