@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import numpy as np
     import torch
 
 AugmentationName = Literal["none", "simple", "advanced"]
@@ -80,8 +81,18 @@ def decode_image(file: bytes, least: int | None = None) -> torch.Tensor:
     Raises:
         ValueError, OSError: it is no image, cut off, or far too large.
     """
-    import numpy as np
     import torch
+
+    return torch.from_numpy(decode_pixels(file, least)).permute(2, 0, 1)
+
+
+def decode_pixels(file: bytes, least: int | None = None) -> np.ndarray:
+    """:func:`decode_image` as uint8 [H, W, 3], without torch.
+
+    Raises:
+        ValueError, OSError: it is no image, cut off, or far too large.
+    """
+    import numpy as np
     from PIL import Image, ImageFile
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False
@@ -93,10 +104,9 @@ def decode_image(file: bytes, least: int | None = None) -> torch.Tensor:
                 image = image.convert("RGBA")
                 canvas = Image.new("RGBA", image.size, "white")  # what a transparent product photo stands on
                 image = Image.alpha_composite(canvas, image)
-            pixels = np.array(image.convert("RGB"))
+            return np.array(image.convert("RGB"))
     except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's names for a broken PNG, a giant picture
         raise ValueError(str(error)) from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def resize_and_crop(pixels: torch.Tensor, size: int) -> torch.Tensor:

@@ -597,16 +597,24 @@ class StopSignal:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A draft to fill, which takes the place of ``folder`` when the block ends well: it is there whole or not at all.
 
-    An interrupted block leaves a draft that the next one removes.
+    A block that fails or is interrupted leaves ``folder`` as it was; what a killed one left, the next one removes.
     """
     target = folder.resolve()  # of a link, the folder behind it is replaced
     draft, old = target.with_name(f"{target.name}.draft"), target.with_name(f"{target.name}.old")
+    if old.exists() and not target.exists():  # killed between the two renames below
+        old.rename(target)
     for leftover in (draft, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    yield draft
-    if target.exists():
-        target.rename(old)
-    draft.rename(target)
+    try:
+        yield draft
+        if target.exists():
+            target.rename(old)
+        draft.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

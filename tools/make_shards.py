@@ -29,17 +29,15 @@ import shutil
 import signal
 import string
 import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from lib.config import check_ranges, flat, parse_args
 from lib.errors import UserError, errors_in_one_line, first_line
-
-T = TypeVar("T")
+from lib.workers import map_in_processes, watched
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
@@ -367,41 +365,8 @@ def check_pictures(images: list[str], args: Args) -> dict[str, Picture]:
     """:class:`Picture` of each path (relative to ``--images``), read by ``--num_workers`` processes."""
     check = functools.partial(check_picture, verify=args.verify)
     paths = [f"{args.images}/{image}" for image in images]
-    if not args.num_workers or len(paths) < 2:
-        return dict(zip(images, watched(map(check, paths), len(paths), "checking", "pictures"), strict=True))
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-
-    chunk = min(64, max(1, len(paths) // (4 * args.num_workers)))
-    pool = ProcessPoolExecutor(
-        min(args.num_workers, len(paths)),
-        multiprocessing.get_context("spawn"),  # a fork of a process with threads may hang
-        signal.signal,
-        (signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is the main process's
-    )
-    try:
-        found = pool.map(check, paths, chunksize=chunk)
-        return dict(zip(images, watched(found, len(paths), "checking", "pictures"), strict=True))
-    except BrokenProcessPool:
-        raise UserError("a worker was killed, most likely for memory: give fewer --num_workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def watched(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
-    """``items`` with a bar on a terminal; elsewhere a line at the start and every half minute."""
-    from lib.run import progress_bar
-
-    bar = progress_bar(total, 0, f" {unit}", what)
-    said = -math.inf
-    with bar:
-        for number, item in enumerate(items):
-            if bar.disable and time.monotonic() - said > 30:
-                print(f"{what}: {number:,} of {total:,} {unit}", flush=True)
-                said = time.monotonic()
-            yield item
-            bar.update()
+    found = map_in_processes(check, paths, args.num_workers)
+    return dict(zip(images, watched(found, len(paths), "checking", "pictures"), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ split

@@ -78,64 +78,6 @@ def deal_clips(gloss: np.ndarray, shares: np.ndarray, rng: np.random.Generator) 
     return side
 
 
-def deal_groups(gloss: np.ndarray, group: np.ndarray, shares: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The side of each group, int [groups]: greedily where the shares of glosses and of clips come nearest, then moved
-    about while that betters them. A side without groups is worst, then a gloss without a training clip.
-
-    Raises:
-        UserError: fewer groups than sides.
-    """
-    import numpy as np
-
-    sides = np.flatnonzero(shares > 0)
-    sizes, totals, clips = np.bincount(group), np.bincount(gloss), len(gloss)
-    if len(sizes) < len(sides):
-        raise UserError(f"{len(sizes)} groups for {', '.join(SIDES[number] for number in sides)}: too few")
-    members = np.split(gloss[np.argsort(group, kind="stable")], np.cumsum(sizes)[:-1])
-    parts = [np.unique(glosses, return_counts=True) for glosses in members]
-    target = shares[:, None] * totals
-
-    def settle(chosen: np.ndarray, order: np.ndarray, final: bool) -> bool:
-        """Puts each group where it costs least; ``final``: emptiness and coverage count. True where one moved."""
-        moved = False
-        for number in order:
-            glosses, counts = parts[number]
-            here = chosen[number]
-            if here >= 0:
-                held[here, glosses] -= counts
-                filled[here] -= sizes[number]
-            # By how much the squared distances from the target grow on each side; all clips together weigh 3 times.
-            off = 2 * (held[:, glosses] - target[:, glosses]) + counts
-            costs = (off * counts / totals[glosses]).sum(1)
-            costs += 3 * (2 * (filled - shares * clips) + sizes[number]) * sizes[number] / clips
-            if final:
-                costs[0] -= 10 * clips * np.count_nonzero(held[0, glosses] == 0)
-                costs[filled == 0] -= 10 * clips * (len(totals) + 1)
-            costs[shares == 0] = np.inf
-            best = here if here >= 0 and costs[here] <= costs.min() + 1e-9 else int(costs.argmin())
-            held[best, glosses] += counts
-            filled[best] += sizes[number]
-            chosen[number] = best
-            moved |= best != here
-        return moved
-
-    results = []
-    few = len(sizes) <= 1000
-    for attempt in range(8 if few else 1):
-        held, filled = np.zeros_like(target), np.zeros(len(shares))
-        order = rng.permutation(len(sizes))
-        chosen = np.full(len(sizes), -1)
-        # Large groups first fit best; of many any order fits, and no side gets the small ones.
-        settle(chosen, order[np.argsort(-sizes[order], kind="stable")] if few and attempt == 0 else order, False)
-        for _ in range(20 if few else 3):
-            if not settle(chosen, rng.permutation(len(sizes)), True):
-                break
-        off = ((held - target) ** 2 / np.maximum(totals, 1)).sum() + 3 * ((filled - shares * clips) ** 2).sum() / clips
-        bad = (np.count_nonzero(filled[sides] == 0), np.count_nonzero(held[0] == 0))
-        results.append((bad, off, attempt, chosen))
-    return min(results)[-1]
-
-
 def read_groups(args: Args) -> np.ndarray:
     """The group of each row of ``--labels``, numbered from 0, int [n].
 
@@ -205,6 +147,7 @@ def main() -> None:
     import numpy as np
 
     from lib.sign_labels import label_records, read_labels
+    from lib.splits import deal_groups
 
     labels = read_labels(args.labels)
     rows = [row for _, row in label_records(Path(args.labels))]
@@ -219,7 +162,12 @@ def main() -> None:
             side = deal_clips(gloss[first], shares, rng)[clip]
         else:
             group = read_groups(args)
-            side = deal_groups(gloss, group, shares, rng)[group]
+            wanted, groups = [name for name, share in zip(SIDES, shares, strict=True) if share > 0], group.max() + 1
+            if groups < len(wanted):
+                raise UserError(f"{groups} groups for {', '.join(wanted)}: too few")
+            # No side stays empty, and training has each gloss.
+            covered = np.repeat([[True], [False], [False]], gloss.max() + 1, axis=1)
+            side = deal_groups(gloss, group, shares, rng, covered, filled_first=True)[group]
     except UserError as error:
         raise UserError(f"{args.labels}: {error}") from None
 

@@ -18,10 +18,9 @@ import functools
 import json
 import os
 import shutil
-import signal
 import textwrap
-from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +29,7 @@ import tyro
 
 from lib.config import Alias, check_ranges, parse_args
 from lib.errors import UserError, errors_in_one_line
+from lib.workers import map_in_processes
 
 if TYPE_CHECKING:
     from lib.sign_labels import Clip, Problem
@@ -38,7 +38,6 @@ ALIASES: dict[str, Alias] = {
     "labels_val_csv": "labels", "labels_csv": "labels", "labels_train_csv": "train_labels",
     "keypoints_train": "train_folder", "features_train": "train_folder", "key": "kp_key",
 }  # fmt: skip
-CHUNK = 64  # clips that a worker is given at a time
 
 
 @dataclass
@@ -72,46 +71,20 @@ def inspect_all(folder: Path, names: list[str], workers: int | None, what: str, 
     """
     from tqdm import tqdm
 
-    inspect = functools.partial(inspect_chunk, folder, settings=settings)
-    chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
+    inspect = functools.partial(inspect_one, folder, settings=settings)
     workers = min(8, os.cpu_count() or 1, len(names) // 500) if workers is None else workers
     bar = tqdm(total=len(names), desc=what, unit=" clips", delay=2, disable=None, leave=False)
     with bar:
-        for part in map(inspect, chunks) if min(workers, len(chunks)) < 2 else _in_processes(inspect, chunks, workers):
-            yield from part
-            bar.update(len(part))
+        for clip in map_in_processes(inspect, names, workers if workers > 1 else 0):
+            yield clip
+            bar.update()
 
 
-def inspect_chunk(folder: Path, names: list[str], settings: dict[str, Any]) -> list[Clip]:
-    """The clips of one chunk; what a worker runs."""
+def inspect_one(folder: Path, name: str, settings: dict[str, Any]) -> Clip:
+    """One clip; what a worker runs."""
     from lib.sign_labels import inspect_clip
 
-    return [inspect_clip(folder / f"{name}.npz", f"{name}.npz", **settings) for name in names]
-
-
-def _in_processes(function: Callable, chunks: list, workers: int) -> Iterator[list[Clip]]:
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from concurrent.futures.process import BrokenProcessPool
-
-    pool = ProcessPoolExecutor(
-        min(workers, len(chunks)),
-        multiprocessing.get_context("spawn"),  # a fork of a process with threads may hang
-        signal.signal,
-        (signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is the main process's
-    )
-    pending: deque = deque()  # bounded: results wait for nobody
-    try:
-        for chunk in chunks:
-            pending.append(pool.submit(function, chunk))
-            if len(pending) > 4 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise UserError("a worker was killed, most likely for memory: give fewer --num_workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return inspect_clip(folder / f"{name}.npz", f"{name}.npz", **settings)
 
 
 def same_clips(
