@@ -101,7 +101,9 @@ def deal_folds(
     added = np.zeros_like(held)
     for number in rng.permutation(num_classes) if test_fraction > 0 else ():
         exact = round(totals[number] * test_fraction, 9)
-        wanted = np.clip(np.floor(exact + owed + 0.5), max(1, np.floor(exact)), max(1, np.ceil(exact)))
+        low = max(1, np.floor(exact))
+        high = max(low, min(np.ceil(exact), totals[number] - folds))  # each fold needs one as well
+        wanted = np.clip(np.floor(exact + owed + 0.5), low, high)
         added[0, number] = np.clip(wanted - held[0, number], 0, alone[number])
         owed += exact - held[0, number] - added[0, number]
     # Each fold's even part of every class first, then the remainders to the folds that are smallest so far.

@@ -56,7 +56,7 @@ def test_every_flag_in_the_docs_exists() -> None:
 
 def test_every_path_in_the_docs_exists() -> None:
     made_by_use = ("data/train.csv", "data/test.csv", "data/raw", "data/processed", "data/demo_", "data/photos",
-                   "data/captions.csv", "data/furniture", "data/train", "data/signs", "data/natops", "data/videos")  # fmt: skip
+                   "data/captions.csv", "data/furniture", "data/insects", "data/train", "data/signs", "data/natops", "data/videos")  # fmt: skip
     for path in DOCS:
         for word in re.findall(
             r"(?:scripts|tools|lib|configs|accelerate_configs|data|benchmarks|tests)/[\w./-]*\w", path.read_text()
