@@ -55,7 +55,7 @@ class Args:
     model: Literal["transformer", "iv3_gru"] = "transformer"  # of keypoints, or of Inception features
     normalisation: Literal["body", "standard", "none"] | None = None  # transformer: default body; iv3_gru: none
     velocities: bool = False  # transformer: the change since the frame before is an input too
-    relative_hands: bool = False  # transformer: each hand as seen from its wrist is an input too
+    relative_hands: bool = False  # transformer: each hand from its wrist, in units of its size, is an input too
     use_mask: bool = False  # transformer: which points were seen is an input too
     hidden_size: int = 256  # transformer: width
     num_layers: int = 4  # transformer: layers

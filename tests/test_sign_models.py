@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModel
 
 from lib.errors import UserError
-from lib.models.sign import SignGru, SignGruConfig, SignTransformer, SignTransformerConfig
+from lib.models.sign import CHANGE_SCALE, SignGru, SignGruConfig, SignTransformer, SignTransformerConfig
 
 NAMES = {"gloss_names": list("abcde"), "cat_names": ["x", "y"]}
 SMALL = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, **NAMES}
@@ -98,7 +98,7 @@ def test_each_input_has_an_effect(option: str) -> None:
     frames, mask = torch.randn(1, 9, 156), torch.ones(1, 9, 78, dtype=torch.bool)
     parts = model.parts(frames, torch.ones(1, 9, dtype=torch.bool), mask)[0, :, 156:]
     if option == "velocities":
-        assert torch.allclose(parts[1:], frames[0, 1:] - frames[0, :-1])
+        assert torch.allclose(parts[1:], CHANGE_SCALE * (frames[0, 1:] - frames[0, :-1]))
         assert not parts[0].any()
         mask[0, 4, 3] = False  # a point that comes into sight has not moved
         hidden = model.parts(frames, torch.ones(1, 9, dtype=torch.bool), mask)[0, :, 156:]
@@ -109,6 +109,12 @@ def test_each_input_has_an_effect(option: str) -> None:
         shifted.view(1, 9, 78, 2)[:, :, 25:46] += 3.0  # a hand elsewhere has the same shape
         other = model.parts(shifted, torch.ones(1, 9, dtype=torch.bool), mask)[0, :, 156:]
         assert torch.allclose(other, parts, atol=1e-5)
+        shifted.view(1, 9, 78, 2)[:, :, 25:46] *= 2.0  # so has a larger one
+        other = model.parts(shifted, torch.ones(1, 9, dtype=torch.bool), mask)[0, :, 156:]
+        assert torch.allclose(other, parts, atol=1e-5)
+        assert torch.allclose(parts.view(9, 2, 21, 2).square().sum(dim=3).mean(dim=2), torch.ones(9, 2))
+        mask[0, 3, 25:46] = False  # an unseen hand has none
+        assert not model.parts(frames, torch.ones(1, 9, dtype=torch.bool), mask)[0, 3, 156 : 156 + 42].any()
     else:
         assert parts.all()
         mask[0, 2, 7] = False

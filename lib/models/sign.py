@@ -19,6 +19,8 @@ from transformers.modeling_outputs import ModelOutput
 from lib.errors import UserError
 from lib.keypoints import LEFT_HAND, NUM_POINTS, RIGHT_HAND, WIDTH
 
+CHANGE_SCALE = 5.0  # of velocities: neighbouring frames differ little, and a net learns slowly from small numbers
+
 
 @dataclass
 class SignOutput(ModelOutput):
@@ -59,7 +61,8 @@ class SignTransformerConfig(SignConfig):
     """Shape of the Transformer over keypoints.
 
     ``pooling`` is mean, max or cls; ``final_norm`` norms what the last layer gives. ``velocities`` adds the change
-    since the frame before, ``relative_hands`` each hand as seen from its wrist, ``use_mask`` which points were seen.
+    since the frame before (five times, which is about as large as the coordinates are), ``relative_hands`` each hand as
+    seen from its wrist, in units of its own size, ``use_mask`` which points were seen.
     ``conv_kernel``: before the attention of each layer, frames are mixed with this many neighbours (0: they are not).
 
     Raises:
@@ -208,13 +211,14 @@ class SignTransformer(SignModel):
             if seen is not None:  # a point that comes into sight has not moved
                 both = functional.pad(seen[:, 1:] * seen[:, :-1], (0, 0, 0, 0, 1, 0))
                 change = (change.unflatten(2, (NUM_POINTS, 2)) * both).flatten(2)
-            parts.append(change)
+            parts.append(CHANGE_SCALE * change)
         if config.relative_hands:
             points = frames.unflatten(2, (NUM_POINTS, 2))
             for hand in (LEFT_HAND, RIGHT_HAND):
-                # A hand's first point is its own wrist, seen wherever the hand is.
-                from_wrist = points[:, :, hand] - points[:, :, hand][:, :, :1]
-                parts.append((from_wrist * seen[:, :, hand]).flatten(2))
+                # A hand's first point is its own wrist, seen wherever the hand is; its size is the root mean square.
+                from_wrist = (points[:, :, hand] - points[:, :, hand][:, :, :1]) * seen[:, :, hand]
+                size = from_wrist.square().sum(dim=3).mean(dim=2).sqrt().clamp(min=0.05)
+                parts.append((from_wrist / size[:, :, None, None]).flatten(2))
         if config.use_mask:
             parts.append(seen.flatten(2))
         return torch.cat(parts, dim=2)
