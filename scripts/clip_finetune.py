@@ -176,6 +176,8 @@ def load_data(args: Args, accelerator: Any) -> Data:
         classes = {split: image_classes(sources[split], pictures[split], args.class_field, names) for split in pictures}
     for split, pairs in sources.items():
         gallery = galleries.get(split)
+        if gallery is None and args.scenario == "zero_shot":
+            continue
         unique = f", {len(gallery.image_rows):,} pictures and {len(gallery.text_rows):,} captions" if gallery else ""
         log.info("Pairs for %s: %s%s", split, f"{len(pairs):,}", unique)
     multiple = 8 if args.compile_model else 1
@@ -200,6 +202,8 @@ def splits(args: Args) -> dict[str, str]:
         for split, names in {"train": ["train"], "validation": ["validation", "val"], "test": ["test"]}.items():
             there = [str(Path(args.data_dir) / name) for name in names if (Path(args.data_dir) / name).is_dir()]
             named[split] = named[split] or next(iter(there), None)
+    if args.scenario == "zero_shot":  # which reads none
+        named["train"] = named["train"] or named["validation"]
     for split in ("train", "validation"):
         if not named[split]:
             raise UserError(
@@ -448,7 +452,8 @@ def check_args(args: Args) -> None:
 
 def data_title(args: Args) -> str:
     """A short name of the data: the folder's or the bucket's own."""
-    parts = [part for part in splits(args)["train"].split("/") if part not in ("", ".", "train", "data")]
+    plain = ("", ".", "train", "validation", "val", "data")
+    parts = [part for part in splits(args)["train"].split("/") if part not in plain]
     return (parts[-1] if parts else "").split(".")[0].split("{")[0] or "data"
 
 

@@ -61,7 +61,7 @@ def test_each_scenario_trains_exactly_what_it_names(scenario: str, clip_here, ti
     assert f"Scenario {scenario} trains" in log
 
 
-def test_zero_shot_scores_and_trains_nothing(clip_here) -> None:
+def test_zero_shot_scores_and_trains_nothing(clip_here, pair_set) -> None:
     run = clip_here("--scenario", "zero_shot", "--class_field", "kind", "--micro_batch_size", "0")
     results = json.loads((run / "results.json").read_text())
     assert results["steps"] == 0
@@ -71,6 +71,11 @@ def test_zero_shot_scores_and_trains_nothing(clip_here) -> None:
     assert results["test"]["loss"] == results["base"]["test"]["loss"]
     assert not (run / "best").exists()
     assert (run / "report.html").is_file()
+    scored = ("--validation_data", str(pair_set / "validation"), "--test_data", str(pair_set / "test"))
+    flags = ("--scenario", "zero_shot", "--data_dir", "None", *scored, "--class_field", "kind")
+    alone = clip_here(*flags, name="alone")
+    assert json.loads((alone / "results.json").read_text())["test"] == results["test"]  # no training pairs are needed
+    assert "for train" not in (alone / "logs" / "train.log").read_text()
 
 
 @pytest.fixture(scope="module")
