@@ -55,6 +55,18 @@ def epoch_order(num_samples: int, seed: int, epoch: int, lengths: np.ndarray | N
     return np.concatenate([*shuffled, leftover])
 
 
+def balanced_rows(classes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """As many rows as there are, int64 [n], with every class equally often to within one.
+
+    A class with few rows repeats them, in turn; of one with many, each epoch takes others.
+    """
+    rng = np.random.default_rng([seed, epoch, 1])
+    order = rng.permutation(len(classes))
+    members = [order[classes[order] == one] for one in rng.permutation(np.unique(classes))]
+    turns = -(-len(classes) // len(members))
+    return np.stack([np.resize(rows, turns) for rows in members], axis=1).reshape(-1)[: len(classes)]
+
+
 @dataclass(frozen=True)
 class Share:
     """One process's part of a window: ``micro_batches`` of row numbers and, for each, whether its rows count."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lib.batches import epoch_order
+from lib.batches import balanced_rows, epoch_order
 from lib.errors import UserError, first_line
 from lib.keypoints import NUM_POINTS, WIDTH, ClipAugmentation, NormalisationName, normalise_by_body
 
@@ -99,18 +99,6 @@ class TrainingClips:
         rows = balanced_rows(self.clips.gloss, seed, epoch) if self.balanced else np.arange(len(self))
         lengths = self.clips.lengths[rows] if self.buckets else None
         return rows[epoch_order(len(rows), seed, epoch, lengths)]
-
-
-def balanced_rows(classes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """As many rows as there are, int64 [n], with every class equally often to within one.
-
-    A class with few rows repeats them, in turn; of one with many, each epoch takes others.
-    """
-    rng = np.random.default_rng([seed, epoch, 1])
-    order = rng.permutation(len(classes))
-    members = [order[classes[order] == one] for one in rng.permutation(np.unique(classes))]
-    turns = -(-len(classes) // len(members))
-    return np.stack([np.resize(rows, turns) for rows in members], axis=1).reshape(-1)[: len(classes)]
 
 
 # -------------------------------------------------------------------------------------------------- reading, packing

@@ -104,3 +104,18 @@ class PairCollate:
             names = ("input_ids",) if self.full_length else ("input_ids", "attention_mask")
             batch.update({name: tokens[name][:, : self.max_length] for name in names})
         return batch
+
+
+class ImageCollate:
+    """Collate for pictures: ``pixel_values`` uint8 [B, 3, S, S], ``labels`` and ``other_labels`` int64 [B], ``share``
+    and ``valid`` float32 [B]. A class because worker processes need to pickle it."""
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        import torch
+
+        batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+        for name, column in (("labels", "label"), ("other_labels", "other_label")):
+            batch[name] = torch.tensor([sample[column] for sample in samples], dtype=torch.int64)
+        for name in ("share", "valid"):
+            batch[name] = torch.tensor([sample[name] for sample in samples], dtype=torch.float32)
+        return batch

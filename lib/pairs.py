@@ -120,14 +120,16 @@ class FirstPairs:
         raise AttributeError(name)
 
 
-def report_unreadable(accelerator: Any, dataset: PairDataset, split: str, rows: Iterable[int], shown: int = 10) -> None:
+def report_unreadable(
+    accelerator: Any, dataset: Any, split: str, rows: Iterable[int], shown: int = 10, what: str = "pairs"
+) -> None:
     """Logs how many pairs of ``split``, on all processes, could not be read, and which. A collective."""
     from lib.checkpoint import gather_objects
     from lib.run import log
 
     everybody = sorted(set().union(*gather_objects(accelerator, [int(row) for row in rows])))
     if everybody and accelerator.is_main_process:
-        log.warning("%d of %d %s pairs cannot be read and were left out:", len(everybody), len(dataset), split)
+        log.warning("%d of %d %s %s cannot be read and were left out:", len(everybody), len(dataset), split, what)
         for row in everybody[:shown]:
             log.warning("  %s", dataset.problem(row))
         if len(everybody) > shown:

@@ -21,6 +21,7 @@ SCRIPTS = ROOT / "scripts"
 TEXT = SCRIPTS / "text_classify.py"
 CLIP = SCRIPTS / "clip_finetune.py"
 SIGN = SCRIPTS / "sign_train.py"
+IMAGE = SCRIPTS / "image_classify.py"
 
 # Many short processes: one thread each is faster than many that wait for each other, and bit-exact comparisons need
 # the same number everywhere.
@@ -389,3 +390,76 @@ def sign_args(sign_set: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 def sign_here(sign_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """sign_train.py in this process; see :func:`run_in_this_process`."""
     yield from run_in_this_process(SIGN, sign_args, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def image_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """raw/ with 117 pictures of chairs, tables and lamps (JPEG, a few PNG), and splits/ of 3 folds: 31 to 34 each."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("image_set") / "furniture"
+    rng = np.random.default_rng(7)
+    for number in range(117):
+        file, caption = draw_pair(rng)
+        path = folder / "raw" / caption.split()[2] / f"{number:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(file)
+        if number % 10 == 0:
+            Image.open(path).save(path.with_suffix(".png"))
+            path.unlink()
+    command = [
+        sys.executable,
+        str(ROOT / "tools" / "split_folds.py"),
+        "--raw_data",
+        str(folder / "raw"),
+        "--folds",
+        "3",
+    ]
+    subprocess.run([*command, "--near_duplicates", "0"], check=True, capture_output=True, env=environment())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a ViT of about 20,000 parameters for pictures of 32 pixels, random weights."""
+    import torch
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    folder = tmp_path_factory.mktemp("tiny_vit")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8,
+        num_labels=10,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_resnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a ResNet (batch norms) of about 25,000 parameters, random weights."""
+    import torch
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    folder = tmp_path_factory.mktemp("tiny_resnet")
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=3)
+    ResNetForImageClassification(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def image_args(image_set: Path, tiny_resnet: Path) -> list[str]:
+    """The flags that train the tiny ResNet on small pictures."""
+    return [
+        *("--data_dir", str(image_set), "--model_name", str(tiny_resnet), "--image_size", "32"),
+        *("--crop_scale", "0.6", "--batch_size", "16", "--lr", "3e-3", "--epochs", "2", "--log_every", "1"),
+        *("--report_to", "none"),
+    ]
+
+
+@pytest.fixture
+def image_here(image_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """image_classify.py in this process; see :func:`run_in_this_process`."""
+    yield from run_in_this_process(IMAGE, image_args, tmp_path, monkeypatch)

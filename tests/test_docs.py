@@ -120,7 +120,7 @@ def test_every_recipe_parses() -> None:
 
 @pytest.fixture
 def workshop(
-    tmp_path: Path, text_set: Path, tiny_bert: Path, tiny_clip_folder: Path, sign_set: Path
+    tmp_path: Path, text_set: Path, tiny_bert: Path, tiny_clip_folder: Path, sign_set: Path, image_set: Path
 ) -> tuple[Path, dict[str, str]]:
     """A copy of the project with small data where the README has the user's, and `accelerate` on the path."""
     import shutil
@@ -134,6 +134,7 @@ def workshop(
     (tmp_path / "data" / "raw").mkdir()
     shutil.copy(text_set / "train.json", tmp_path / "data" / "raw" / "train.json")
     shutil.copytree(sign_set, tmp_path / "data" / "signs")
+    shutil.copytree(image_set / "raw", tmp_path / "data" / "insects" / "raw")
     # Folders of these names go before the Hub.
     shutil.copytree(tiny_bert, tmp_path / "bert-base-uncased")
     shutil.copytree(tiny_clip_folder, tmp_path / "openai" / "clip-vit-base-patch32")
@@ -195,6 +196,8 @@ def test_the_readmes_commands_run(workshop) -> None:
             )
         if "sign_train.py" in command:
             command += " --max_steps 2 --hidden_size 32 --intermediate_size 32 --run_name signs"
+        if "image_classify.py" in command:
+            command += " --max_steps 2 --image_size 32 --run_name images"
         if "predict.py" in command:
             command = command.replace("runs/demo_text", "runs/run0")
         done = run(command, folder, environment)

@@ -1,0 +1,293 @@
+"""Pictures of classes: decoded at the scale that is needed, cropped, augmented and mixed, from (seed, epoch, row)."""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from lib.augment import decode_pixels, random_state_of
+from lib.errors import first_line
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from lib.folders import ImageFiles
+
+PolicyName = Literal["none", "randaugment", "trivialaugment"]
+MARGIN = 8 / 7  # an evaluated picture is resized to 256 where 224 pixels are cut out, as torchvision's recipes do
+
+
+@dataclass(frozen=True)
+class ImageAugmentation:
+    """Random changes of a training picture, drawn anew for each picture and epoch.
+
+    ``crop_scale``: the smallest share of its area that is cut out, at 3:4 to 4:3 (Szegedy et al. 2014); 1: what
+    evaluation sees. ``flip``: probability of a left-right mirror. ``policy``: RandAugment (Cubuk et al. 2019,
+    arXiv:1909.13719) or TrivialAugmentWide (Müller and Hutter 2021, arXiv:2103.10158). ``erasing``: probability that a
+    rectangle is filled with the mean (Zhong et al. 2017, arXiv:1708.04896).
+    """
+
+    crop_scale: float = 0.08
+    flip: float = 0.5
+    policy: PolicyName = "none"
+    erasing: float = 0.0
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+
+    def __call__(self, file: bytes, size: int, seed: tuple[int, ...]) -> torch.Tensor:
+        """uint8 [3, size, size] of an image file; ``seed`` is (seed, epoch, row). ValueError or OSError: no image."""
+        rng = np.random.default_rng(list(seed))
+        if self.crop_scale < 1:
+            pixels = decode_crop(file, size, lambda height, width: crop_box(height, width, self.crop_scale, rng))
+        else:
+            pixels = decode_for_evaluation(file, size)
+        if rng.random() < self.flip:
+            pixels = pixels.flip(-1)
+        if self.policy != "none" or self.erasing:
+            with random_state_of(seed):
+                pixels = self._policy()(pixels)
+        return pixels.contiguous()
+
+    def _policy(self) -> Any:
+        from torchvision.transforms import v2
+
+        steps: list[Any] = []
+        if self.policy != "none":
+            steps.append(v2.RandAugment() if self.policy == "randaugment" else v2.TrivialAugmentWide())
+        if self.erasing:
+            steps.append(v2.RandomErasing(self.erasing, value=[round(255 * value) for value in self.mean]))
+        return v2.Compose(steps)
+
+
+@dataclass
+class TrainingImages:
+    """The pictures of ``files`` as each epoch changes them; a map-style data set that is told the epoch.
+
+    A sample has ``pixel_values`` uint8 [3, S, S], ``label``, ``other_label`` and ``share``: the label counts by
+    ``share``, the other one by the rest. They differ where two pictures are mixed: by MixUp (Zhang et al. 2017,
+    arXiv:1710.09412) or CutMix (Yun et al. 2019, arXiv:1905.04899), with shares from Beta(alpha, alpha); where both are
+    on, each takes half of the pictures. The other picture is drawn from all of them, so that neither batches nor
+    processes matter. ``valid`` is 0 for a file that cannot be read. ``sizes``: the side S, or the sides that the epochs
+    go through.
+    """
+
+    files: ImageFiles
+    augmentation: ImageAugmentation
+    sizes: tuple[int, ...]
+    epochs: int = 1
+    seed: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    balanced: bool = False
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def size_in(self, epoch: int) -> int:
+        """The side of the pictures of ``epoch``: each of ``sizes`` gets an equal share of the epochs."""
+        return self.sizes[min(len(self.sizes) - 1, epoch * len(self.sizes) // max(1, self.epochs))]
+
+    def at(self, row: int, epoch: int) -> dict[str, Any]:
+        """The sample as ``epoch`` changes it."""
+        size, label = self.size_in(epoch), int(self.files.classes[row])
+        pixels = self._pixels(row, size, (self.seed, epoch, row))
+        sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
+        if pixels is None:
+            import torch
+
+            return sample | {"pixel_values": torch.zeros(3, size, size, dtype=torch.uint8)}
+        if self.mixup or self.cutmix:
+            rng = np.random.default_rng([self.seed, epoch, row, 1])
+            other = int(rng.integers(len(self)))
+            cut = self.cutmix > 0 and (not self.mixup or rng.random() < 0.5)
+            second = self._pixels(other, size, (self.seed, epoch, row, 2))
+            if second is not None:
+                alpha = self.cutmix if cut else self.mixup
+                pixels, share = (cut_mix if cut else mix_up)(pixels, second, float(rng.beta(alpha, alpha)), rng)
+                sample |= {"other_label": int(self.files.classes[other]), "share": share}
+        return sample | {"pixel_values": pixels}
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """The rows of an epoch, int64 [n]; ``balanced``: every class equally often."""
+        from lib.batches import balanced_rows, epoch_order
+
+        rows = balanced_rows(self.files.classes, seed, epoch) if self.balanced else np.arange(len(self))
+        return rows[epoch_order(len(rows), seed, epoch)]
+
+    def problem(self, row: int) -> str:
+        """Which file a row is and why it cannot be read."""
+        return why_unreadable(self.files, row)
+
+    def _pixels(self, row: int, size: int, seed: tuple[int, ...]) -> torch.Tensor | None:
+        try:
+            return self.augmentation(self.files.path(row).read_bytes(), size, seed)
+        except (ValueError, OSError) as error:
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):  # the disk's error, not the picture's
+                raise
+            return None
+
+
+@dataclass
+class EvaluationImages:
+    """The pictures of ``files`` as they are evaluated: resized, and the middle cut out."""
+
+    files: ImageFiles
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        label = int(self.files.classes[row])
+        sample = {"label": label, "other_label": label, "share": 1.0, "valid": 1.0}
+        try:
+            pixels = decode_for_evaluation(self.files.path(row).read_bytes(), self.size)
+        except (ValueError, OSError) as error:
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):
+                raise
+            import torch
+
+            pixels, sample["valid"] = torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0.0
+        return sample | {"pixel_values": pixels}
+
+    def problem(self, row: int) -> str:
+        """Which file a row is and why it cannot be read."""
+        return why_unreadable(self.files, row)
+
+
+def why_unreadable(files: ImageFiles, row: int) -> str:
+    """Which file a row is and why it cannot be read."""
+    path = files.path(row)
+    try:
+        decode_pixels(path.read_bytes())
+    except (ValueError, OSError) as error:
+        return f"{path}: {' '.join(first_line(error).split())}"
+    return f"{path}: now it can be read"
+
+
+def write_image_processor(folder: Path, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Writes what makes ``AutoImageProcessor`` do with a picture what evaluation does here."""
+    from transformers import CLIPImageProcessor
+
+    CLIPImageProcessor(
+        size={"shortest_edge": round(size * MARGIN)}, crop_size=size, resample=2, image_mean=list(mean),
+        image_std=list(std),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- decoding
+
+
+def decode_crop(file: bytes, size: int, box: Any) -> torch.Tensor:
+    """uint8 [3, size, size]: the part ``box(height, width)`` = (top, left, height, width) of a picture, resized.
+
+    A JPEG is decoded at 7/8 to 1/8 of its size where the part stays as large as ``size``.
+    """
+    height, width = header_size(file)
+    top, left, part_height, part_width = box(height, width)
+    least = math.ceil(min(height, width) * min(1.0, size / min(part_height, part_width)))
+    pixels = decode(file, least)
+    scale = pixels.shape[1] / height, pixels.shape[2] / width
+    top, part_height = round(top * scale[0]), max(1, round(part_height * scale[0]))
+    left, part_width = round(left * scale[1]), max(1, round(part_width * scale[1]))
+    return resize(pixels[:, top : top + part_height, left : left + part_width], size, size)
+
+
+def decode_for_evaluation(file: bytes, size: int) -> torch.Tensor:
+    """uint8 [3, size, size]: the shorter side at 8/7 of ``size``, then the middle."""
+    short = round(size * MARGIN)
+    pixels = decode(file, short)
+    height, width = pixels.shape[1:]
+    new = short / min(height, width)
+    pixels = resize(pixels, max(size, round(height * new)), max(size, round(width * new)))
+    top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
+    return pixels[:, top : top + size, left : left + size].contiguous()
+
+
+def decode(file: bytes, least: int) -> torch.Tensor:
+    """An image file as uint8 RGB [3, H, W], a JPEG at a smaller scale (of 8) with no side below ``least``.
+
+    Raises:
+        ValueError, OSError: it is no image, cut off, or far too large.
+    """
+    import simplejpeg
+    import torch
+
+    if simplejpeg.is_jpeg(file):
+        header_size(file)  # refuses a decompression bomb
+        if simplejpeg.decode_jpeg_header(file)[2] in ("YCbCr", "Gray"):
+            pixels = simplejpeg.decode_jpeg(file, "RGB", min_height=least, min_width=least, min_factor=1)
+            return torch.from_numpy(pixels).permute(2, 0, 1)
+    return torch.from_numpy(decode_pixels(file, least)).permute(2, 0, 1)
+
+
+def header_size(file: bytes) -> tuple[int, int]:
+    """Height and width of an image file. ValueError or OSError: it is no image, or far too large."""
+    import warnings
+
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(file)) as image:
+                return image.height, image.width
+    except (SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error)) from None
+
+
+def resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """uint8 [3, H, W] -> [3, height, width], bilinear with antialiasing."""
+    import torch
+
+    if tuple(pixels.shape[1:]) == (height, width):
+        return pixels
+    return torch.nn.functional.interpolate(pixels[None], (height, width), mode="bilinear", antialias=True)[0]
+
+
+# ------------------------------------------------------------------------------------------------- random decisions
+
+
+def crop_box(height: int, width: int, least: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a part with ``least`` to 1 of the area and a shape between 3:4 and 4:3.
+
+    After ten misses the largest part of such a shape, from the middle, as torchvision does.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(least, 1)
+        shape = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        part_width, part_height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < part_width <= width and 0 < part_height <= height:
+            top = int(rng.integers(height - part_height + 1))
+            return top, int(rng.integers(width - part_width + 1)), part_height, part_width
+    part_width = min(width, round(height * 4 / 3))
+    part_height = min(height, round(width * 4 / 3))
+    return (height - part_height) // 2, (width - part_width) // 2, part_height, part_width
+
+
+def mix_up(
+    one: torch.Tensor, other: torch.Tensor, share: float, rng: np.random.Generator
+) -> tuple[torch.Tensor, float]:
+    """``share`` of ``one`` and the rest of ``other``, uint8 [3, S, S], and the share."""
+    import torch
+
+    return torch.lerp(other.float(), one.float(), share).round_().to(torch.uint8), share
+
+
+def cut_mix(
+    one: torch.Tensor, other: torch.Tensor, share: float, rng: np.random.Generator
+) -> tuple[torch.Tensor, float]:
+    """``one`` with a rectangle of ``other``, uint8 [3, S, S], and the share of its area that is left of ``one``."""
+    size = one.shape[-1]
+    side = round(size * math.sqrt(1 - share))
+    middle = rng.integers(0, size, 2)
+    (top, bottom), (left, right) = (np.clip([at - side // 2, at - side // 2 + side], 0, size).tolist() for at in middle)
+    mixed = one.clone()
+    mixed[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / size**2

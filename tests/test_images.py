@@ -1,0 +1,235 @@
+"""Pictures decoded, cropped, augmented and mixed; nets of torchvision with new heads, weights from files."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageClassification
+
+from lib.augment import decode_image
+from lib.errors import UserError
+from lib.folders import read_class_map, read_index
+from lib.images import (
+    EvaluationImages,
+    ImageAugmentation,
+    TrainingImages,
+    crop_box,
+    cut_mix,
+    decode,
+    decode_crop,
+    decode_for_evaluation,
+    mix_up,
+    write_image_processor,
+)
+from lib.models.vision import VisionNet, VisionNetConfig, load_pretrained, make_net
+
+
+def jpeg(height: int, width: int, seed: int = 0, mode: str = "RGB", **options: object) -> bytes:
+    """A smooth picture: what decoding at a smaller scale changes stays small."""
+    rng = np.random.default_rng(seed)
+    image = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((width, height), Image.BICUBIC)
+    file = io.BytesIO()
+    image.convert(mode).save(file, "JPEG", quality=92, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def files(image_set: Path):
+    splits = image_set / "splits"
+    return read_index(splits / "fold_0_train.txt", read_class_map(splits))
+
+
+# --------------------------------------------------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_two_decoders_agree(mode: str) -> None:
+    file = jpeg(70, 90, mode=mode)
+    found, expected = decode(file, 64), decode_image(file)
+    assert found.shape == expected.shape == (3, 70, 90)
+    assert (found.float() - expected.float()).abs().mean() < 1
+
+
+def test_a_large_jpeg_is_decoded_at_a_smaller_scale() -> None:
+    file = jpeg(800, 1200)
+    assert decode(file, 90).shape == (3, 100, 150)
+    assert decode(file, 280).shape == (3, 300, 450)
+    assert decode(file, 301).shape == (3, 400, 600)
+    assert decode(file, 701).shape == (3, 800, 1200)
+
+
+@pytest.mark.parametrize("box", [(0, 0, 800, 1200), (100, 300, 640, 512), (13, 700, 100, 90)])
+def test_a_crop_is_the_part_that_was_asked_for(box: tuple[int, int, int, int]) -> None:
+    file = jpeg(800, 1200)
+    top, left, height, width = box
+    part = Image.open(io.BytesIO(file)).crop((left, top, left + width, top + height)).resize((64, 64), Image.BILINEAR)
+    found = decode_crop(file, 64, lambda *size: box)
+    assert (found.permute(1, 2, 0).float() - torch.from_numpy(np.array(part)).float()).abs().mean() < 4
+
+
+@pytest.mark.parametrize("size", [(300, 200), (40, 500), (31, 33)])
+def test_evaluation_does_what_the_saved_processor_does(size: tuple[int, int], tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    file, mean, std = jpeg(*size), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    write_image_processor(tmp_path, 64, mean, std)
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    expected = processor(Image.open(io.BytesIO(file)), return_tensors="pt")["pixel_values"][0]
+    found = decode_for_evaluation(file, 64).float() / 255
+    found = (found - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    assert found.shape == expected.shape
+    assert (found - expected).abs().mean() < 0.08  # a JPEG at a smaller scale is a little other
+
+
+@pytest.mark.parametrize("cut", [0, 10, 400, -2])
+def test_what_is_no_picture_is_an_error(cut: int) -> None:
+    file = jpeg(100, 100)[:cut]
+    for read in (lambda: decode(file, 64), lambda: ImageAugmentation()(file, 32, (0, 0, 0))):
+        with pytest.raises((ValueError, OSError)):
+            read()
+
+
+# ------------------------------------------------------------------------------------------------- random decisions
+
+
+def test_crops_lie_inside_and_have_the_shares_they_may_have() -> None:
+    rng = np.random.default_rng(0)
+    areas = []
+    for _ in range(500):
+        height, width = (int(side) for side in rng.integers(1, 400, 2))
+        top, left, part_height, part_width = crop_box(height, width, 0.3, rng)
+        assert 0 <= top <= top + part_height <= height
+        assert 0 <= left <= left + part_width <= width
+        assert part_height and part_width
+        if min(height, width) > 100 and 3 / 4 < height / width < 4 / 3:
+            areas.append(part_height * part_width / height / width)
+            assert 0.7 < part_width / part_height < 1.4
+    assert 0.29 < min(areas) < 0.4
+    assert 0.9 < max(areas) <= 1
+
+
+def test_mixing_keeps_the_share_that_it_says() -> None:
+    rng = np.random.default_rng(0)
+    one, other = torch.full((3, 40, 40), 200, dtype=torch.uint8), torch.zeros(3, 40, 40, dtype=torch.uint8)
+    for share in (0.0, 0.1, 0.5, 0.83, 1.0):
+        mixed, said = mix_up(one, other, share, rng)
+        assert said == share
+        assert mixed.float().mean() == pytest.approx(200 * share, abs=0.5)
+        for _ in range(20):
+            mixed, said = cut_mix(one, other, share, rng)
+            assert mixed.float().mean() == pytest.approx(200 * said, abs=0.01)
+            assert said >= share - 0.05  # a rectangle over the edge takes less
+
+
+def test_a_sample_depends_on_seed_epoch_and_row_alone(files) -> None:
+    settings = (ImageAugmentation(0.5, 0.5, "randaugment", 0.5), (16, 24), 4, 3, 0.2, 1.0)
+    one, other = TrainingImages(files, *settings), TrainingImages(files, *settings)
+    forward = [one.at(row, 3) for row in range(8)]
+    torch.rand(5)  # the global random state does not matter, and is left as it was
+    state = torch.get_rng_state()
+    backward = [other.at(row, 3) for row in reversed(range(8))][::-1]
+    assert torch.equal(torch.get_rng_state(), state)
+    for first, second in zip(forward, backward, strict=True):
+        assert torch.equal(first.pop("pixel_values"), second.pop("pixel_values"))
+        assert first == second
+    assert not torch.equal(one.at(0, 2)["pixel_values"], one.at(0, 3)["pixel_values"])
+    assert {one.size_in(epoch) for epoch in (0, 1)} == {16}
+    assert {one.size_in(epoch) for epoch in (2, 3, 9)} == {24}
+
+
+def test_mixed_samples_name_both_classes(files) -> None:
+    for flags in ({"mixup": 1.0}, {"cutmix": 1.0}, {"mixup": 1.0, "cutmix": 1.0}):
+        dataset = TrainingImages(files, ImageAugmentation(), (32,), **flags)
+        samples = [dataset.at(row, 0) for row in range(60)]
+        assert all(0 <= sample["share"] <= 1 for sample in samples)
+        assert np.std([sample["share"] for sample in samples]) > 0.2
+        assert len({sample["other_label"] for sample in samples}) == 3
+        assert [sample["label"] for sample in samples] == files.classes[:60].tolist()
+    plain = TrainingImages(files, ImageAugmentation(), (32,)).at(5, 0)
+    assert plain["share"] == 1
+    assert plain["label"] == plain["other_label"]
+
+
+def test_without_a_crop_training_sees_what_evaluation_sees(files) -> None:
+    plain = TrainingImages(files, ImageAugmentation(crop_scale=1, flip=0), (32,))
+    for row in range(5):
+        assert torch.equal(plain.at(row, 0)["pixel_values"], EvaluationImages(files, 32)[row]["pixel_values"])
+    mirrored = TrainingImages(files, ImageAugmentation(crop_scale=1, flip=1), (32,))
+    assert torch.equal(mirrored.at(0, 0)["pixel_values"].flip(-1), plain.at(0, 0)["pixel_values"])
+
+
+# ------------------------------------------------------------------------------------------------------------- nets
+
+
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [
+        ("resnet18", 32), ("squeezenet1_1", 64), ("mobilenet_v3_small", 32), ("swin_t", 32), ("googlenet", 64),
+        ("regnet_y_400mf", 32), ("efficientnet_b0", 32), ("densenet121", 32), ("mnasnet0_5", 32),
+        ("shufflenet_v2_x0_5", 32), ("convnext_tiny", 32), ("inception_v3", 80),
+    ],
+)  # fmt: skip
+def test_a_net_is_saved_and_opened(name: str, side: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    labels = {"num_labels": 3, "id2label": dict(enumerate("abc"))}
+    model = VisionNet(VisionNetConfig(architecture=name, image_size=side, **labels)).eval()
+    pixels = torch.rand(2, 3, side, side)
+    model.save_pretrained(tmp_path)
+    opened, report = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert opened.config.id2label == {0: "a", 1: "b", 2: "c"}
+    with torch.no_grad():
+        output = opened.eval()(pixels, labels=torch.tensor([0, 2]))
+        assert torch.equal(output.logits, model(pixels).logits)
+    assert output.logits.shape == (2, 3)
+    weighted = [module for module in model.net.modules() if list(module.parameters(recurse=False))]
+    assert model.get_submodule(model.head_name()) is weighted[-1]  # nothing stands behind the head
+    assert output.loss > 0
+
+
+def test_weights_from_a_file_all_but_the_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = make_net("resnet18", 1000)
+    torch.save(source.state_dict(), tmp_path / "resnet18.pth")
+    model = VisionNet(VisionNetConfig(architecture="resnet18", num_labels=3))
+    before = model.net.fc.weight.clone()
+    assert "all but the head fc" in load_pretrained(model, str(tmp_path / "resnet18.pth"))
+    assert torch.equal(model.net.layer3[0].conv1.weight, source.layer3[0].conv1.weight)
+    assert torch.equal(model.net.fc.weight, before)
+    model.save_pretrained(tmp_path / "tuned")
+    same = VisionNet(VisionNetConfig(architecture="resnet18", num_labels=3))
+    assert "head" not in load_pretrained(same, str(tmp_path / "tuned"))
+    assert torch.equal(same.net.fc.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "content", "words"),
+    [
+        ("resnet34", "resnet18", "of another architecture than resnet34"),
+        ("resnet18", "text", "not a file of weights"),
+        ("resnet18", "list", "no state dict in it"),
+        ("resnet18", None, "no such file"),
+    ],
+)
+def test_weights_that_do_not_fit_are_one_line(architecture: str, content: str | None, words: str, tmp_path: Path):
+    path = tmp_path / "weights.pth"
+    if content == "resnet18":
+        torch.save(make_net("resnet18", 5).state_dict(), path)
+    elif content == "list":
+        torch.save([1, 2], path)
+    elif content:
+        path.write_text("no weights")
+    model = VisionNet(VisionNetConfig(architecture=architecture, num_labels=3))
+    with pytest.raises(UserError, match=words) as error:
+        load_pretrained(model, str(path))
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_net_is_one_line() -> None:
+    with pytest.raises(UserError, match="did you mean resnet18"):
+        make_net("resnet81", 3)
