@@ -36,16 +36,27 @@ def map_in_processes(function: Callable[[T], R], items: Sequence[T], workers: in
         signal.signal,
         (signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is the main process's
     )
+    others = set(multiprocessing.active_children())
     pending: deque = deque()  # bounded: results wait for nobody
     try:
         for part in chunks:
-            pending.append(pool.submit(_each, function, part))
+            # Ctrl-C comes after a worker was started, not amid it; the worker inherits that it is held back.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                pending.append(pool.submit(_each, function, part))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             if len(pending) > 4 * workers:
                 yield from pending.popleft().result()
         while pending:
             yield from pending.popleft().result()
     except BrokenProcessPool:
         raise UserError("a worker was killed, most likely for memory: give fewer --num_workers") from None
+    except BaseException:
+        # Nobody waits for what is half done, and a second Ctrl-C leaves no worker behind that the exit would wait for.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 

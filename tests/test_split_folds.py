@@ -8,12 +8,14 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, launch, start
 
 from lib.errors import UserError
 from lib.folders import read_class_folders, read_class_map, read_index
@@ -428,6 +430,26 @@ def test_nothing_of_an_earlier_split_stays_and_an_interrupted_one_leaves_it(
         split("--overwrite")
     assert files(tmp_path / "splits") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "splits"]
+
+
+def test_two_interrupts_at_once_end_it_and_its_workers(tmp_path: Path) -> None:
+    make_raw(tmp_path, {"ants": 9, "bees": 9})
+    flags = ("--raw_data", "raw", "--num_workers", "2", "--overwrite")
+    launch(TOOL, *flags, cwd=tmp_path)
+    before = files(tmp_path / "splits")
+    process = start(TOOL, *flags, "--seed", "1", cwd=tmp_path)
+    until = time.monotonic() + 60
+    while "reading" not in (tmp_path / "stdout.txt").read_text() and time.monotonic() < until:
+        time.sleep(0.01)
+    for _ in range(2):  # as a terminal sends them, to the workers too, which are starting
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert (tmp_path / "stderr.txt").read_text() == "interrupted\n"
+    assert files(tmp_path / "splits") == before
+    with pytest.raises(ProcessLookupError):  # nobody of its group is left
+        for _ in range(100):
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
