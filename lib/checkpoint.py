@@ -432,6 +432,8 @@ def load_trained_weights(accelerator: Accelerator, model: torch.nn.Module, folde
             if parameter.requires_grad and name not in state and plain_name(name) in saved:
                 state[name] = saved[plain_name(name)]
     else:
+        if not saved.keys() <= own.keys():  # transformers saves some models under older names than they have
+            saved = type(plain).from_pretrained(folder, dtype="auto").state_dict()
         state = saved  # tied weights are stored once; the model shares them anyway
     same_size = {name for name in state if name in own and own[name].numel() == state[name].numel()}
     state = {name: t.reshape(own[name].shape) if name in same_size else t for name, t in state.items()}
@@ -459,6 +461,7 @@ def _optimizer_state(accelerator: Accelerator, model: torch.nn.Module, optimizer
 def _set_optimizer_state(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, state: dict[str, Any], checkpoint: Path
 ) -> None:
+    import torch
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     groups = _plain_optimizer(optimizer).param_groups
@@ -470,6 +473,11 @@ def _set_optimizer_state(
         )
     options = StateDictOptions(full_state_dict=True)
     set_optimizer_state_dict(unwrapped(accelerator, model), _plain_optimizer(optimizer), state, options=options)
+    # A fused step goes through weight and state in the order of memory, which has to be the same (channels_last).
+    for weight, kept in _plain_optimizer(optimizer).state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                kept[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
 
 
 def _contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
