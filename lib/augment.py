@@ -40,7 +40,7 @@ class ImageTransform:
         pixels = decode_image(file, None if self.exact else self.size)
         if self.augmentation == "none" and not self.square:
             return resize_and_crop(pixels, self.size)
-        pixels = _resize(pixels, (self.size, self.size))
+        pixels = resize(pixels, (self.size, self.size))
         if self.augmentation == "none":
             return pixels.contiguous()
         if self._random is None:
@@ -109,25 +109,24 @@ def decode_pixels(file: bytes, least: int | None = None) -> np.ndarray:
         raise ValueError(str(error)) from None
 
 
-def resize_and_crop(pixels: torch.Tensor, size: int) -> torch.Tensor:
-    """uint8 [3, H, W] -> [3, size, size]: shorter side to ``size``, bicubic with antialiasing, then the middle."""
+def resize_and_crop(pixels: torch.Tensor, size: int, shorter: int | None = None, mode: str = "bicubic") -> torch.Tensor:
+    """uint8 [3, H, W] -> [3, size, size]: the shorter side to ``shorter`` (by default ``size``), then the middle."""
     height, width = pixels.shape[1:]
-    if height <= width:
-        new = (size, max(size, int(size * width / height)))
-    else:
-        new = (max(size, int(size * height / width)), size)
-    pixels = _resize(pixels, new)
-    top, left = (new[0] - size) // 2, (new[1] - size) // 2
+    shorter = shorter or size
+    long = max(shorter, int(shorter * max(height, width) / min(height, width)))
+    pixels = resize(pixels, (shorter, long) if height <= width else (long, shorter), mode)
+    top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
     return pixels[:, top : top + size, left : left + size].contiguous()
 
 
-def _resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def resize(pixels: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:
+    """uint8 [3, H, W] -> [3, *size], with antialiasing."""
     import torch
 
     if tuple(pixels.shape[1:]) == size:
         return pixels
     # torch resizes uint8 in channels-last form with vector instructions; torchvision's own function calls the same.
-    return torch.nn.functional.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+    return torch.nn.functional.interpolate(pixels[None], size, mode=mode, antialias=True)[0]
 
 
 @contextmanager

@@ -433,7 +433,11 @@ def load_trained_weights(accelerator: Accelerator, model: torch.nn.Module, folde
                 state[name] = saved[plain_name(name)]
     else:
         if not saved.keys() <= own.keys():  # transformers saves some models under older names than they have
-            saved = type(plain).from_pretrained(folder, dtype="auto").state_dict()
+            opened, report = type(plain).from_pretrained(
+                folder, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
+            )
+            if not any(report.values()):  # otherwise it is another model's, which set_model_state says
+                saved = opened.state_dict()
         state = saved  # tied weights are stored once; the model shares them anyway
     same_size = {name for name in state if name in own and own[name].numel() == state[name].numel()}
     state = {name: t.reshape(own[name].shape) if name in same_size else t for name, t in state.items()}

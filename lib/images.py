@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import io
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lib.augment import decode_pixels, random_state_of
+from lib.augment import decode_pixels, random_state_of, resize, resize_and_crop
 from lib.errors import first_line
 
 if TYPE_CHECKING:
@@ -51,9 +53,10 @@ class ImageAugmentation:
             pixels = pixels.flip(-1)
         if self.policy != "none" or self.erasing:
             with random_state_of(seed):
-                pixels = self._policy()(pixels)
+                pixels = self._policy(pixels)
         return pixels.contiguous()
 
+    @cached_property
     def _policy(self) -> Any:
         from torchvision.transforms import v2
 
@@ -99,9 +102,7 @@ class TrainingImages:
         pixels = self._pixels(row, size, (self.seed, epoch, row))
         sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
         if pixels is None:
-            import torch
-
-            return sample | {"pixel_values": torch.zeros(3, size, size, dtype=torch.uint8)}
+            return sample | {"pixel_values": nothing(size)}
         if self.mixup or self.cutmix:
             rng = np.random.default_rng([self.seed, epoch, row, 1])
             other = int(rng.integers(len(self)))
@@ -125,12 +126,7 @@ class TrainingImages:
         return why_unreadable(self.files, row)
 
     def _pixels(self, row: int, size: int, seed: tuple[int, ...]) -> torch.Tensor | None:
-        try:
-            return self.augmentation(self.files.path(row).read_bytes(), size, seed)
-        except (ValueError, OSError) as error:
-            if getattr(error, "errno", None) not in (None, errno.ENOENT):  # the disk's error, not the picture's
-                raise
-            return None
+        return read_or_none(self.files, row, lambda file: self.augmentation(file, size, seed))
 
 
 @dataclass
@@ -145,20 +141,30 @@ class EvaluationImages:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         label = int(self.files.classes[row])
-        sample = {"label": label, "other_label": label, "share": 1.0, "valid": 1.0}
-        try:
-            pixels = decode_for_evaluation(self.files.path(row).read_bytes(), self.size)
-        except (ValueError, OSError) as error:
-            if getattr(error, "errno", None) not in (None, errno.ENOENT):
-                raise
-            import torch
-
-            pixels, sample["valid"] = torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0.0
-        return sample | {"pixel_values": pixels}
+        pixels = read_or_none(self.files, row, lambda file: decode_for_evaluation(file, self.size))
+        sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
+        return sample | {"pixel_values": nothing(self.size) if pixels is None else pixels}
 
     def problem(self, row: int) -> str:
         """Which file a row is and why it cannot be read."""
         return why_unreadable(self.files, row)
+
+
+def read_or_none(files: ImageFiles, row: int, decoded: Callable[[bytes], torch.Tensor]) -> torch.Tensor | None:
+    """What ``decoded`` makes of the file of a row; None where it is no picture. OSError: the disk's own."""
+    try:
+        return decoded(files.path(row).read_bytes())
+    except (ValueError, OSError) as error:
+        if getattr(error, "errno", None) not in (None, errno.ENOENT):
+            raise
+        return None
+
+
+def nothing(size: int) -> torch.Tensor:
+    """What stands in a batch for a picture that cannot be read, uint8 [3, size, size]; it does not count."""
+    import torch
+
+    return torch.zeros(3, size, size, dtype=torch.uint8)
 
 
 def why_unreadable(files: ImageFiles, row: int) -> str:
@@ -196,18 +202,13 @@ def decode_crop(file: bytes, size: int, box: Any) -> torch.Tensor:
     scale = pixels.shape[1] / height, pixels.shape[2] / width
     top, part_height = round(top * scale[0]), max(1, round(part_height * scale[0]))
     left, part_width = round(left * scale[1]), max(1, round(part_width * scale[1]))
-    return resize(pixels[:, top : top + part_height, left : left + part_width], size, size)
+    return resize(pixels[:, top : top + part_height, left : left + part_width], (size, size), "bilinear")
 
 
 def decode_for_evaluation(file: bytes, size: int) -> torch.Tensor:
     """uint8 [3, size, size]: the shorter side at 8/7 of ``size``, then the middle."""
-    short = round(size * MARGIN)
-    pixels = decode(file, short)
-    height, width = pixels.shape[1:]
-    new = short / min(height, width)
-    pixels = resize(pixels, max(size, round(height * new)), max(size, round(width * new)))
-    top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
-    return pixels[:, top : top + size, left : left + size].contiguous()
+    shorter = round(size * MARGIN)
+    return resize_and_crop(decode(file, shorter), size, shorter, "bilinear")
 
 
 def decode(file: bytes, least: int) -> torch.Tensor:
@@ -229,26 +230,19 @@ def decode(file: bytes, least: int) -> torch.Tensor:
 
 def header_size(file: bytes) -> tuple[int, int]:
     """Height and width of an image file. ValueError or OSError: it is no image, or far too large."""
-    import warnings
-
+    import simplejpeg
     from PIL import Image
 
+    if simplejpeg.is_jpeg(file):  # faster than Pillow, which reads all of what stands before the pixels
+        height, width = simplejpeg.decode_jpeg_header(file)[:2]
+        if height * width > 2 * Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{width} x {height} pixels: far too large")
+        return height, width
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(file)) as image:
-                return image.height, image.width
+        with Image.open(io.BytesIO(file)) as image:
+            return image.height, image.width
     except (SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
-
-
-def resize(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """uint8 [3, H, W] -> [3, height, width], bilinear with antialiasing."""
-    import torch
-
-    if tuple(pixels.shape[1:]) == (height, width):
-        return pixels
-    return torch.nn.functional.interpolate(pixels[None], (height, width), mode="bilinear", antialias=True)[0]
 
 
 # ------------------------------------------------------------------------------------------------- random decisions

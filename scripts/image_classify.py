@@ -115,6 +115,7 @@ class Data:
 
     splits: dict[str, Any]  # train, validation and perhaps test: lib.folders.ImageFiles
     label_names: list[str]
+    class_weights: Any  # n / (C n_c) for each class, float32 [C]: 1 on average over the training pictures
     mean: tuple[float, ...]  # of each colour, 0 to 1
     std: tuple[float, ...]
 
@@ -123,6 +124,9 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def load_data(args: Args) -> Data:
+    import numpy as np
+    import torch
+
     from lib.folders import read_class_folders, read_class_map, read_index
     from lib.run import log
 
@@ -150,15 +154,22 @@ def load_data(args: Args) -> Data:
         raise UserError(f"--num_classes {args.num_classes}, but {folder} has {len(classes)} classes")
     names, counts = list(classes), ", ".join(f"{split} {len(found):,}" for split, found in splits.items())
     log.info("Pictures: %s; %d classes: %s", counts, len(names), ", ".join(names[:12]) + " ..." * (len(names) > 12))
-    return Data(splits, names, *(normalisation_of(args.model_name) if args.model_name else IMAGENET))
+    counts = np.bincount(splits["train"].classes, minlength=len(names))
+    weights = torch.from_numpy(counts.sum() / (len(counts) * np.maximum(counts, 1))).float()
+    return Data(splits, names, weights, *normalisation_of(args))
 
 
-def normalisation_of(model_name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each colour that a model of transformers was trained with."""
+def normalisation_of(args: Args) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each colour that the model was trained with."""
+    from lib.models.vision import TIMM, timm_settings
+
+    if not args.model_name:
+        settings = timm_settings(args.architecture) if args.architecture.startswith(TIMM) else None
+        return (tuple(settings.mean), tuple(settings.std)) if settings else IMAGENET
     from transformers import AutoImageProcessor
 
     try:
-        processor = AutoImageProcessor.from_pretrained(model_name)
+        processor = AutoImageProcessor.from_pretrained(args.model_name)
     except (OSError, ValueError):  # from a config alone
         return IMAGENET
     return tuple(processor.image_mean), tuple(processor.image_std)
@@ -180,7 +191,7 @@ def build_model(args: Args, data: Data, accelerator: Any) -> Any:
     if args.model_name:
         model = open_classifier(args.model_name, labels)
     else:
-        model = VisionNet(VisionNetConfig(architecture=args.architecture, image_size=args.image_size, **labels))
+        model = VisionNet(VisionNetConfig(architecture=args.architecture, **labels))
         if args.weights and args.weights.lower() != "none":
             log.info("%s", load_pretrained(model, args.weights))
     head = head_names(model)
@@ -235,7 +246,7 @@ def compute_loss(model: Any, batch: dict[str, Any], data: Data, args: Args) -> t
     logits = model(pixel_values=pixels).logits.float()
     if args.tta and not model.training:
         logits = (logits + model(pixel_values=pixels.flip(-1)).logits.float()) / 2
-    weight = class_weights(data).to(logits) if args.class_weights else None
+    weight = data.class_weights.to(logits) if args.class_weights else None
 
     def loss(labels: Any) -> Any:
         return torch.nn.functional.cross_entropy(
@@ -244,15 +255,6 @@ def compute_loss(model: Any, batch: dict[str, Any], data: Data, args: Args) -> t
 
     share = batch["share"]
     return share * loss(batch["labels"]) + (1 - share) * loss(batch["other_labels"]), logits
-
-
-def class_weights(data: Data) -> Any:
-    """n / (C n_c) for each class, float64 [C]: 1 on average over the training pictures."""
-    import numpy as np
-    import torch
-
-    counts = np.bincount(data.splits["train"].classes, minlength=len(data.label_names))
-    return torch.from_numpy(counts.sum() / (len(counts) * np.maximum(counts, 1)))
 
 
 def evaluate(model: Any, dataset: Any, data: Data, run: Any, args: Args, what: str) -> dict[str, Any] | None:

@@ -115,6 +115,24 @@ def test_a_model_of_transformers_gets_a_new_head_and_keeps_its_normalisation(ima
     assert history(again, "train")[0]["loss"] < history(run, "train")[0]["loss"]
 
 
+def test_weights_of_another_model_are_refused(tiny_vit: Path, tiny_resnet: Path) -> None:
+    """Also where the names in the file are not those in memory, so that it is opened through its class."""
+    from accelerate import Accelerator
+    from transformers import ViTForImageClassification
+
+    from lib.checkpoint import load_trained_weights
+
+    accelerator, model = Accelerator(cpu=True), ViTForImageClassification.from_pretrained(tiny_vit)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match="belongs to another model"):
+        load_trained_weights(accelerator, model, tiny_resnet)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_trained_weights(accelerator, model, tiny_vit)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_unreadable_pictures_are_left_out_and_named(image_here, image_set: Path, tmp_path: Path, caplog) -> None:
     data = tmp_path / "broken"
     shutil.copytree(image_set, data)

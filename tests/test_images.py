@@ -177,7 +177,7 @@ def test_without_a_crop_training_sees_what_evaluation_sees(files) -> None:
 def test_a_net_is_saved_and_opened(name: str, side: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     labels = {"num_labels": 3, "id2label": dict(enumerate("abc"))}
-    model = VisionNet(VisionNetConfig(architecture=name, image_size=side, **labels)).eval()
+    model = VisionNet(VisionNetConfig(architecture=name, **labels)).eval()
     pixels = torch.rand(2, 3, side, side)
     model.save_pretrained(tmp_path)
     opened, report = AutoModelForImageClassification.from_pretrained(tmp_path, output_loading_info=True)
@@ -205,6 +205,25 @@ def test_weights_from_a_file_all_but_the_head(tmp_path: Path) -> None:
     same = VisionNet(VisionNetConfig(architecture="resnet18", num_labels=3))
     assert "head" not in load_pretrained(same, str(tmp_path / "tuned"))
     assert torch.equal(same.net.fc.weight, before)
+
+
+def test_auxiliary_heads_in_a_file_are_left_out(tmp_path: Path) -> None:
+    import torchvision
+
+    source = torchvision.models.googlenet(weights=None, aux_logits=True, init_weights=False)
+    torch.save(source.state_dict(), tmp_path / "googlenet.pth")
+    model = VisionNet(VisionNetConfig(architecture="googlenet", num_labels=3))
+    load_pretrained(model, str(tmp_path / "googlenet.pth"))
+    assert torch.equal(model.net.conv1.conv.weight, source.conv1.conv.weight)
+    assert model.net.transform_input  # as ImageNet's weights want it
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    assert decode(jpeg(80, 90), 80).shape == (3, 80, 90)
+    for read in (lambda file: decode(file, 64), lambda file: ImageAugmentation()(file, 32, (0, 0, 0))):
+        with pytest.raises(ValueError, match="far too large"):
+            read(jpeg(100, 90))
 
 
 @pytest.mark.parametrize(

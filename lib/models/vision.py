@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,16 +17,16 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 from lib.errors import UserError, first_line
 
 TIMM = "timm/"  # before the name of a net of timm
+AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception and GoogLeNet that are not built
 FULL = 1000  # outputs of a torchvision net as it comes: ImageNet's classes
 
 
 class VisionNetConfig(PreTrainedConfig):
-    """``architecture`` is torchvision's name of a net, or timm's behind ``timm/``; ``image_size`` its input's side."""
+    """``architecture`` is torchvision's name of a net, or timm's behind ``timm/``."""
 
     model_type = "vision_net"
 
     architecture: str = "resnet18"
-    image_size: int = 224
 
 
 class VisionNet(PreTrainedModel):
@@ -68,8 +69,7 @@ def make_net(architecture: str, num_labels: int) -> nn.Module:
         UserError: no such architecture (with the nearest name), or timm is not installed.
     """
     if architecture.startswith(TIMM):
-        if importlib.util.find_spec("timm") is None:
-            raise UserError(f"--architecture {architecture} needs timm: pip install timm")
+        require_timm(architecture)
         import timm
 
         try:
@@ -77,6 +77,24 @@ def make_net(architecture: str, num_labels: int) -> nn.Module:
         except RuntimeError as error:
             raise UserError(f"--architecture {architecture}: {first_line(error)}") from None
     return replace_head(_torchvision_net(architecture, None), num_labels)
+
+
+def require_timm(architecture: str) -> None:
+    """UserError where timm is not installed."""
+    if importlib.util.find_spec("timm") is None:
+        raise UserError(f"--architecture {architecture} needs timm: pip install timm")
+
+
+def timm_settings(architecture: str) -> Any:
+    """What timm knows of the weights of a net (``mean``, ``std``); None where it has none.
+
+    Raises:
+        UserError: timm is not installed.
+    """
+    require_timm(architecture)
+    import timm
+
+    return timm.get_pretrained_cfg(architecture.removeprefix(TIMM))
 
 
 def _torchvision_net(architecture: str, weights: str | None) -> nn.Module:
@@ -90,18 +108,16 @@ def _torchvision_net(architecture: str, weights: str | None) -> nn.Module:
         close = difflib.get_close_matches(architecture, known, n=1)
         hint = f"did you mean {close[0]}?" if close else "such as resnet18, efficientnet_b0 or timm/<name>"
         raise UserError(f"--architecture {architecture}: torchvision has no such net; {hint}")
-    # Auxiliary heads help deep nets without normalisation; these two have it, and their output then is a tuple.
-    plain = {"aux_logits": False, "init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
+    # With auxiliary heads, which nets with batch norms need no longer, the output is a tuple. ImageNet's weights of
+    # these two want other numbers than those of the rest, into which the net itself turns them.
+    two = {"aux_logits": False, "init_weights": True, "transform_input": True}
+    plain = two if architecture in ("googlenet", "inception_v3") else {}
     # transformers opens a model without memory for its weights, and RegNets compute with theirs while they are made.
     with warnings.catch_warnings(), torch.device("cpu"):
         warnings.simplefilter("ignore")
         if weights is None:
             return torchvision.models.get_model(architecture, weights=None, **plain)
         net = torchvision.models.get_model(architecture, weights=weights)
-    for name in ("AuxLogits", "aux1", "aux2"):
-        if hasattr(net, name):
-            setattr(net, name, None)
-            net.aux_logits = False
     return net
 
 
@@ -150,7 +166,7 @@ def load_pretrained(model: VisionNet, weights: str) -> str:
         name for name, value in state.items()
         if name.startswith(f"{head}.") and name in own and own[name].shape != value.shape
     ]  # fmt: skip
-    state = {name: value for name, value in state.items() if name not in left_out and not name.startswith("Aux")}
+    state = {name: t for name, t in state.items() if name not in left_out and not name.startswith(AUXILIARY)}
     wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
     missing = [name for name in own if name not in state and name not in left_out]
     if wrong or missing:
