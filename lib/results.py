@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,10 +124,8 @@ def write_classification_results(
 
 def worst_mistakes(score: dict[str, np.ndarray], label_names: list[str], limit: int = 20) -> list[dict[str, Any]]:
     """The most confident errors: dicts with ``row``, ``true``, ``predicted`` and ``confidence``, the worst first."""
-    logits = score["logits"].astype(np.float64)
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    confidence = (odds / odds.sum(axis=1, keepdims=True)).max(axis=1)
-    predicted = logits.argmax(axis=1)
+    chances = probabilities(score["logits"])
+    confidence, predicted = chances.max(axis=1), chances.argmax(axis=1)
     wrong = np.flatnonzero(predicted != score["labels"])
     chosen = wrong[np.argsort(-confidence[wrong], kind="stable")][:limit]
     return [
@@ -138,6 +137,32 @@ def worst_mistakes(score: dict[str, np.ndarray], label_names: list[str], limit: 
         }
         for row in chosen
     ]
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the classes, float64 [n, C]."""
+    logits = logits.astype(np.float64)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return odds / odds.sum(axis=1, keepdims=True)
+
+
+def write_predictions(path: Path, files: Sequence[str], label_names: list[str], chances: np.ndarray,
+                      labels: np.ndarray | None = None) -> None:  # fmt: skip
+    """A CSV with a row for each file: ``file``, ``label`` (where ``labels`` [n] are given), ``predicted``,
+    ``confidence``, and the probability of each class as ``p_<class>`` from ``chances`` [n, C]."""
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    known = ["label"] if labels is not None else []
+    writer.writerow(["file", *known, "predicted", "confidence", *(f"p_{name}" for name in label_names)])
+    predicted = chances.argmax(axis=1)
+    for row, (file, best) in enumerate(zip(files, predicted.tolist(), strict=True)):
+        label = [label_names[labels[row]]] if labels is not None else []
+        numbers = [f"{value:.6f}" for value in (chances[row, best], *chances[row])]
+        writer.writerow([file, *label, label_names[best], *numbers])
+    write_text(path, text.getvalue())
 
 
 def _classification_curves(run: Run) -> list[Any]:

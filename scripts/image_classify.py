@@ -362,7 +362,15 @@ def main() -> None:
     from lib.metrics import classification_metrics
     from lib.optim import make_optimizer, make_scheduler
     from lib.pairs import report_unreadable
-    from lib.results import METRICS, split_to_show, worst_mistakes, write_classification_results, write_summary
+    from lib.results import (
+        METRICS,
+        probabilities,
+        split_to_show,
+        worst_mistakes,
+        write_classification_results,
+        write_predictions,
+        write_summary,
+    )
     from lib.run import (
         after_step,
         choose_sharded_layers,
@@ -526,6 +534,12 @@ def main() -> None:
             if scores[split] is None:
                 leave_after_stop(run, run.checkpoints)
     if accelerator.is_main_process:
+        for split, score in scores.items():
+            files = [data.splits[split].names[int(row)].as_py() for row in score["row"]]
+            chances = probabilities(score["logits"])
+            write_predictions(
+                run.directory / f"predictions_{split}.csv", files, data.label_names, chances, score["labels"]
+            )
         last = split_to_show(scores)
         worst = worst_mistakes(scores[last], data.label_names)
         for mistake in worst:
