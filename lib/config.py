@@ -51,6 +51,8 @@ COMMON_ALIASES: dict[str, Alias] = {
     "no_mixed_precision": ("amp", {"true": "no"}),
     "scheduler_type": "scheduler",
     "lr_scheduler_type": "scheduler",
+    "step_size": "scheduler_step_size",
+    "gamma": "scheduler_factor",
     "optim": "optimizer",
     "warmup_ratio": "warmup_steps",
     "logging_steps": "log_every",
@@ -153,7 +155,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "keep_checkpoints": (1, 2**30), "log_every": (1, 2**40), "lora_alpha": (1e-12, math.inf),
     "lora_dropout": (0, 0.999999), "lora_r": (1, 2**20), "lr": (0, math.inf), "max_length": (3, 2**20),
     "max_steps": (1, 2**40), "momentum": (0, 0.999999), "num_workers": (0, 1024), "save_every": (0, 2**40),
-    "scheduler_factor": (0, 0.999999), "warmup_steps": (0, 2**40), "weight_decay": (0, 1e6),
+    "scheduler_factor": (0, 0.999999), "scheduler_step_size": (1, 2**30), "warmup_steps": (0, 2**40),
+    "weight_decay": (0, 1e6),
 }  # fmt: skip
 
 
@@ -177,6 +180,8 @@ def without_effect(args: Any, used: dict[str, bool]) -> list[str]:
         "mlflow": "mlflow" in args.report_to,
         "sgd": args.optimizer == "sgd",
         "plateau": args.scheduler == "plateau",
+        "step": args.scheduler == "step",
+        "plateau, step": args.scheduler in ("plateau", "step"),
         **used,
     }
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
@@ -347,12 +352,16 @@ def _config_of_resumed_run(argv: list[str], known: dict[str, Any]) -> list[str]:
 
 def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str, Alias]) -> list[str]:
     """The flags a YAML file stands for; keys may be grouped in sections of any name."""
-    pairs: list[tuple[str, str, Any]] = []  # (dotted key, key, value)
-    for key, value in read_yaml(path).items():
-        if isinstance(value, dict):  # no setting is a mapping, whatever its section is called
-            pairs += [(f"{key}.{inner}", str(inner), content) for inner, content in value.items()]
-        elif value is not None or key in known or key in table:  # nothing else: a heading without settings
-            pairs.append((str(key), str(key), value))
+    pairs: list[tuple[str, str, Any]] = []  # (the last two keys with a dot, key, value)
+
+    def collect(mapping: dict[Any, Any], section: str) -> None:
+        for key, value in mapping.items():
+            if isinstance(value, dict):  # no setting is a mapping, whatever its section is called
+                collect(value, f"{key}.")
+            elif value is not None or key in known or key in table:  # nothing else: a heading without settings
+                pairs.append((f"{section}{key}", str(key), value))
+
+    collect(read_yaml(path), "")
     argv: list[str] = []
     for dotted, key, value in pairs:
         name = key.replace("-", "_")
@@ -363,8 +372,6 @@ def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str,
         name = alias or name
         if name not in known:
             raise UserError(f"{path}: unknown key {dotted!r}{_suggestion(name, known, table, '')}")
-        if isinstance(value, dict):
-            raise UserError(f"{path}: {dotted} takes a value, not a section")
         if name in BARE and isinstance(value, bool):  # YAML takes a bare `no` for false
             argv += ["--" + name, BARE[name] if value else {"amp": "no"}.get(name, "None")]
             continue

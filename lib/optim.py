@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lib.errors import UserError
@@ -12,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 OptimizerName = Literal["adamw", "sgd", "adamw8bit", "lion8bit", "paged_adamw", "paged_adamw8bit", "paged_lion8bit"]
-SchedulerName = Literal["linear", "cosine", "constant", "polynomial", "onecycle", "plateau", "warmup_cosine"]
+SchedulerName = Literal["linear", "cosine", "constant", "polynomial", "onecycle", "plateau", "step", "warmup_cosine"]
 
 # Ours -> the class in bitsandbytes.
 BITSANDBYTES = {
@@ -24,13 +25,27 @@ BITSANDBYTES = {
 }
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: matrices decay, vectors (biases, norms, scales) do not."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trainable if parameter.ndim >= 2]
-    plain = [parameter for parameter in trainable if parameter.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    model: torch.nn.Module, lr: float, weight_decay: float, layers: Sequence[Sequence[str]] = (), layer_decay: float = 1
+) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups: matrices decay, vectors (biases, norms, scales) do not.
+
+    With ``layers`` (names of parameters, from the input to the head; see :func:`lib.layers.layers_of`) each layer has
+    groups of its own, the last one with ``lr`` and each before it with ``layer_decay`` times the rate of the next
+    (Howard and Ruder 2018, arXiv:1801.06146; Bao et al. 2021, arXiv:2106.08254). The head's groups come first.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = []
+    for distance, names in enumerate(reversed(layers or [list(trainable)])):
+        members = [trainable[name] for name in names if name in trainable]
+        rate = lr * layer_decay**distance
+        for decay, chosen in (
+            (weight_decay, [parameter for parameter in members if parameter.ndim >= 2]),
+            (0.0, [parameter for parameter in members if parameter.ndim < 2]),
+        ):
+            if chosen:
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
+    return groups
 
 
 def make_optimizer(
@@ -42,15 +57,19 @@ def make_optimizer(
     eps: float = 1e-8,
     momentum: float = 0.9,
     sharded: bool = False,
+    layers: Sequence[Sequence[str]] = (),
+    layer_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
     """The optimizer over all trainable parameters of ``model``; paged ones page where there is a CUDA GPU.
+
+    ``layers`` and ``layer_decay``: see :func:`parameter_groups`.
 
     Raises:
         UserError: nothing is trainable, or the optimizer is one of bitsandbytes' and parameters are sharded.
     """
     import torch
 
-    groups = parameter_groups(model, weight_decay)
+    groups = parameter_groups(model, lr, weight_decay, layers, layer_decay)
     if not groups:
         raise UserError("nothing is trainable: the strategy froze every parameter")
     if name == "adamw":
@@ -77,16 +96,18 @@ def make_scheduler(
     name: SchedulerName,
     total_steps: int,
     warmup: float = 0.0,
-    plateau_factor: float = 0.5,
+    factor: float = 0.5,
     plateau_patience: int = 2,
     higher_is_better: bool = True,
+    step_size: int = 1,
 ) -> Schedule:
     """A schedule over ``total_steps`` optimizer steps, to be stepped once for each of them.
 
     ``linear``, ``cosine``, ``polynomial`` (power 1 down to 1e-7: transformers' own) fall to the end, ``constant``
     stays, ``warmup_cosine`` is ``cosine`` with 5 % of warm-up where none is given, ``onecycle`` is Smith's 1cycle
     policy (arXiv:1708.07120) as torch has it, with the warm-up as its rising part (30 % where none is given),
-    ``plateau`` lowers the rate when the evaluated metric stops improving.
+    ``plateau`` multiplies the rate by ``factor`` when the evaluated metric stops improving, ``step`` does so every
+    ``step_size`` optimizer steps.
     """
     import torch
     from transformers import get_scheduler
@@ -107,12 +128,17 @@ def make_scheduler(
             optimizer, rates, total_steps + 1, pct_start=share, cycle_momentum=False
         )
         return Schedule(inner, None)
+    if name == "step":
+        inner = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: step / steps if step < steps else factor ** (step // step_size)
+        )
+        return Schedule(inner, None)
     if name == "plateau":
         inner = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=steps)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             optimizer,
             mode="max" if higher_is_better else "min",
-            factor=plateau_factor,
+            factor=factor,
             patience=plateau_patience,
         )
         return Schedule(inner, plateau, warmup_steps=steps)

@@ -49,8 +49,10 @@ logging.addLevelName(SUCCESS, "SUCCESS")
 # ----------------------------------------------------------------------------------------------------- accelerator
 
 
-def make_accelerator(seed: int, amp: str | None) -> Accelerator:
+def make_accelerator(seed: int, amp: str | None, changing: bool = False) -> Accelerator:
     """The Accelerator (precision from ``amp``, or from the launch config where it is None), with seeds set.
+
+    ``changing``: which parameters are trained changes during the run, which DDP has to look for in each step.
 
     "auto" is bf16 where the hardware computes it, else fp16 on a GPU and float32 on a CPU.
 
@@ -59,7 +61,7 @@ def make_accelerator(seed: int, amp: str | None) -> Accelerator:
     start_log()
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs, set_seed
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # loading and saving weights; ours are shown only on a terminal
@@ -77,7 +79,8 @@ def make_accelerator(seed: int, amp: str | None) -> Accelerator:
     try:
         # The others wait while the main process tokenises or writes; ten minutes, the default, can be too short.
         patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
-        accelerator = Accelerator(mixed_precision=amp, gradient_accumulation_steps=1, kwargs_handlers=[patience])
+        handlers = [patience, DistributedDataParallelKwargs(find_unused_parameters=changing)]
+        accelerator = Accelerator(mixed_precision=amp, gradient_accumulation_steps=1, kwargs_handlers=handlers)
     except ValueError as error:
         raise UserError(f"--amp {amp}: {error}") from None
     if is_sharded(accelerator) and not accelerator.is_fsdp2:
@@ -158,6 +161,8 @@ class TrainState:
     epoch_size: int = 0  # samples of an epoch
     micro_batch_size: int = 0  # as it was found; a run that goes on keeps it, since dropout masks depend on it
     trackers: dict[str, str] = field(default_factory=dict)  # ids under which trackers go on
+    spent: list[list[float]] = field(default_factory=list)  # privacy: noise multiplier, sample rate, steps
+    noise_seed: int | None = None  # privacy: of the noise and the sampling
 
     @property
     def epochs_done(self) -> float:
@@ -427,6 +432,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     warnings.filterwarnings("ignore", message=".*implicitly creating a replicated DTensor.*")
     warnings.filterwarnings("ignore", message=".*Paged optimizers are not supported on CPU.*")
+    warnings.filterwarnings("ignore", message=".*Full backward hook is firing.*")  # Opacus' hooks at the first layer
     for name in ("transformers", "datasets", "peft", "bitsandbytes", "torch.distributed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -678,7 +684,7 @@ def plan_steps(run: Run, batches: TrainBatches, epochs: int, max_steps: int | No
 def log_step(run: Run, bar: Any, total_steps: int, lr: float, grad_norm: float) -> None:
     """One line on the steps since the last one: mean loss, learning rate, gradient norm, samples per second."""
     state = run.state
-    loss = state.log_loss_sum / state.log_loss_count
+    loss = state.log_loss_sum / max(1, state.log_loss_count)
     state.log_loss_sum, state.log_loss_count = 0.0, 0
     record(run, "train", {"loss": loss, "lr": lr, "grad_norm": grad_norm})
     if loss != loss:

@@ -87,7 +87,8 @@ class Args:
     momentum: float = 0.9  # sgd: Nesterov momentum
     scheduler: SchedulerName = "onecycle"  # how the rate changes over the optimizer steps
     scheduler_patience: int = 2  # plateau: evaluations without improvement before the rate falls
-    scheduler_factor: float = 0.5  # plateau: what it is multiplied by then
+    scheduler_step_size: int = 7  # step: epochs from one fall of the rate to the next
+    scheduler_factor: float = 0.5  # plateau, step: what the rate is multiplied by when it falls
     warmup_steps: float = 100.0  # optimizer steps of warm-up; below 1, a share of all steps
     grad_clip: float | None = 1.0  # largest gradient norm; None: not clipped
     ema_decay: float | None = None  # average the weights over the steps and evaluate the average: 0.999, say
@@ -571,7 +572,7 @@ def main() -> None:
         model, optimizer = accelerator.prepare(model, optimizer)
         schedule = make_scheduler(
             optimizer.optimizer, args.scheduler, total_steps, args.warmup_steps, args.scheduler_factor,
-            args.scheduler_patience, higher_is_better,
+            args.scheduler_patience, higher_is_better, args.scheduler_step_size * train_batches.num_windows(),
         )  # fmt: skip
         initial = trained_weights(unwrapped(accelerator, model), copy=True) if args.wise_ft else None
         ema = Ema(optimizer, args.ema_decay) if args.ema_decay else None

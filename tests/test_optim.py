@@ -86,7 +86,7 @@ def test_a_schedule_goes_on_from_json(name: str) -> None:
 
 
 def test_vectors_do_not_decay() -> None:
-    groups = parameter_groups(net(), 0.1)
+    groups = parameter_groups(net(), 1e-3, 0.1)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert all(parameter.ndim == 2 for parameter in groups[0]["params"])
     assert sum(len(group["params"]) for group in groups) == 6

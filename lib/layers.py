@@ -1,0 +1,73 @@
+"""A net's layers from input to head: for rates that differ by depth, and for training the upper ones first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+def layers_of(model: torch.nn.Module, head: tuple[str, ...]) -> list[list[str]]:
+    """Names of all parameters, a list for each layer from the input on; the last one is the head's.
+
+    ``head``: how the names of the head's parameters begin. A layer is a block of the net's stages (a residual block, a
+    Transformer layer), or what stands alone outside of them; a norm belongs to what it follows, and a parameter without
+    a module of its own (a position embedding) to the first layer.
+    """
+    groups: list[list[str]] = [[]]
+    owners: dict[str, int] = {}
+    total = sum(parameter.numel() for parameter in model.parameters())
+    _collect(model, "", False, total, groups, owners)
+    layers = [[name for name, _ in model.named_parameters() if owners[name] == number] for number in range(len(groups))]
+    body = [[name for name in layer if not name.startswith(head)] for layer in layers]
+    return [*(layer for layer in body if layer), [name for name in owners if name.startswith(head)]]
+
+
+def _collect(
+    module: torch.nn.Module, prefix: str, in_stage: bool, total: int, groups: list[list[str]], owners: dict[str, int]
+) -> None:
+    """Numbers the layers of ``module``; ``groups`` has an entry for each one so far."""
+    from torch import nn
+
+    for name, _ in module.named_parameters(prefix[:-1], recurse=False):
+        owners[name] = 0
+    container = type(module) in (nn.Sequential, nn.ModuleList)
+    for name, child in module.named_children():
+        sizes = [parameter.numel() for parameter in child.parameters()]
+        if not sizes:
+            continue
+        stage = type(child) in (nn.Sequential, nn.ModuleList)
+        single = all(not list(inner.children()) for inner in child.children())  # of convolutions, norms and the like
+        # Outside of stages, what holds most of the net is a wrapper around them; inside one, it is a block.
+        wrapper = not in_stage and sum(sizes) > total / 2
+        opened = not (single and (in_stage or container)) if stage else wrapper
+        if opened and list(child.children()):
+            _collect(child, f"{prefix}{name}.", in_stage or stage, total, groups, owners)
+            continue
+        norm = all(parameter.ndim < 2 for parameter in child.parameters())
+        if not norm or not groups[-1]:
+            if groups[-1]:
+                groups.append([])
+            groups[-1].append(f"{prefix}{name}")
+        for inner, _ in child.named_parameters(f"{prefix}{name}"):
+            owners[inner] = len(groups) - 1
+
+
+def train_from(model: torch.nn.Module, layers: Sequence[Sequence[str]], count: int) -> None:
+    """Makes the last ``count`` of ``layers`` trainable and no other."""
+    chosen = {name for layer in layers[max(0, len(layers) - count) :] for name in layer}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in chosen)
+
+
+def train_mode(model: torch.nn.Module) -> None:
+    """``model.train()``, but batch norms that are not trained keep the statistics that they came with."""
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    model.train()
+    for module in model.modules():
+        parameters = list(module.parameters(recurse=False)) if isinstance(module, _BatchNorm) else []
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
