@@ -67,6 +67,13 @@ def balanced_rows(classes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return np.stack([np.resize(rows, turns) for rows in members], axis=1).reshape(-1)[: len(classes)]
 
 
+def poisson_rows(num_samples: int, rate: float, seed: int, epoch: int, number: int) -> np.ndarray:
+    """The rows of step ``number`` of an epoch, int64 in random order: each of ``num_samples`` with probability
+    ``rate``, so their number varies and may be 0."""
+    rng = np.random.default_rng([seed, epoch, number, 2])
+    return rng.permutation(np.flatnonzero(rng.random(num_samples) < rate))
+
+
 @dataclass(frozen=True)
 class Share:
     """One process's part of a window: ``micro_batches`` of row numbers and, for each, whether its rows count."""
@@ -80,12 +87,13 @@ def deal(window: np.ndarray, batch_size: int, num_processes: int, process_index:
 
     All processes get the same number of micro-batches, each at most ``batch_size`` rows and of equal size to within
     one. Where there are fewer rows than places, a process repeats a row that does not count, so that collectives stay
-    in step.
+    in step (row 0 in an empty window).
     """
     steps = max(1, -(-len(window) // (batch_size * num_processes)))
     parts = np.array_split(window, steps * num_processes)
     mine = [parts[step * num_processes + process_index] for step in range(steps)]
-    return Share([part if len(part) else window[:1] for part in mine], [len(part) > 0 for part in mine])
+    filler = window[:1] if len(window) else np.zeros(1, np.int64)
+    return Share([part if len(part) else filler for part in mine], [len(part) > 0 for part in mine])
 
 
 @dataclass
@@ -118,7 +126,9 @@ class TrainBatches:
     all processes instead of ``gradient_accumulation_steps``. ``lengths`` turns on length buckets; a data set with an
     ``epoch_order(seed, epoch)`` of its own is read in that order, and one with ``at(row, epoch)`` is told the epoch.
     Any number of ``num_workers`` gives the same batches. ``seconds_waited`` adds up the time spent waiting for data.
-    A sample with ``valid`` 0 (it could not be read) gets the weight 0 and its row into ``unreadable``.
+    A sample with ``valid`` 0 (it could not be read) gets the weight 0 and its row into ``unreadable``. With a
+    ``poisson_seed`` a step's samples are drawn instead, each with probability ``window_size`` / n (differential
+    privacy's accounting assumes it); positions are then those of windows of equal size.
     """
 
     dataset: Sequence[Any]
@@ -133,6 +143,7 @@ class TrainBatches:
     device: torch.device | str = "cpu"
     effective_batch_size: int | None = None
     pin_memory: bool = True  # on a GPU: page-locked batches
+    poisson_seed: int | None = None
     seconds_waited: float = 0.0
     unreadable: set[int] = field(default_factory=set, repr=False)
     _loader: Any = field(default=None, repr=False)
@@ -154,29 +165,35 @@ class TrainBatches:
 
     def windows(self, epoch: int, position: int = 0) -> Iterator[Window]:
         """The windows of ``epoch`` from ``position`` (samples of it already used) on."""
-        if hasattr(self.dataset, "epoch_order"):
-            order = self.dataset.epoch_order(self.seed, epoch)
-        else:
-            order = epoch_order(len(self.dataset), self.seed, epoch, self.lengths)
-        starts = range(position, len(order), self.window_size)
-        shares = [
-            deal(order[start : start + self.window_size], self.batch_size, self.num_processes, self.process_index)
-            for start in starts
-        ]
+        starts = range(position, len(self.dataset), self.window_size)
+        order = None if self.poisson_seed is not None else self._order(epoch)
+        rows = [self._rows_of(order, epoch, start) for start in starts]
+        shares = [deal(part, self.batch_size, self.num_processes, self.process_index) for part in rows]
         self._plan.epoch = epoch
         self._plan.batches = [rows for share in shares for rows in share.micro_batches]
         if hasattr(self.dataset, "prefetch"):
-            self.dataset.prefetch(order[position:])
+            self.dataset.prefetch(np.concatenate(rows) if rows else np.zeros(0, np.int64))
         batches = start_workers(self._make_loader())
-        for start, share in zip(starts, shares, strict=True):
-            end = min(start + self.window_size, len(order))
+        for start, part, share in zip(starts, rows, shares, strict=True):
             pending = iter(share.counts)
             yield Window(
-                num_samples=end - start,
-                position=end,
+                num_samples=len(part),
+                position=min(start + self.window_size, len(self.dataset)),
                 num_micro_batches=len(share.counts),
                 _fetch=lambda pending=pending: self._next(batches, next(pending)),
             )
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if hasattr(self.dataset, "epoch_order"):
+            return self.dataset.epoch_order(self.seed, epoch)
+        return epoch_order(len(self.dataset), self.seed, epoch, self.lengths)
+
+    def _rows_of(self, order: np.ndarray | None, epoch: int, start: int) -> np.ndarray:
+        """The rows of the window that begins at position ``start``."""
+        if order is not None:
+            return order[start : start + self.window_size]
+        total = len(self.dataset)
+        return poisson_rows(total, self.window_size / total, self.poisson_seed, epoch, start // self.window_size)
 
     def _make_loader(self) -> Any:
         if self._loader is None:

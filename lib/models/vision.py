@@ -6,6 +6,7 @@ Importing this module makes ``AutoConfig`` and ``AutoModelForImageClassification
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from lib.errors import UserError, first_line
 
 TIMM = "timm/"  # before the name of a net of timm
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception and GoogLeNet that are not built
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms
 FULL = 1000  # outputs of a torchvision net as it comes: ImageNet's classes
 
 
 class VisionNetConfig(PreTrainedConfig):
-    """``architecture`` is torchvision's name of a net, or timm's behind ``timm/``."""
+    """``architecture`` is torchvision's name of a net, or timm's behind ``timm/``; with ``group_norm`` its batch norms
+    are group norms, which do not mix the pictures of a batch."""
 
     model_type = "vision_net"
 
     architecture: str = "resnet18"
+    group_norm: bool = False
 
 
 class VisionNet(PreTrainedModel):
@@ -40,6 +44,8 @@ class VisionNet(PreTrainedModel):
     def __init__(self, config: VisionNetConfig) -> None:
         super().__init__(config)
         self.net = make_net(config.architecture, config.num_labels)
+        if config.group_norm:
+            replace_batch_norms(self.net)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -147,6 +153,17 @@ def replace_head(net: nn.Module, num_labels: int) -> nn.Module:
     return net
 
 
+def replace_batch_norms(net: nn.Module) -> None:
+    """Puts group norms of 32 groups (fewer where the channels cannot be divided) in the place of all batch norms, as Wu
+    and He 2018 (arXiv:1803.08494) and Opacus do."""
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            parent, _, last = name.rpartition(".")
+            channels = module.num_features
+            norm = nn.GroupNorm(math.gcd(32, channels), channels, module.eps, module.affine)
+            setattr(net.get_submodule(parent), last, norm)
+
+
 def load_pretrained(model: VisionNet, weights: str) -> str:
     """Loads ``weights`` into ``model``, all but a head for other classes, and says in a line what was loaded.
 
@@ -166,7 +183,11 @@ def load_pretrained(model: VisionNet, weights: str) -> str:
         name for name, value in state.items()
         if name.startswith(f"{head}.") and name in own and own[name].shape != value.shape
     ]  # fmt: skip
-    state = {name: t for name, t in state.items() if name not in left_out and not name.startswith(AUXILIARY)}
+    dropped = STATISTICS if model.config.group_norm else ()  # a group norm takes a batch norm's factors alone
+    state = {
+        name: value for name, value in state.items()
+        if name not in left_out and not name.startswith(AUXILIARY) and name.rpartition(".")[2] not in dropped
+    }  # fmt: skip
     wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
     missing = [name for name in own if name not in state and name not in left_out]
     if wrong or missing:
