@@ -39,7 +39,7 @@ class ImageTransform:
         """Decodes and transforms; ``seed`` is (seed, epoch, row). ValueError or OSError for what is no image."""
         pixels = decode_image(file, None if self.exact else self.size)
         if self.augmentation == "none" and not self.square:
-            return resize_and_crop(pixels, self.size)
+            return resize_and_crop(pixels, self.size).contiguous()
         pixels = resize(pixels, (self.size, self.size))
         if self.augmentation == "none":
             return pixels.contiguous()
@@ -93,7 +93,7 @@ def decode_pixels(file: bytes, least: int | None = None) -> np.ndarray:
         ValueError, OSError: it is no image, cut off, or far too large.
     """
     import numpy as np
-    from PIL import Image, ImageFile
+    from PIL import Image, ImageFile, UnidentifiedImageError
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
@@ -105,28 +105,36 @@ def decode_pixels(file: bytes, least: int | None = None) -> np.ndarray:
                 canvas = Image.new("RGBA", image.size, "white")  # what a transparent product photo stands on
                 image = Image.alpha_composite(canvas, image)
             return np.array(image.convert("RGB"))
+    except UnidentifiedImageError:  # whose message names a buffer in memory
+        raise ValueError("not a picture, or its header is damaged") from None
     except (SyntaxError, Image.DecompressionBombError) as error:  # Pillow's names for a broken PNG, a giant picture
         raise ValueError(str(error)) from None
 
 
 def resize_and_crop(pixels: torch.Tensor, size: int, shorter: int | None = None, mode: str = "bicubic") -> torch.Tensor:
     """uint8 [3, H, W] -> [3, size, size]: the shorter side to ``shorter`` (by default ``size``), then the middle."""
-    height, width = pixels.shape[1:]
-    shorter = shorter or size
-    long = max(shorter, int(shorter * max(height, width) / min(height, width)))
-    pixels = resize(pixels, (shorter, long) if height <= width else (long, shorter), mode)
+    pixels = resize_shorter(pixels, shorter or size, mode)
     top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
-    return pixels[:, top : top + size, left : left + size].contiguous()
+    return pixels[:, top : top + size, left : left + size]
+
+
+def resize_shorter(pixels: torch.Tensor, shorter: int, mode: str = "bicubic") -> torch.Tensor:
+    """uint8 [3, H, W] with its shorter side resized to ``shorter``, the other one in proportion."""
+    height, width = pixels.shape[1:]
+    long = max(shorter, int(shorter * max(height, width) / min(height, width)))
+    return resize(pixels, (shorter, long) if height <= width else (long, shorter), mode)
 
 
 def resize(pixels: torch.Tensor, size: tuple[int, int], mode: str = "bicubic") -> torch.Tensor:
-    """uint8 [3, H, W] -> [3, *size], with antialiasing."""
+    """uint8 [3, H, W] -> [3, *size], with antialiasing; the three colours of a pixel stay together where they are."""
     import torch
 
     if tuple(pixels.shape[1:]) == size:
         return pixels
-    # torch resizes uint8 in channels-last form with vector instructions; torchvision's own function calls the same.
-    return torch.nn.functional.interpolate(pixels[None], size, mode=mode, antialias=True)[0]
+    # torch resizes uint8 with vector instructions, and without a copy of all pixels where it knows them for a batch in
+    # channels_last form: by the stride of the batch, though there is one picture. torchvision calls the same function.
+    batch = pixels.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    return torch.nn.functional.interpolate(batch, size, mode=mode, antialias=True)[0]
 
 
 @contextmanager
@@ -144,8 +152,16 @@ def random_state_of(seed: Sequence[int]) -> Iterator[None]:
 
 
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 [B, 3, H, W] -> float32, (value / 255 - mean) / std of each channel."""
+    """uint8 [B, 3, H, W] -> float32 in the same memory format, (value / 255 - mean) / std of each channel."""
     import torch
 
-    mean, std = (pixels.new_tensor(list(values), dtype=torch.float32)[:, None, None] for values in (mean, std))
-    return pixels.float().sub_(255 * mean).div_(255 * std)  # in place: a batch of floats is large
+    mean, std = (255 * pixels.new_tensor(list(values), dtype=torch.float32) for values in (mean, std))
+    floats = pixels.float()
+    view, width = floats, floats.shape[3]
+    if floats.is_contiguous() or not floats.is_contiguous(memory_format=torch.channels_last):
+        mean, std = mean[:, None, None], std[:, None, None]
+    else:  # whole rows of pixels at once: a loop over the three colours of each would be slow
+        view = floats.permute(0, 2, 3, 1).view(len(floats), -1, width * len(mean))
+        mean, std = mean.repeat(width), std.repeat(width)
+    view.sub_(mean).div_(std)  # in place: a batch of floats is large
+    return floats

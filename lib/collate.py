@@ -113,7 +113,9 @@ class ImageCollate:
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         import torch
 
-        batch = {"pixel_values": torch.stack([sample["pixel_values"] for sample in samples])}
+        # With the colours of a pixel beside each other, as they come: no copy is turned round.
+        pixels = torch.stack([sample["pixel_values"].permute(1, 2, 0) for sample in samples])
+        batch = {"pixel_values": pixels.permute(0, 3, 1, 2)}
         for name, column in (("labels", "label"), ("other_labels", "other_label")):
             batch[name] = torch.tensor([sample[column] for sample in samples], dtype=torch.int64)
         for name in ("share", "valid"):

@@ -14,6 +14,7 @@ import numpy as np
 
 from lib.augment import decode_pixels, random_state_of, resize, resize_and_crop
 from lib.errors import first_line
+from lib.image_cache import CachedImages, Picture
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lib.folders import ImageFiles
 
 PolicyName = Literal["none", "randaugment", "trivialaugment"]
+Source = bytes | Picture  # an image file, or what a cache holds of it
 MARGIN = 8 / 7  # an evaluated picture is resized to 256 where 224 pixels are cut out, as torchvision's recipes do
 
 
@@ -42,19 +44,19 @@ class ImageAugmentation:
     erasing: float = 0.0
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
 
-    def __call__(self, file: bytes, size: int, seed: tuple[int, ...]) -> torch.Tensor:
-        """uint8 [3, size, size] of an image file; ``seed`` is (seed, epoch, row). ValueError or OSError: no image."""
+    def __call__(self, source: Source, size: int, seed: tuple[int, ...]) -> torch.Tensor:
+        """uint8 [3, size, size] of a picture; ``seed`` is (seed, epoch, row). ValueError or OSError: it is none."""
         rng = np.random.default_rng(list(seed))
         if self.crop_scale < 1:
-            pixels = decode_crop(file, size, lambda height, width: crop_box(height, width, self.crop_scale, rng))
+            pixels = decode_crop(source, size, lambda height, width: crop_box(height, width, self.crop_scale, rng))
         else:
-            pixels = decode_for_evaluation(file, size)
+            pixels = decode_for_evaluation(source, size)
         if rng.random() < self.flip:
             pixels = pixels.flip(-1)
         if self.policy != "none" or self.erasing:
             with random_state_of(seed):
                 pixels = self._policy(pixels)
-        return pixels.contiguous()
+        return colours_together(pixels)
 
     @cached_property
     def _policy(self) -> Any:
@@ -126,12 +128,15 @@ class TrainingImages:
         return why_unreadable(self.files, row)
 
     def _pixels(self, row: int, size: int, seed: tuple[int, ...]) -> torch.Tensor | None:
-        return read_or_none(self.files, row, lambda file: self.augmentation(file, size, seed))
+        return read_or_none(self.files, row, lambda source: self.augmentation(source, size, seed))
 
 
 @dataclass
 class EvaluationImages:
-    """The pictures of ``files`` as they are evaluated: resized, and the middle cut out."""
+    """The pictures of ``files`` as they are evaluated: resized, and the middle cut out.
+
+    A cache is read where it was made for this size, and the files otherwise: the pixels are the same.
+    """
 
     files: ImageFiles
     size: int
@@ -141,7 +146,8 @@ class EvaluationImages:
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         label = int(self.files.classes[row])
-        pixels = read_or_none(self.files, row, lambda file: decode_for_evaluation(file, self.size))
+        shorter = evaluation_side(self.size)
+        pixels = read_or_none(self.files, row, lambda source: decode_for_evaluation(source, self.size), shorter)
         sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
         return sample | {"pixel_values": nothing(self.size) if pixels is None else pixels}
 
@@ -150,14 +156,27 @@ class EvaluationImages:
         return why_unreadable(self.files, row)
 
 
-def read_or_none(files: ImageFiles, row: int, decoded: Callable[[bytes], torch.Tensor]) -> torch.Tensor | None:
-    """What ``decoded`` makes of the file of a row; None where it is no picture. OSError: the disk's own."""
+def read_or_none(
+    files: ImageFiles, row: int, decoded: Callable[[Source], torch.Tensor], side: int | None = None
+) -> torch.Tensor | None:
+    """What ``decoded`` makes of the picture of a row; None where it is no picture. OSError: the disk's own.
+
+    Of a cache, what it holds is read, and with ``side`` only if it was made for just that side.
+    """
     try:
+        if isinstance(files, CachedImages) and side in (None, files.side):
+            picture = files.picture(row)
+            return None if picture is None else decoded(picture)
         return decoded(files.path(row).read_bytes())
     except (ValueError, OSError) as error:
-        if getattr(error, "errno", None) not in (None, errno.ENOENT):
+        if not is_no_picture(error):
             raise
         return None
+
+
+def is_no_picture(error: ValueError | OSError) -> bool:
+    """Whether an error of reading a picture is the file's, not the disk's own."""
+    return getattr(error, "errno", None) in (None, errno.ENOENT)
 
 
 def nothing(size: int) -> torch.Tensor:
@@ -182,7 +201,7 @@ def write_image_processor(folder: Path, size: int, mean: tuple[float, ...], std:
     from transformers import CLIPImageProcessor
 
     CLIPImageProcessor(
-        size={"shortest_edge": round(size * MARGIN)}, crop_size=size, resample=2, image_mean=list(mean),
+        size={"shortest_edge": evaluation_side(size)}, crop_size=size, resample=2, image_mean=list(mean),
         image_std=list(std),
     ).save_pretrained(folder)  # fmt: skip
 
@@ -190,42 +209,67 @@ def write_image_processor(folder: Path, size: int, mean: tuple[float, ...], std:
 # --------------------------------------------------------------------------------------------------------- decoding
 
 
-def decode_crop(file: bytes, size: int, box: Any) -> torch.Tensor:
+def decode_crop(source: Source, size: int, box: Callable[[int, int], tuple[int, int, int, int]]) -> torch.Tensor:
     """uint8 [3, size, size]: the part ``box(height, width)`` = (top, left, height, width) of a picture, resized.
 
-    A JPEG is decoded at 7/8 to 1/8 of its size where the part stays as large as ``size``.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the part stays as large as ``size``.
     """
-    height, width = header_size(file)
+    height, width = source.size if isinstance(source, Picture) else header_size(source)
     top, left, part_height, part_width = box(height, width)
     least = math.ceil(min(height, width) * min(1.0, size / min(part_height, part_width)))
-    pixels = decode(file, least)
-    scale = pixels.shape[1] / height, pixels.shape[2] / width
+    pixels = pixels_of(source, least)
+    scale = pixels.shape[0] / height, pixels.shape[1] / width
     top, part_height = round(top * scale[0]), max(1, round(part_height * scale[0]))
     left, part_width = round(left * scale[1]), max(1, round(part_width * scale[1]))
-    return resize(pixels[:, top : top + part_height, left : left + part_width], (size, size), "bilinear")
+    return resize(to_tensor(pixels[top : top + part_height, left : left + part_width]), (size, size), "bilinear")
 
 
-def decode_for_evaluation(file: bytes, size: int) -> torch.Tensor:
+def decode_for_evaluation(source: Source, size: int) -> torch.Tensor:
     """uint8 [3, size, size]: the shorter side at 8/7 of ``size``, then the middle."""
-    shorter = round(size * MARGIN)
-    return resize_and_crop(decode(file, shorter), size, shorter, "bilinear")
+    shorter = evaluation_side(size)
+    return colours_together(resize_and_crop(to_tensor(pixels_of(source, shorter)), size, shorter, "bilinear"))
+
+
+def evaluation_side(size: int) -> int:
+    """The shorter side, in pixels, of the picture whose middle of ``size`` pixels is evaluated."""
+    return round(size * MARGIN)
 
 
 def decode(file: bytes, least: int) -> torch.Tensor:
-    """An image file as uint8 RGB [3, H, W], a JPEG at a smaller scale (of 8) with no side below ``least``.
+    """An image file as uint8 RGB [3, H, W], a JPEG at 1/2, 1/4 or 1/8 of its size with no side below ``least``.
 
     Raises:
         ValueError, OSError: it is no image, cut off, or far too large.
     """
+    return to_tensor(pixels_of(file, least))
+
+
+def pixels_of(source: Source, least: int) -> np.ndarray:
+    """:func:`decode` as uint8 [H, W, 3]; what a cache holds, as it is."""
     import simplejpeg
+
+    if isinstance(source, Picture):
+        return source.pixels
+    if simplejpeg.is_jpeg(source):
+        height, width, colours = jpeg_header(source)
+        if colours in ("YCbCr", "Gray"):
+            # At 5/8 to 7/8 libjpeg-turbo has no vector instructions: it takes longer than all of the picture does.
+            eighths = next((n for n in (1, 2, 4) if min(height, width) * n > 8 * (least - 1)), 8)
+            sides = [math.ceil(side * eighths / 8) for side in (height, width)]
+            return simplejpeg.decode_jpeg(source, "RGB", min_height=sides[0], min_width=sides[1], min_factor=1)
+    return decode_pixels(source, least)
+
+
+def to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """uint8 [H, W, 3] -> [3, H, W]; a part of a picture is copied, as is what may not be written to."""
     import torch
 
-    if simplejpeg.is_jpeg(file):
-        header_size(file)  # refuses a decompression bomb
-        if simplejpeg.decode_jpeg_header(file)[2] in ("YCbCr", "Gray"):
-            pixels = simplejpeg.decode_jpeg(file, "RGB", min_height=least, min_width=least, min_factor=1)
-            return torch.from_numpy(pixels).permute(2, 0, 1)
-    return torch.from_numpy(decode_pixels(file, least)).permute(2, 0, 1)
+    return torch.from_numpy(np.require(pixels, requirements="CW")).permute(2, 0, 1)
+
+
+def colours_together(pixels: torch.Tensor) -> torch.Tensor:
+    """The same [3, H, W] with the three colours of a pixel beside each other, as a channels_last batch wants them."""
+    return pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def header_size(file: bytes) -> tuple[int, int]:
@@ -234,15 +278,23 @@ def header_size(file: bytes) -> tuple[int, int]:
     from PIL import Image
 
     if simplejpeg.is_jpeg(file):  # faster than Pillow, which reads all of what stands before the pixels
-        height, width = simplejpeg.decode_jpeg_header(file)[:2]
-        if height * width > 2 * Image.MAX_IMAGE_PIXELS:
-            raise ValueError(f"{width} x {height} pixels: far too large")
-        return height, width
+        return jpeg_header(file)[:2]
     try:
         with Image.open(io.BytesIO(file)) as image:
             return image.height, image.width
     except (SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(str(error)) from None
+
+
+def jpeg_header(file: bytes) -> tuple[int, int, str]:
+    """Height, width and colours (YCbCr, Gray, CMYK, ...) of a JPEG. ValueError: it is broken, or far too large."""
+    import simplejpeg
+    from PIL import Image
+
+    height, width, colours = simplejpeg.decode_jpeg_header(file)[:3]
+    if height * width > 2 * Image.MAX_IMAGE_PIXELS:  # Pillow's own limit against decompression bombs
+        raise ValueError(f"{width} x {height} pixels: far too large")
+    return height, width, colours
 
 
 # ------------------------------------------------------------------------------------------------- random decisions

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
-from lib.augment import decode_image
+from lib.augment import decode_image, normalise, resize
 from lib.errors import UserError
 from lib.folders import read_class_map, read_index
 from lib.images import (
@@ -58,9 +58,35 @@ def test_two_decoders_agree(mode: str) -> None:
 def test_a_large_jpeg_is_decoded_at_a_smaller_scale() -> None:
     file = jpeg(800, 1200)
     assert decode(file, 90).shape == (3, 100, 150)
-    assert decode(file, 280).shape == (3, 300, 450)
-    assert decode(file, 301).shape == (3, 400, 600)
-    assert decode(file, 701).shape == (3, 800, 1200)
+    assert decode(file, 101).shape == (3, 200, 300)
+    assert decode(file, 400).shape == (3, 400, 600)
+    assert decode(file, 401).shape == (3, 800, 1200)
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_resizing_keeps_the_order_in_memory_and_gives_the_same_pixels(mode: str) -> None:
+    pixels = decode(jpeg(300, 400), 300)
+    for part in (pixels, pixels[:, 20:250, 31:344], pixels.flip(-1)):
+        expected = torch.nn.functional.interpolate(part.contiguous()[None], (96, 64), mode=mode, antialias=True)[0]
+        found = resize(part, (96, 64), mode)
+        assert torch.equal(found, expected)
+        assert found.permute(1, 2, 0).is_contiguous()
+        assert torch.equal(resize(part.contiguous(), (96, 64), mode), expected)
+    assert ImageAugmentation()(jpeg(300, 400), 64, (0, 0, 0)).permute(1, 2, 0).is_contiguous()
+    assert decode_for_evaluation(jpeg(300, 400), 64).permute(1, 2, 0).is_contiguous()
+
+
+def test_normalised_pixels_do_not_depend_on_the_memory_format() -> None:
+    pixels = torch.randint(0, 256, (3, 3, 20, 17), dtype=torch.uint8)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.25)
+    expected = (pixels / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+    plain = normalise(pixels, mean, std)
+    assert (plain - expected).abs().max() < 1e-5
+    last = normalise(pixels.contiguous(memory_format=torch.channels_last), mean, std)
+    assert last.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(last, plain)
+    assert torch.equal(normalise(pixels[:, :, 2:, ::2], mean, std), plain[:, :, 2:, ::2])
+    assert torch.equal(normalise(pixels.permute(0, 1, 3, 2), mean, std), plain.permute(0, 1, 3, 2))
 
 
 @pytest.mark.parametrize("box", [(0, 0, 800, 1200), (100, 300, 640, 512), (13, 700, 100, 90)])

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import signal
 import sys
 import time
@@ -215,9 +214,7 @@ class Samples:
         except UserError:
             raise
         except Exception as error:  # each of Pillow's decoders has errors of its own
-            # Pillow names the buffer it read from, which tells nobody anything.
-            reason = re.sub(r"cannot identify image file .*", "no picture that can be read", first_line(error))
-            return {"fault": " ".join(reason.split())}
+            return {"fault": " ".join(first_line(error).split())}
         return sample
 
 

@@ -138,9 +138,7 @@ def read_print(path: str) -> Fingerprint | str:
             warnings.simplefilter("ignore")
             return fingerprint(decode_pixels(data))
     except Exception as error:  # each of PIL's decoders has errors of its own
-        # PIL names the buffer it read from, which tells nobody anything.
-        reason = re.sub(r"cannot identify image file .*", "not a picture, or its header is damaged", first_line(error))
-        return f"cannot be read: {getattr(error, 'strerror', None) or reason}"
+        return f"cannot be read: {getattr(error, 'strerror', None) or first_line(error)}"
 
 
 def read_prints(raw: Path, images: list[str], workers: int | None) -> list[Fingerprint | str]:
