@@ -192,6 +192,8 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
     """The most confident errors, worst first as given: dicts with ``text``, ``true``, ``predicted``, ``confidence``.
 
     Beyond 280 characters a text is folded. ``image`` (bytes of a PNG, JPEG or WebP) is optional, and so is ``text``.
+    ``heat``, a square picture of where the model looked (lib.saliency), stands beside the image. Where there are
+    images, the mistakes are cards side by side, and otherwise a list.
     """
     items = []
     for row in rows:
@@ -203,18 +205,41 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
                 f'<details class="text"><summary dir="auto">{_text(cut)} … <u>whole text</u></summary>'
                 f'<p dir="auto">{_text(text)}</p></details>'
             )
-        picture = f'<img alt="" src="{_data_uri(row["image"])}">' if row.get("image") else ""
+        pictures = f'<img alt="" src="{_data_uri(row["image"])}">' if row.get("image") else ""
+        if row.get("heat"):
+            alt = _text(f"where the model saw {row['predicted']}")
+            pictures += f'<img alt="{alt}" title="{alt}" src="{_data_uri(row["heat"])}">'
         confidence = row.get("confidence")
         sure = f'<span class="sure">{_number(confidence)}</span>' if confidence is not None else ""
         verdict = (
             f'<p class="verdict"><span>true <b>{_text(row["true"])}</b></span> '
             f'<span>predicted <b class="wrong">{_text(row["predicted"])}</b> {sure}</span></p>'
         )
-        items.append(f"<li>{picture}<div>{verdict}{shown}</div></li>")
+        wide = ' class="pair"' if row.get("image") and row.get("heat") else ""
+        pictures = f'<div class="seen">{pictures}</div>' if pictures else ""
+        items.append(f'<li{wide}>{pictures}<div class="said">{verdict}{shown}</div></li>')
     if not items:
         return _section(title, '<p class="note">None.</p>')
     note = "The number is the model’s confidence in its wrong answer." if "sure" in items[0] else ""
-    return _section(title, f'<ol class="mistakes">{"".join(items)}</ol>{_note(note)}')
+    if not any(row.get("image") for row in rows):
+        return _section(title, f'<ol class="mistakes">{"".join(items)}</ol>{_note(note)}')
+    legend = _heat_legend() if any(row.get("heat") for row in rows) else ""
+    return _section(title, f'{_note(note)}{legend}<ol class="mistakes cards">{"".join(items)}</ol>')
+
+
+def _heat_legend() -> str:
+    """What the colours of ``heat`` mean, with a bar of them."""
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    from lib.saliency import COLOURS
+
+    stops = ",".join(to_hex(colormaps[COLOURS](number / 8)) for number in range(9))
+    bar = f'<i class="scale" style="background:linear-gradient(90deg,{stops})"></i>'
+    return (
+        f'<p class="note">The coloured pictures show what spoke for the predicted class: nothing {bar} the most. '
+        "They hold the part of the picture that the model saw.</p>"
+    )
 
 
 def retrieval(rows: Sequence[Mapping[str, Any]], title: str = "Examples") -> str:
@@ -585,13 +610,21 @@ background:var(--page)}
 .along{grid-column:2;text-align:center}
 section>h3{margin:26px 0 8px}
 .mistakes{margin:0;padding:0;list-style:none}
-.mistakes li{padding:12px 0;border-bottom:1px solid var(--rule);display:flex;gap:14px;break-inside:avoid}
+.mistakes li{padding:12px 0;border-bottom:1px solid var(--rule);break-inside:avoid}
 .mistakes li:first-child{padding-top:0}
-.mistakes div{min-width:0;flex:1}
-.mistakes img{width:96px;height:96px;object-fit:cover;border-radius:6px}
 .mistakes p{margin:0;overflow-wrap:anywhere;white-space:pre-line}
 .mistakes .verdict{font-size:13px;color:var(--soft);margin-bottom:3px;display:flex;flex-wrap:wrap;gap:0 16px;
 white-space:normal}
+.note+.note{margin-top:2px}
+.cards{margin-top:16px;display:grid;grid-template-columns:repeat(6,minmax(0,1fr));gap:22px 8px}
+.cards li,.cards li:first-child{padding:0;border:0;min-width:0}
+.cards .pair{grid-column:span 2}
+.cards .said{font-size:12.5px;color:var(--soft);margin-top:6px}
+.cards .verdict{flex-direction:column;line-height:1.4}
+.seen{display:grid;grid-template-columns:1fr;gap:8px}
+.pair .seen{grid-template-columns:1fr 1fr}
+.seen img{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:var(--tile);border-radius:6px}
+.scale{display:inline-block;width:90px;height:9px;margin:0 3px;border-radius:3px;vertical-align:0}
 .verdict b{font-weight:600;color:var(--ink)}.verdict .wrong{color:var(--c2)}
 .sure{margin-left:5px}
 summary{cursor:pointer;overflow-wrap:anywhere}
@@ -614,14 +647,16 @@ border-left:2px solid transparent}
 .group .changed{border-color:var(--c2)}.group .changed dd,.group .changed dt{color:var(--ink)}
 .group h3{padding-left:12px}
 .none{color:var(--soft)}
-@media (max-width:560px){main{padding:28px 16px 48px}h1{font-size:23px}section{margin-top:32px}
+@media (max-width:860px){.cards{grid-template-columns:repeat(4,minmax(0,1fr))}}
+@media (max-width:560px){.cards{grid-template-columns:repeat(2,minmax(0,1fr))}
+main{padding:28px 16px 48px}h1{font-size:23px}section{margin-top:32px}
 .tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:8px}.tile{padding:11px 12px}.tile b{font-size:22px}
 .tile .long{font-size:18px;line-height:29px}
 .heat{min-width:0}.bar{display:block;width:100%;margin:2px 0 3px auto}.heat span{display:block}
 .sortable td{max-width:116px}.sortable td,.sortable th{padding-right:10px}
 .confusion td{min-width:36px;height:32px;padding:0 2px}.confusion tbody th{white-space:normal;max-width:104px;
 line-height:1.2;overflow-wrap:break-word}
-.mistakes img{width:64px;height:64px}.legend{gap:0 12px}}
+.legend{gap:0 12px}}
 @media print{:root{--page:#fff}body{font-size:11pt}main{max-width:none;padding:0}
 .scroll,.tall{overflow:visible;max-height:none}
 .copy,.tip,.text u{display:none}.sortable th,.confusion th{position:static}tr{break-inside:avoid}

@@ -223,6 +223,18 @@ def test_mistakes_fold_long_texts_and_carry_images() -> None:
     assert "None." in report.mistakes([])
 
 
+def test_mistakes_with_heat_stand_in_pairs_under_a_legend() -> None:
+    png = b"\x89PNG\r\n\x1a\n"
+    rows = [{"image": png, "heat": png, "true": "a", "predicted": NASTY}, {"image": png, "true": 1, "predicted": 2}]
+    page = Page(report.mistakes(rows))
+    assert [item.get("class") for item in page.of("li")] == ["pair", None] and len(page.of("img")) == 3
+    assert page.of("img")[1]["alt"] == f"where the model saw {NASTY}"
+    [bar] = page.of("i", "scale")
+    assert "#000004" in bar["style"] and "#fcffa4" in bar["style"], "from the first colour to the last"
+    assert page.of("ol", "cards") and not Page(report.mistakes(rows[1:])).of("i", "scale")
+    assert not Page(report.mistakes([{"text": "x", "true": 1, "predicted": 2}])).of("ol", "cards")
+
+
 def test_settings_mark_what_was_changed() -> None:
     source = report.settings({"training": {"lr": 2e-5, "seed": 0}, "output": {"run_name": None}}, {"lr"})
     assert "3 settings, 1 changed from the default" in source and source.count('class="changed"') == 1
