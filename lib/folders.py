@@ -6,7 +6,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,6 +194,27 @@ def read_class_folders(data: Path, left_out: LeftOut | None = None) -> tuple[dic
         classes = [class_map[name] for name, files in found.items() for _ in files]
         sides[side] = _image_files(data, (f"{side}/{file}" for files in found.values() for file in files), classes)
     return class_map, sides
+
+
+def read_splits(
+    data: Path, fold: int, left_out: LeftOut | None = None, wanted: Sequence[str] = ("train", "validation", "test")
+) -> tuple[dict[str, int], dict[str, ImageFiles]]:
+    """Class map, and split -> pictures, of a folder with ``splits/`` (of ``fold``) or with ``train/`` and ``val/``.
+
+    Splits that are not ``wanted`` are not read where there are index files; a test split is there or not.
+
+    Raises:
+        UserError: there are neither (with the command that splits), or they are broken; see :func:`read_index` and
+            :func:`read_class_folders`.
+    """
+    index = data / "splits"
+    if index.is_dir() or not (data / "train").is_dir():
+        class_map = read_class_map(index)
+        names = {"train": f"fold_{fold}_train.txt", "validation": f"fold_{fold}_val.txt", "test": "test.txt"}
+        there = [split for split in wanted if split != "test" or (index / names["test"]).exists()]
+        return class_map, {split: read_index(index / names[split], class_map) for split in there}
+    class_map, sides = read_class_folders(data, left_out)
+    return class_map, {"validation" if side == "val" else side: files for side, files in sides.items()}
 
 
 def _image_files(folder: Path, names: Iterable[str], classes: list[int]) -> ImageFiles:

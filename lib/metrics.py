@@ -149,10 +149,25 @@ def right_ranks(queries: np.ndarray, gallery: np.ndarray, query_of: np.ndarray, 
     return ranks
 
 
+def _evaluate_package() -> Any:
+    """Hugging Face's ``evaluate``, also for a program that lies beside a file of that name, as tools/evaluate.py."""
+    import sys
+    from pathlib import Path
+
+    kept = sys.path[:]
+    sys.path[:] = [place for place in kept if not (Path(place) / "evaluate.py").is_file()]
+    try:
+        import evaluate
+    finally:
+        sys.path[:] = kept
+    return evaluate
+
+
 def _metric_class() -> type:
     """Made on first use: importing ``evaluate`` takes seconds."""
     import datasets
-    import evaluate
+
+    evaluate = _evaluate_package()
 
     class Classification(evaluate.Metric):
         """Accuracy and macro and weighted precision, recall and F1, from class numbers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,8 @@ def write_summary(run: Run, model_name: str, total_steps: int, columns: dict[str
         ("waiting for data", f"{100 * state.wait_seconds / max(state.seconds, 1e-9):.1f} % of it"),
         ("peak memory", f"{peak_memory_mb(run.accelerator):,.0f} MB per process"),
     ]
+    if state.spent:
+        rows.append(("privacy spent", describe_privacy(run)))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     lines += ["", metrics_table(columns), ""] if columns else [""]
@@ -56,6 +58,14 @@ def write_summary(run: Run, model_name: str, total_steps: int, columns: dict[str
     if run.accelerator.is_main_process:
         write_text(run.directory / "summary.txt", text)
     return text
+
+
+def describe_privacy(run: Run) -> str:
+    """What a private run has spent so far, as ``epsilon 2.994 at delta 1e-05``."""
+    from lib.privacy import epsilon_of
+
+    delta = run.args.target_delta
+    return f"epsilon {epsilon_of(run.state.spent, delta):.3f} at delta {delta:g}"
 
 
 def metrics_table(columns: dict[str, dict[str, float]]) -> str:
@@ -155,14 +165,24 @@ def write_predictions(path: Path, files: Sequence[str], label_names: list[str], 
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    known = ["label"] if labels is not None else []
-    writer.writerow(["file", *known, "predicted", "confidence", *(f"p_{name}" for name in label_names)])
-    predicted = chances.argmax(axis=1)
-    for row, (file, best) in enumerate(zip(files, predicted.tolist(), strict=True)):
+    writer.writerow(prediction_header(label_names, labels is not None))
+    writer.writerows(prediction_rows(files, label_names, chances, labels))
+    write_text(path, text.getvalue())
+
+
+def prediction_header(label_names: list[str], labelled: bool = False) -> list[str]:
+    """The columns of :func:`prediction_rows`."""
+    return ["file", *(["label"] if labelled else []), "predicted", "confidence", *(f"p_{name}" for name in label_names)]
+
+
+def prediction_rows(
+    files: Sequence[str], label_names: list[str], chances: np.ndarray, labels: np.ndarray | None = None
+) -> Iterator[list[str]]:
+    """The rows of a CSV of predictions; see :func:`write_predictions`."""
+    for row, (file, best) in enumerate(zip(files, chances.argmax(axis=1).tolist(), strict=True)):
         label = [label_names[labels[row]]] if labels is not None else []
         numbers = [f"{value:.6f}" for value in (chances[row, best], *chances[row])]
-        writer.writerow([file, *label, label_names[best], *numbers])
-    write_text(path, text.getvalue())
+        yield [file, *label, label_names[best], *numbers]
 
 
 def _classification_curves(run: Run) -> list[Any]:
@@ -435,14 +455,15 @@ def _example_rows(run: Run, source: Any, split: str, trained: bool) -> list[dict
             row = rows.setdefault(example["query"], {"query": caption, "strips": {}})
             for picture, _, _ in example["results"]:
                 if picture not in pictures:
-                    pictures[picture] = _thumbnail(source.read(picture)[0])
+                    pictures[picture] = thumbnail(source.read(picture)[0])
             row["strips"][titles[name]] = [
                 (pictures[picture], score, right) for picture, score, right in example["results"]
             ]
     return list(rows.values())
 
 
-def _thumbnail(file: bytes, side: int = 128) -> bytes:
+def thumbnail(file: bytes, side: int = 128) -> bytes:
+    """A small JPEG of an image file, no side longer than ``side`` pixels."""
     import io
 
     from PIL import Image
@@ -514,6 +535,7 @@ def _write_results(run: Run, scored: dict[str, dict[str, Any]], details: dict[st
         "data_wait_share": round(state.wait_seconds / max(state.seconds, 1e-9), 4),
         "peak_memory_mb": round(peak_memory_mb(run.accelerator), 1),
         "num_processes": run.accelerator.num_processes,
+        "precision": run.accelerator.mixed_precision,
         **details,
         "command": command_line(),
         "config": grouped(run.args),

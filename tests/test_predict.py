@@ -214,7 +214,7 @@ def test_mistakes_end_in_one_line(run_folder: Path, call, tmp_path: Path) -> Non
         ((variant("list", config="[]"), "x"), "expected an object"),
         ((variant("unweighted", ("model.safetensors",)), "x"), "model does not load"),
         ((damaged, "x"), "model does not load"),
-        ((encoder, "x"), "needs a classifier of texts or of signs"),
+        ((encoder, "x"), "needed is a classifier of texts, signs or pictures"),
         ((headless, "x"), "weights are missing"),
         ((broken, "x"), "NaN"),
         ((best,), "standard input: no text"),

@@ -1,9 +1,18 @@
-"""Predict with a trained model: one JSON object a line, in the order of the input.
+"""Predict with a trained model, in the order of the input: JSON, one object a line, or CSV for pictures.
 
-python tools/predict.py runs/x "some text" "another"              texts from the command line
-python tools/predict.py runs/x --file texts.txt --output out.jsonl  a text a line, or .json .jsonl .csv .tsv .parquet
-zcat texts.gz | python tools/predict.py runs/x --top_k 2 | head   standard input of any length
-python tools/predict.py runs/signs clip.npz data/clips            a sign run: clips, or folders of clips
+  python tools/predict.py runs/x "some text" "another"        texts
+  python tools/predict.py runs/x --file texts.txt --output out.jsonl
+  zcat texts.gz | python tools/predict.py runs/x --top_k 2    any length
+  python tools/predict.py runs/signs clip.npz data/clips      a sign run
+  python tools/predict.py runs/ants photo.jpg data/photos     an image run
+  python tools/predict.py runs/ants https://example.org/a.jpg
+  python tools/predict.py runs/ants --file list.txt --output out.csv
+
+A file of texts has one on a line, or is a table: .json, .jsonl, .csv, .tsv or .parquet.
+Of pictures, a folder stands for all that lie in it at any depth, and
+a file (or standard input) lists paths and URLs, one on a line. A picture that
+cannot be read is named on standard error and in the JSON, and the exit code is
+then 1. Where none can be read it is 2, and no file is written.
 """
 
 from __future__ import annotations
@@ -11,18 +20,32 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from lib.config import parse_args
-from lib.errors import UserError, errors_in_one_line
+from lib.answers import (
+    choose_device,
+    image_answers,
+    is_url,
+    model_folder,
+    open_image_model,
+    open_output,
+    open_saved,
+    pictures_in,
+    printable,
+    read_json,
+    scores_of,
+    task_of,
+    told,
+)
+from lib.config import check_ranges, parse_args, sections
+from lib.errors import UserError, errors_in_one_line, first_line
 from lib.tokenizer import VOCABULARY_FILES
 
 if TYPE_CHECKING:
@@ -34,122 +57,28 @@ TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")  # which is all that a tokenizer of bytes has
 
 
+Inputs = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[INPUT ...]")]
+
+
 @dataclass
 class Args:
     # -- input --
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]  # run, its best/ or last/, or a folder
-    texts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[TEXT ...]")] = ()  # texts, or clips
-    file: str | None = None  # read the texts from here: a text a line, or a table (.json .jsonl .csv .tsv .parquet)
-    text_column: str = "text"  # tables: column of the text
-    text_pair_column: str | None = None  # tables: column of a second text, for a model of pairs
-    text_pair: str | None = None  # second text, the same for every text
+    texts: Inputs = ()  # texts; clips or folders of them; or pictures, folders of them and URLs
+    file: str | None = None  # read the input from here: a text, path or URL a line; texts also as a table
+    text_column: str = "text"  # texts: column of a table (.json .jsonl .csv .tsv .parquet)
+    text_pair_column: str | None = None  # texts: column of a second text, for a model of pairs
+    text_pair: str | None = None  # texts: a second one, the same for every text
     # -- prediction --
-    batch_size: int = 32  # texts or clips in one forward pass
-    max_length: int | None = None  # tokens kept of each text (default: what the tokenizer or the model was made for)
+    batch_size: int = 32  # texts, clips or pictures in one forward pass
+    max_length: int | None = None  # texts: tokens kept (default: what the tokenizer or the model was made for)
+    tta: bool = False  # pictures: the mean over each one and its mirror image
+    num_workers: int = 8  # pictures: threads that read, fetch and decode
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     # -- output --
     top_k: int = 0  # how many classes scores lists, best first; 0: all (signs: 5 glosses and 3 categories)
     output: str | None = None  # write here instead of standard output
-
-
-# ------------------------------------------------------------------------------------------------------------ common
-
-
-def model_folder(path: Path) -> Path:
-    """The folder with the weights: ``path`` itself, or ``best/`` or ``last/`` of the run ``path``.
-
-    Raises:
-        UserError: no such folder, or no model in it.
-    """
-    if not path.is_dir():
-        reason = "is a file, not a folder" if path.exists() else "no such folder"
-        raise UserError(f"{path}: {reason}; give a run or a model folder")
-    for folder in (path, path / "best", path / "last"):
-        if (folder / "config.json").is_file():
-            return folder
-    if (path / "adapter_config.json").is_file():
-        raise UserError(f"{path}: holds a LoRA adapter alone; merge it into its model first")
-    if path.parent.name == "checkpoints":
-        raise UserError(f"{path}: is a checkpoint for resuming; give its run: {path.parent.parent}")
-    raise UserError(f"{path}: no model here (no config.json, nor one in best/ or last/)")
-
-
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a model folder; UserError where it is broken."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: broken JSON ({error})") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected an object, found a {type(config).__name__}")
-    return config
-
-
-def task_of(folder: Path, config: dict[str, Any]) -> str:
-    """Which task the model in ``folder`` was trained for, from its ``config.json``: "text" or "sign".
-
-    Raises:
-        UserError: a model that is no classifier this tool knows.
-    """
-    architectures = [str(name) for name in config.get("architectures") or []]
-    if any(name.endswith("ForSequenceClassification") for name in architectures):
-        return "text"
-    if str(config.get("model_type")).startswith("sign_"):
-        return "sign"
-    kind = architectures[0] if architectures else config.get("model_type", "of unknown kind")
-    raise UserError(f"{folder}: the model is {kind}; predict.py needs a classifier of texts or of signs")
-
-
-def choose_device(name: str) -> torch.device:
-    """The torch device of that name; "auto" is the first accelerator, else the CPU."""
-    import torch
-
-    if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name}: no such device here; give auto or cpu") from None
-    return device
-
-
-@contextlib.contextmanager
-def open_output(path: str | None) -> Iterator[IO[str]]:
-    """Standard output, or a file at ``path`` that appears when all of it is written and not before."""
-    if path is None:
-        sys.stdout.reconfigure(encoding="utf-8")
-        try:
-            yield sys.stdout
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader has had enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return
-    target = Path(path)
-    if target.is_dir():
-        raise UserError(f"--output {target}: is a folder; name a file")
-    direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)  # /dev/stderr, a named pipe
-    draft = target if direct else target.with_name(f".{target.name}.{os.getpid()}.draft")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(draft, "w", encoding="utf-8")  # noqa: SIM115  (closed below, in one place with the rename)
-    except OSError as error:
-        raise UserError(f"--output {target}: {error.strerror}") from None
-    try:
-        with stream:
-            yield stream
-        if not direct:
-            draft.replace(target)
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            return
-        raise UserError(f"--output {target}: {error.strerror}") from None
-    finally:
-        if not direct:
-            draft.unlink(missing_ok=True)
+    format: Literal["json", "csv"] | None = None  # pictures: csv has every class (default: csv where --output ends so)
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -178,32 +107,20 @@ def load_text_model(
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         # Checked here, because AutoTokenizer may make an empty one without a word.
         raise UserError(f"{folder}: no tokenizer beside the model (tokenizer.json); copy it from the base model")
-    import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
 
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
     if config.get("model_type") == "text_cnn":
         import lib.models.text_cnn  # noqa: F401  (makes the auto classes know it)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise UserError(f"{folder}: the tokenizer does not load ({_first_line(error)})") from None
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{folder}: the model does not load ({_first_line(error)})") from None
-    unfit = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
-    if unfit:
-        raise UserError(f"{folder}: weights are missing ({', '.join(unfit[:3])}); is it a trained classifier?")
+        raise UserError(f"{folder}: the tokenizer does not load ({first_line(error)[:200]})") from None
+    model = open_saved(AutoModelForSequenceClassification, folder)
     names = model.config.id2label
     return TextModel(
-        model=model.eval().to(device),
+        model=model.to(device),
         tokenizer=tokenizer,
         labels=[str(names[index]) for index in range(model.config.num_labels)],
         device=device,
@@ -239,23 +156,16 @@ def predict_chunk(
             raise UserError(f"the tokenizer has more tokens than the model's {embedded}; they do not belong together")
         with torch.inference_mode():
             logits = loaded.model(**{name: tensor.to(loaded.device) for name, tensor in batch.items()}).logits.float()
-        if config.problem_type == "multi_label_classification":
-            logits = logits.sigmoid()
-        elif len(loaded.labels) > 1 and config.problem_type != "regression":
-            logits = logits.softmax(dim=-1)
-        scores[rows] = logits.cpu().numpy()
+        scores[rows] = scores_of(logits, config).cpu().numpy()
         done(len(rows))
     return scores
 
 
-def text_result(text: str, pair: str | None, scores: Any, labels: list[str], top_k: int) -> dict[str, Any]:
-    """What is written for one text; ``scores`` [C] are listed best first, ``top_k`` of them (0: all)."""
+def ranked(scores: Any, labels: list[str], top_k: int) -> dict[str, Any]:
+    """``label``, ``score`` and ``scores`` of one input; ``scores`` [C] are listed best first, ``top_k`` (0: all)."""
     best_first = sorted(range(len(labels)), key=lambda index: -scores[index])
     listed = {labels[index]: round(float(scores[index]), 6) for index in best_first[: top_k or None]}
-    result: dict[str, Any] = {"text": text}
-    if pair is not None:
-        result["text_pair"] = pair
-    return {**result, "label": labels[best_first[0]], "score": listed[labels[best_first[0]]], "scores": listed}
+    return {"label": labels[best_first[0]], "score": listed[labels[best_first[0]]], "scores": listed}
 
 
 def text_chunks(args: Args) -> tuple[int | None, Iterator[tuple[list[str], list[str] | None]]]:
@@ -314,9 +224,8 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any]) -> None:
                     bad = row + int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0]) + 1
                     raise UserError(f"{folder}: the model gives NaN for text {bad}; its weights are broken")
                 for index, text in enumerate(texts):
-                    pair = None if pairs is None else pairs[index]
-                    result = text_result(text, pair, scores[index], loaded.labels, args.top_k)
-                    stream.write(json.dumps(result, ensure_ascii=False) + "\n")
+                    given = {"text": text} if pairs is None else {"text": text, "text_pair": pairs[index]}
+                    write_json(stream, {**given, **ranked(scores[index], loaded.labels, args.top_k)})
                 stream.flush()
                 row += len(texts)
 
@@ -392,9 +301,9 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+def write_json(stream: IO[str], result: dict[str, Any]) -> None:
+    """One object on a line of its own."""
+    stream.write(json.dumps(result, ensure_ascii=False) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- signs
@@ -412,13 +321,8 @@ def predict_clips(args: Args, folder: Path, config: dict[str, Any]) -> None:
 
     paths = clip_paths(args)
     device = choose_device(args.device)
-    try:
-        model, report = AutoModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-    except Exception as error:
-        raise UserError(f"{folder}: the model does not load ({_first_line(error)})") from None
-    if report["missing_keys"]:
-        raise UserError(f"{folder}: weights are missing ({', '.join(sorted(report['missing_keys'])[:3])})")
-    model, collate, settings = model.eval().to(device), ClipCollate(), model.config
+    model, collate = open_saved(AutoModel, folder).to(device), ClipCollate()
+    settings = model.config
     bar = tqdm(total=len(paths), unit=" clips", delay=2, disable=None, leave=False, file=sys.stderr)
     with open_output(args.output) as stream, bar:
         for start in range(0, len(paths), args.batch_size):
@@ -443,7 +347,7 @@ def predict_clips(args: Args, folder: Path, config: dict[str, Any]) -> None:
                         "gloss": best_classes(gloss[row], settings.gloss_names, args.top_k or 5),
                         "category": best_classes(cat[row], settings.cat_names, args.top_k or 3),
                     }
-                    stream.write(json.dumps(result, ensure_ascii=False) + "\n")
+                    write_json(stream, result)
             stream.flush()
             bar.update(len(samples))
 
@@ -463,8 +367,8 @@ def clip_paths(args: Args) -> list[Path]:
     Raises:
         UserError: none is named, a path does not exist, a folder holds none, or a flag for texts was given.
     """
-    if args.file or args.text_pair or args.text_pair_column or args.max_length:
-        raise UserError("--file, --text_pair and --max_length are for texts; name the clips behind the run")
+    if args.file:
+        raise UserError("the lines of --file are for texts or pictures; name the clips behind the run")
     paths: list[Path] = []
     for name in args.texts:
         path = Path(name)
@@ -477,24 +381,153 @@ def clip_paths(args: Args) -> list[Path]:
     return paths
 
 
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def predict_pictures(args: Args, folder: Path, config: dict[str, Any]) -> None:
+    """Reads pictures and writes the classes of each as JSON or CSV; memory does not grow with their number.
+
+    Raises:
+        UserError: something that was named is not there, or none of the pictures can be read.
+    """
+    as_csv = args.format == "csv" or (args.format is None and str(args.output).lower().endswith(".csv"))
+    if as_csv and args.top_k:
+        raise UserError("--top_k is for JSON; CSV has a column for every class")
+    total, names = picture_names(args)
+    first = next(names, None)  # before the model is loaded: a missing input is told at once
+    if first is None:
+        source = args.file or "standard input"
+        raise UserError(f"{source}: no picture in it; name pictures, folders or URLs behind the run, or in --file")
+    opened = open_image_model(folder, choose_device(args.device))
+    # Someone who types wants each answer at once.
+    typed = not args.texts and not args.file and sys.stdin.isatty()
+    batch_size, ahead = (1, 0) if typed else (args.batch_size, None)
+
+    import csv
+
+    from lib.results import prediction_header, prediction_rows
+
+    answers = image_answers(opened, _chain(first, names), batch_size, args.num_workers, args.tta, ahead=ahead)
+    read, unread = 0, 0
+    hidden = typed or (args.output is None and sys.stdout.isatty())  # the bar would be drawn between the lines
+    with open_output(args.output) as stream, contextlib.closing(answers):
+        writer = csv.writer(stream, lineterminator="\n")
+        if as_csv:
+            writer.writerow(prediction_header(opened.label_names))
+        for batch in told(answers, total, "predicting", hidden):
+            scores = scores_of(batch.logits.double(), opened.model.config).numpy()
+            sound = [printable(name) for name, fault in zip(batch.names, batch.faults, strict=True) if fault is None]
+            if as_csv:
+                writer.writerows(prediction_rows(sound, opened.label_names, scores))
+            else:
+                each = iter(scores)
+                for name, fault in zip(map(printable, batch.names), batch.faults, strict=True):
+                    if fault is None:
+                        write_json(stream, {"file": name, **ranked(next(each), opened.label_names, args.top_k)})
+                    else:
+                        write_json(stream, {"file": name, "error": fault})
+            stream.flush()
+            read, unread = read + len(sound), unread + len(batch.names) - len(sound)
+        if not read:
+            raise UserError(f"none of {unread:,} pictures can be read" if unread > 1 else "the picture cannot be read")
+    if unread:
+        sys.exit(1)
+
+
+def picture_names(args: Args) -> tuple[int | None, Iterator[str]]:
+    """How many pictures there are (None: not known yet), and their paths and URLs from where ``args`` says.
+
+    Raises:
+        UserError: a path that is not there, a folder without pictures, a list that is no text.
+    """
+    if args.texts and args.file:
+        raise UserError("pictures and --file: give one of them")
+    if args.texts:
+        counts = [_count_pictures(name) for name in args.texts]
+        return sum(counts), (found for name in args.texts for found in _expanded(name))
+    if args.file:
+        path = Path(args.file)
+        if path.is_dir() or not path.exists():
+            what = "is a folder; name it behind the run, without --file" if path.is_dir() else "no such file"
+            raise UserError(f"--file {path}: {what}")
+        # What can be read once only, such as a pipe of the shell, is not read to be counted.
+        return sum(1 for _ in _listed(path)) if path.is_file() else None, _listed(path)
+    return None, _listed(sys.stdin.buffer)
+
+
+def _count_pictures(name: str) -> int:
+    path = Path(name)
+    if is_url(name):
+        return 1
+    if not path.exists():
+        hint = "of URLs, only http:// and https:// are read" if "://" in name else "this model classifies pictures"
+        raise UserError(f"{printable(name)}: no such file or folder ({hint})")
+    count = sum(1 for _ in pictures_in(path)) if path.is_dir() else 1
+    if not count:
+        raise UserError(f"{printable(name)}: no picture in this folder")
+    return count
+
+
+def _expanded(name: str) -> Iterator[str]:
+    return pictures_in(Path(name)) if not is_url(name) and Path(name).is_dir() else iter([name])
+
+
+def _listed(source: Path | IO[bytes]) -> Iterator[str]:
+    """The paths and URLs of a list, one a line; blank lines are passed over."""
+    with contextlib.ExitStack() as stack:
+        name = "standard input"
+        if isinstance(source, Path):
+            name = f"--file {source}"
+            try:
+                source = stack.enter_context(open(source, "rb"))
+            except OSError as error:
+                raise UserError(f"{name}: {error.strerror}") from None
+        for number, line in enumerate(iter(source.readline, b""), start=1):
+            if b"\0" in line:
+                raise UserError(
+                    f"{name}, line {number}: not a list of paths and URLs; pictures are named behind the run"
+                )
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield os.fsdecode(line.strip())
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
 def check(args: Args) -> None:
     """UserError for a number that makes no sense."""
-    if args.batch_size < 1:
-        raise UserError(f"--batch_size {args.batch_size}: give a whole number of at least 1")
-    if args.top_k < 0:
-        raise UserError(f"--top_k {args.top_k}: give a whole number; 0 lists all classes")
+    check_ranges(args, top_k=(0, 2**30), num_workers=(1, 1024))
     same = args.file and args.output and Path(args.output).exists() and Path(args.file).exists()
     if same and Path(args.file).samefile(args.output):
         raise UserError(f"--output {args.output}: would replace the file that is read; name another")
+
+
+def check_task(args: Args, task: str, folder: Path) -> None:
+    """UserError for what a model of this task does not read: pictures for one of texts, flags of another task."""
+    from lib.folders import PICTURES
+
+    owner = {"texts": "text", "pictures": "image"}
+    defaults = {field.name: field.default for field in fields(Args)}
+    for rows in sections(Args).values():
+        for name, text in rows:
+            if owner.get(text.partition(":")[0], task) != task and getattr(args, name) != defaults[name]:
+                raise UserError(f"--{name} has no effect here ({text})")
+    if task != "image" and args.output and args.output.lower().endswith(".csv"):
+        raise UserError(f"--output {args.output}: CSV is for pictures; name it .jsonl")
+    named = [text for text in args.texts if text.lower().endswith((*PICTURES, ".gif")) and Path(text).is_file()]
+    if task == "text" and named:
+        raise UserError(f"{named[0]} is a picture, but {folder} is a classifier of texts")
 
 
 def main() -> None:
     args = parse_args(Args, aliases={})
     check(args)
     folder = model_folder(Path(args.model))
-    config = read_model_config(folder)
-    tasks = {"text": predict_texts, "sign": predict_clips}
-    tasks[task_of(folder, config)](args, folder, config)
+    config = read_json(folder / "config.json")
+    task = task_of(folder, config)
+    check_task(args, task, folder)
+    {"text": predict_texts, "sign": predict_clips, "image": predict_pictures}[task](args, folder, config)
 
 
 if __name__ == "__main__":

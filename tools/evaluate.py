@@ -1,0 +1,510 @@
+"""Score trained image classifiers on labelled pictures.
+
+  python tools/evaluate.py runs/x                        the run's own test pictures
+  python tools/evaluate.py runs/x --split validation
+  python tools/evaluate.py runs/x --data data/new --output_dir scores
+  python tools/evaluate.py runs/x_fold0 runs/x_fold1     each one, and both together
+
+--data is a folder with a folder for each class, called as the model's classes
+are; it may lack some of them. Without it the pictures are those of the run's
+data_dir, and the numbers those of its results.json. Of several runs their
+ensemble is scored too, which is the mean of their probabilities.
+
+The loss is the one the run was trained with (label smoothing, class weights),
+with --data the plain cross-entropy; of an ensemble it is the mean of what it
+would be as each run's. A picture that cannot be read is left out and named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from lib.answers import (
+    choose_device,
+    image_answers,
+    model_folder,
+    open_image_model,
+    open_output,
+    printable,
+    read_json,
+    task_of,
+    told,
+)
+from lib.config import check_ranges, command_line, parse_args, read_yaml
+from lib.errors import UserError, errors_in_one_line
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from lib.folders import ImageFiles
+
+Runs = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
+OURS = ("results.json", "classification_report.txt", "confusion.png", "predictions.csv", "report.html")
+NAMED = 5  # files left out of a folder that are named
+
+
+@dataclass
+class Args:
+    # -- what is scored --
+    runs: Runs = ()  # run folders, their best/ or last/, or model folders
+    data: str | None = None  # score this folder of class folders instead of a split of the run's
+    split: Literal["test", "validation", "train"] | None = None  # of the run's pictures (default: test if there is one)
+    data_dir: str | None = None  # where the run's pictures lie now (default: where they were in training)
+    # -- evaluation --
+    batch_size: int = 64  # pictures in one forward pass
+    num_workers: int = 8  # threads that read and decode pictures
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    amp: Literal["no", "bf16", "fp16"] | None = None  # precision (default: as config.yaml says, if it is fast here)
+    tta: bool | None = None  # the mean over a picture and its mirror image (default: as the run was evaluated)
+    # -- output --
+    format: Literal["table", "json"] = "table"  # what is printed
+    output_dir: str | None = None  # write results, report, predictions and confusion matrix into this folder
+    overwrite: bool = False  # replace an earlier evaluation there
+
+
+# ------------------------------------------------------------------------------------------------------------- input
+
+
+@dataclass
+class Classifier:
+    """A run, or a model folder alone: how it was named, its weights, its classes, its ``config.yaml`` (or nothing)."""
+
+    name: str
+    folder: Path
+    label_names: list[str]
+    settings: dict[str, Any]
+
+
+@dataclass
+class Pictures:
+    """Labelled pictures and where they come from; ``class_weights`` [C] where the run's loss has them."""
+
+    files: ImageFiles
+    split: str  # test, validation, train or data
+    source: Path
+    class_weights: np.ndarray | None = None
+
+
+def read_classifier(name: str) -> Classifier:
+    """The classifier that ``name`` names, its weights not yet loaded.
+
+    Raises:
+        UserError: no model there, or none that gives each picture one class of several.
+    """
+    path = Path(name)
+    folder = model_folder(path)
+    config = read_json(folder / "config.json")
+    if (task := task_of(folder, config)) != "image":
+        what = {"text": "texts", "sign": "signs"}[task]
+        raise UserError(f"{name}: a classifier of {what}; scored here are runs of image_classify.py alone")
+    if config.get("problem_type") in ("multi_label_classification", "regression"):
+        raise UserError(f"{name}: its problem type is {config['problem_type']}; scored here is one class a picture")
+    named = config.get("id2label")
+    try:
+        labels = [str(named[str(number)]) for number in range(len(named))]
+    except (TypeError, KeyError):
+        raise UserError(f"{folder / 'config.json'}: id2label does not name the classes 0, 1 and so on") from None
+    if len(set(labels)) < max(2, len(labels)):
+        raise UserError(f"{folder / 'config.json'}: id2label names fewer than two classes, or one twice")
+    settings: dict[str, Any] = {}
+    for place in (path, folder.parent):
+        if (place / "config.yaml").is_file() and not settings:
+            for key, value in read_yaml(place / "config.yaml").items():
+                settings.update(value if isinstance(value, dict) else {key: value})
+            if settings.get("amp") is None and (place / "results.json").is_file():  # it was the launch config's
+                settings["amp"] = read_json(place / "results.json").get("precision")
+    return Classifier(name.rstrip("/"), folder, labels, settings)
+
+
+def own_pictures(run: Classifier, split: str | None, data_dir: str | None) -> Pictures:
+    """A split of the pictures that the run was trained on; by default the test split, or else the validation's.
+
+    Raises:
+        UserError: nothing says where they are, they are there no longer, or they have other classes.
+    """
+    import numpy as np
+
+    from lib.folders import read_splits
+
+    if not run.settings.get("data_dir"):
+        raise UserError(f"{run.name}: no config.yaml that names its pictures; score others with --data")
+    folder, fold = Path(data_dir or run.settings["data_dir"]), run.settings.get("fold", 0)
+    weighted = bool(run.settings.get("class_weights"))
+    if not folder.is_dir():
+        whose = "--data_dir" if data_dir else f"the data_dir of {run.name}"
+        raise UserError(f"{folder}: no such folder ({whose}); --data_dir says where the run's pictures lie now")
+    wanted = {split or "test", *(["train"] if weighted else [])}
+    classes, sides = read_splits(folder, fold, wanted=sorted(wanted))
+    if split is None and "test" not in sides:
+        split = "validation"
+        classes, sides = read_splits(folder, fold, wanted=sorted(wanted | {split}))
+    split = split or "test"
+    if split not in sides:
+        raise UserError(f"{folder}: there is no test set; give --split validation")
+    if set(classes) != set(run.label_names):
+        differ = sorted(set(classes) ^ set(run.label_names))[0]
+        who = "the data" if differ in classes else "the model"
+        raise UserError(f"{folder}: its classes are not those of {run.name}: {who} alone has {differ!r}; split again?")
+    weights = None
+    if weighted:
+        counts = np.bincount(_renumbered(sides["train"], list(classes), run).classes, minlength=len(classes))
+        weights = counts.sum() / (len(counts) * np.maximum(counts, 1))
+    return Pictures(_renumbered(sides[split], list(classes), run), split, folder, weights)
+
+
+def class_pictures(runs: list[Classifier], folder: Path) -> list[Pictures]:
+    """The pictures of a folder of class folders, with each run's numbers; files left out are named on stderr.
+
+    Raises:
+        UserError: no such folder, one without pictures, or a class that the model does not know.
+    """
+    import numpy as np
+    import pyarrow as pa
+
+    from lib.folders import ImageFiles, class_folders
+
+    left_out: list[str] = []
+    if (folder / "splits").is_dir() and (folder / "raw").is_dir():
+        raise UserError(f"--data {folder}: holds raw and splits; its class folders are in {folder / 'raw'}, and "
+                        f"--data_dir {folder} scores a split of it")  # fmt: skip
+    found = class_folders(folder, lambda name, why: left_out.append(f"{folder / name}: {why}"))
+    for run, name in ((run, name) for run in runs for name in found):
+        if name not in run.label_names:
+            close = difflib.get_close_matches(name, run.label_names, n=1)
+            known = ", ".join(run.label_names[:8]) + (", ..." if len(run.label_names) > 8 else "")
+            hint = f"did you mean {close[0]}?" if close else f"it knows {known}"
+            raise UserError(f"{folder / name}: {run.name} has no class {name!r}; {hint}")
+    for line in left_out[:NAMED]:
+        print(f"left out: {line}", file=sys.stderr)
+    if len(left_out) > NAMED:
+        print(f"... and {len(left_out) - NAMED:,} more", file=sys.stderr)
+    numbers = [number for number, files in enumerate(found.values()) for _ in files]
+    names = pa.array((file for files in found.values() for file in files), pa.large_string())
+    files = ImageFiles(folder, names, np.array(numbers, np.int64))
+    return [Pictures(_renumbered(files, list(found), run), "data", folder) for run in runs]
+
+
+def _renumbered(files: ImageFiles, class_names: list[str], run: Classifier) -> ImageFiles:
+    """``files``, whose classes are numbered as in ``class_names``, with the numbers that the model has for them."""
+    import numpy as np
+
+    from lib.folders import ImageFiles
+
+    numbers = np.array([run.label_names.index(name) for name in class_names])
+    return ImageFiles(files.folder, files.names, numbers[files.classes])
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclass
+class Score:
+    """Of the r pictures that could be read: their ``rows`` [r], ``labels`` int [r], ``logits`` float32 [r, C] and
+    ``losses`` float32 [r]."""
+
+    rows: np.ndarray
+    labels: np.ndarray
+    logits: np.ndarray
+    losses: np.ndarray
+
+
+def score(run: Classifier, pictures: Pictures, args: Args) -> Score:
+    """The run's answers for all pictures.
+
+    Raises:
+        UserError: the weights cannot be loaded, or no picture can be read.
+    """
+    import numpy as np
+
+    files, device = pictures.files, choose_device(args.device)
+    opened = open_image_model(run.folder, device)
+    tta = bool(run.settings.get("tta")) if args.tta is None else args.tta
+    names = (str(files.path(row)) for row in range(len(files)))
+    answers = image_answers(
+        opened, names, args.batch_size, args.num_workers, tta, precision(args.amp, run.settings.get("amp"), device)
+    )
+    logits, sound = np.zeros((len(files), len(run.label_names)), np.float32), np.zeros(len(files), bool)
+    row = 0
+    with contextlib.closing(answers):
+        for batch in told(answers, len(files), Path(run.name).name):
+            rows = row + np.flatnonzero([fault is None for fault in batch.faults])
+            logits[rows], sound[rows] = batch.logits.numpy(), True
+            row += len(batch.names)
+    if not sound.any():
+        raise UserError(f"{pictures.source}: none of the {len(files):,} pictures can be read")
+    labels = files.classes[sound]
+    return Score(np.flatnonzero(sound), labels, logits[sound], losses_of(run, pictures, logits[sound], labels))
+
+
+def precision(asked: str | None, trained: str | bool | None, device: torch.device) -> str:
+    """no, bf16 or fp16: what was asked for, or what the run was trained in, if this machine computes it.
+
+    Raises:
+        UserError: fp16 was asked for on a CPU.
+    """
+    from lib.run import computes_bf16
+
+    fast = {"bf16": computes_bf16(), "fp16": device.type != "cpu"}
+    if asked is not None:
+        if asked == "fp16" and device.type == "cpu":
+            raise UserError("--amp fp16 needs a GPU: --amp bf16 is the mixed precision of a CPU, --amp no the full one")
+        return asked
+    if trained == "auto":
+        return next((kind for kind in ("bf16", "fp16") if fast[kind]), "no")
+    return trained if fast.get(trained) else "no"
+
+
+def losses_of(run: Classifier, pictures: Pictures, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The cross-entropy of each picture, float32 [r]: as in training, or plain where the pictures are not the run's."""
+    import torch
+
+    smoothing = float(run.settings.get("label_smoothing") or 0) if pictures.split != "data" else 0.0
+    weight = None if pictures.class_weights is None else torch.from_numpy(pictures.class_weights).float()
+    return torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits).float(), torch.from_numpy(labels), weight, reduction="none", label_smoothing=smoothing
+    ).numpy()
+
+
+def in_all(scores: list[Score]) -> list[Score]:
+    """The scores of the pictures that every run could read, whose decoders may differ."""
+    import numpy as np
+
+    kept = scores[0].rows
+    for found in scores[1:]:
+        kept = np.intersect1d(kept, found.rows)
+    places = [np.searchsorted(found.rows, kept) for found in scores]
+    return [
+        Score(kept, found.labels[at], found.logits[at], found.losses[at])
+        for found, at in zip(scores, places, strict=True)
+    ]
+
+
+def ensemble(runs: list[Classifier], pictures: list[Pictures], scores: list[Score]) -> Score:
+    """The mean of the runs' probabilities, as logits, for the classes in the order of the first run."""
+    import numpy as np
+
+    from lib.results import probabilities
+
+    first = scores[0]
+    order = [[run.label_names.index(name) for name in runs[0].label_names] for run in runs]
+    chances = [probabilities(found.logits)[:, columns] for found, columns in zip(scores, order, strict=True)]
+    # Zero probability would be an infinite loss.
+    logits = np.log(np.maximum(np.mean(chances, axis=0), np.finfo(np.float32).tiny)).astype(np.float32)
+    losses = [
+        losses_of(run, own, logits[:, np.argsort(columns)], found.labels)
+        for run, own, found, columns in zip(runs, pictures, scores, order, strict=True)
+    ]
+    return Score(first.rows, first.labels, logits, np.mean(losses, axis=0))
+
+
+def check_same_pictures(runs: list[Classifier], pictures: list[Pictures]) -> None:
+    """UserError where runs would be scored on different pictures or have different classes."""
+    import numpy as np
+
+    for run, own in zip(runs[1:], pictures[1:], strict=True):
+        if set(run.label_names) != set(runs[0].label_names):
+            odd = sorted(set(run.label_names) ^ set(runs[0].label_names))[0]
+            raise UserError(f"{run.name} and {runs[0].name} have different classes ({odd!r}): score them one by one")
+        labels = [np.array(one.label_names)[files.files.classes] for one, files in ((run, own), (runs[0], pictures[0]))]
+        same = own.source.resolve() == pictures[0].source.resolve() and own.files.names.equals(pictures[0].files.names)
+        if own.split != pictures[0].split or not same or (labels[0] != labels[1]).any():
+            hint = "score them one by one, or on --split test" if own.split in ("validation", "train") else "use --data"
+            raise UserError(f"{run.name} and {runs[0].name} have different {own.split} pictures: {hint}")
+
+
+def warn_of_other_pictures(run: Classifier, pictures: Pictures, found: Score) -> None:
+    """Says so where these are not the pictures that the run itself scored: some may be of those it was trained on."""
+    from lib.tables import csv_records
+
+    path = run.folder.parent / f"predictions_{pictures.split}.csv"
+    if pictures.split == "data" or not path.is_file():
+        return
+    before = {record["file"] for _, record in csv_records(path, ["file"])}
+    now = {pictures.files.names[int(row)].as_py() for row in found.rows}
+    if odd := sorted(before ^ now):
+        change = "is new" if odd[0] in now else "is missing"
+        print(f"warning: {len(odd):,} {pictures.split} pictures differ from those in {path} ({odd[0]} {change}): if "
+              "the data was split again, the run may have been trained on some", file=sys.stderr)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+
+
+def results_of(
+    runs: list[Classifier], pictures: Pictures, scores: list[Score], together: Score | None
+) -> dict[str, Any]:
+    """What ``results.json`` holds: the metrics of each run under ``runs``, and those of the ``ensemble``."""
+    from lib.metrics import classification_metrics, confusion_matrix
+
+    def metrics(found: Score) -> dict[str, float]:
+        return {**classification_metrics(found.labels, found.logits, found.losses), "count": len(found.rows)}
+
+    last = together or scores[0]
+    matrix = confusion_matrix(last.labels, last.logits.argmax(axis=1), len(runs[0].label_names))
+    return {
+        "data": printable(str(pictures.source)),
+        "split": pictures.split,
+        "runs": {run.name: metrics(found) for run, found in zip(runs, scores, strict=True)},
+        **({"ensemble": metrics(together)} if together else {}),
+        "left_out": len(pictures.files) - len(last.rows),
+        "label_names": runs[0].label_names,
+        "confusion_matrix": matrix.tolist(),
+        "command": command_line(),
+    }
+
+
+def columns_of(results: dict[str, Any], titles: list[str]) -> dict[str, dict[str, float]]:
+    """The metrics of each run under its title, and of the ensemble."""
+    columns = dict(zip(titles, results["runs"].values(), strict=True))
+    return columns | ({"ensemble": results["ensemble"]} if "ensemble" in results else {})
+
+
+def described(results: dict[str, Any]) -> str:
+    """What was scored, in one line."""
+    count = next(iter(results["runs"].values()))["count"]
+    what = "class folders" if results["split"] == "data" else f"{results['split']} split"
+    unread = f", {results['left_out']:,} more cannot be read" if results["left_out"] else ""
+    return f"{count:,} pictures of {results['data']} ({what}){unread}"
+
+
+def table_text(results: dict[str, Any]) -> str:
+    """The result on one screen: what was scored, the metrics, and what one should know of them."""
+    import textwrap
+
+    from lib.results import metrics_table
+
+    names = list(results["runs"])
+    several = len(names) > 1
+    titles = [f"run {number}" for number in range(1, len(names) + 1)] if several else [results["split"]]
+    lines = [f"{title}  {name}" for title, name in zip(titles, names, strict=True)] if several else names
+    lines += [described(results), "", metrics_table(columns_of(results, titles))]
+    counts = zip(results["label_names"], results["confusion_matrix"], strict=True)
+    if absent := [name for name, row in counts if not sum(row)]:
+        note = f"No picture is of {', '.join(absent)}; the macro means count such a class as 0."
+        lines += ["", *textwrap.wrap(note, 80)]
+    return "\n".join(lines)
+
+
+def write_results(folder: Path, pictures: Pictures, results: dict[str, Any], last: Score) -> None:
+    """Writes the files of an evaluation into the new folder ``folder``; predictions, confusion matrix and report are
+    of ``last``, which is the ensemble where there are several runs."""
+    import numpy as np
+
+    from lib.metrics import report_text
+    from lib.plots import plot_confusion
+    from lib.results import probabilities, write_predictions
+    from lib.run import write_text
+
+    folder.mkdir(parents=True)
+    names, matrix = results["label_names"], np.array(results["confusion_matrix"])
+    write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / "classification_report.txt", report_text(matrix, names))
+    plot_confusion(matrix, names, folder / "confusion.png")
+    files = [pictures.files.names[int(row)].as_py() for row in last.rows]
+    write_predictions(folder / "predictions.csv", files, names, probabilities(last.logits), last.labels)
+    write_page(folder / "report.html", pictures, results, last)
+
+
+def write_page(path: Path, pictures: Pictures, results: dict[str, Any], last: Score) -> None:
+    """``report.html``: the figures, the confusion matrix, each class, and the worst mistakes as pictures."""
+    import numpy as np
+
+    from lib import report
+    from lib.metrics import per_class
+    from lib.results import METRICS, thumbnail, worst_mistakes
+
+    names, matrix = results["label_names"], np.array(results["confusion_matrix"])
+    worst = worst_mistakes({"labels": last.labels, "logits": last.logits}, names)
+    for mistake in worst:
+        row = int(last.rows[mistake["row"]])
+        mistake["text"] = pictures.files.names[row].as_py()
+        mistake["image"] = thumbnail(pictures.files.path(row).read_bytes())
+    columns = columns_of(results, [Path(name).name for name in results["runs"]])
+    who, shown = list(columns.items())[-1]
+    tiles = [
+        ("accuracy", f"{100 * shown['accuracy']:.2f} %", f"{shown['count']:,} pictures"),
+        ("F1 (macro)", f"{shown['f1_macro']:.4f}", f"{len(names)} classes"),
+    ]
+    values = per_class(matrix)
+    blocks = [
+        report.headline(tiles),
+        report.table(["metric", *columns], [(name, *(column[name] for column in columns.values())) for name in METRICS],
+                     title="Metrics"),
+        report.confusion(matrix, names, title=f"Confusion matrix, {who}"),
+        report.per_class(names, *(values[name] for name in ("precision", "recall", "f1", "support"))),
+        report.mistakes(worst),
+        report.command(results["command"], title="Repeat it"),
+    ]  # fmt: skip
+    report.write_report(path, f"Evaluation of {', '.join(results['runs'])}", described(results), blocks)
+
+
+# -------------------------------------------------------------------------------------------------------------- main
+
+
+def check_args(args: Args) -> None:
+    """UserError for what can be wrong before anything is loaded."""
+    check_ranges(args, num_workers=(1, 1024))
+    if not args.runs:
+        raise UserError("no run: name one, or several, as in: python tools/evaluate.py runs/x")
+    if args.data and (args.split or args.data_dir):
+        flag = "--split" if args.split else "--data_dir"
+        raise UserError(f"{flag} chooses among a run's own pictures, --data names others: drop one")
+    if len({Path(name).resolve() for name in args.runs}) < len(args.runs):
+        raise UserError("a run is named twice")
+    if args.output_dir is None:
+        return
+    target = Path(args.output_dir)
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--output_dir {target}: is a file")
+    there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
+    if others := [name for name in there if name not in OURS]:
+        raise UserError(f"--output_dir {target}: holds {others[0]}, which is no evaluation's: choose another folder")
+    if there and not args.overwrite:
+        raise UserError(f"--output_dir {target}: holds an evaluation already; --overwrite replaces it")
+
+
+def main() -> None:
+    args = parse_args(Args, {"eval_batch_size": "batch_size"})
+    check_args(args)
+
+    from lib.checkpoint import whole_folder
+    from lib.run import quiet_libraries
+
+    quiet_libraries()
+    runs = [read_classifier(name) for name in args.runs]
+    if args.data:
+        pictures = class_pictures(runs, Path(args.data))
+    else:
+        pictures = [own_pictures(run, args.split, args.data_dir) for run in runs]
+    check_same_pictures(runs, pictures)
+    scores = in_all([score(run, own, args) for run, own in zip(runs, pictures, strict=True)])
+    for run, own, found in zip(runs, pictures, scores, strict=True):
+        warn_of_other_pictures(run, own, found)
+    together = ensemble(runs, pictures, scores) if len(runs) > 1 else None
+    results = results_of(runs, pictures[0], scores, together)
+    if args.output_dir:
+        with whole_folder(Path(args.output_dir)) as draft:
+            write_results(draft, pictures[0], results, together or scores[0])
+    with open_output(None) as stream:
+        if args.format == "json":
+            stream.write(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+            return
+        stream.write(table_text(results) + "\n")
+        if args.output_dir:
+            stream.write(f"\nReport: {Path(args.output_dir) / 'report.html'}\n")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the draft is cleared away
+    with errors_in_one_line():
+        main()
