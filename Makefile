@@ -1,4 +1,4 @@
-# make demo (TASK=clip|text|sign) · make test · make setup · make bench · make torture · make lint
+# make demo (TASK=clip|text|sign|image) · make test · make setup · make bench · make torture · make lint
 # VENV=path chooses the virtual environment, PYTHON=python3.x the interpreter it is made with.
 
 VENV ?= .venv
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup demo demo_clip demo_text demo_sign test bench bench_clip bench_text bench_sign torture lint link
+.PHONY: setup demo demo_clip demo_text demo_sign demo_image test bench bench_clip bench_text bench_sign bench_image torture lint link
 
 setup: $(STAMP) link
 
@@ -49,6 +49,17 @@ demo_sign: setup
 	@echo; $(BIN)/python data/make_sign_demo.py --output_dir data/demo_sign  # says how far logistic regression gets
 	@echo "Reports: $(CURDIR)/runs/demo_sign_transformer/report.html $(CURDIR)/runs/demo_sign_iv3_gru/report.html"
 
+# Five folds, all scored on the same test pictures. With the number of threads said, the launcher does not warn.
+demo_image: setup
+	$(BIN)/python data/make_image_demo.py --output_dir data/demo_image --no_baseline
+	test -f data/demo_image/splits/test.txt || \
+	  $(BIN)/python tools/split_folds.py --raw_data data/demo_image/raw --folds 5
+	PATH="$(abspath $(BIN)):$$PATH" OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} \
+	  $(BIN)/python tools/cross_validate.py --config_file accelerate_configs/cpu.yaml \
+	  scripts/image_classify.py --config configs/demo/image.yaml --overwrite
+	@echo; $(BIN)/python data/make_image_demo.py --output_dir data/demo_image  # says how far logistic regression gets
+	@echo "Report: $(CURDIR)/runs/demo_image_cv/report.html"
+
 test: setup
 	$(BIN)/python -m pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
 
@@ -70,6 +81,10 @@ bench_text: setup
 
 bench_sign: setup
 	$(BIN)/python benchmarks/sign.py
+
+# DATA=folder with train/ and val/: other pictures than those that are made.
+bench_image: setup
+	$(BIN)/python benchmarks/image.py $(if $(DATA),--data "$(DATA)")
 
 lint: setup
 	$(BIN)/ruff check .

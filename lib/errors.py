@@ -44,6 +44,10 @@ def errors_in_one_line() -> Iterator[None]:
         leave(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:
         leave("interrupted", 130)
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):  # torch's own, in a batch norm
+            raise
+        leave("error: a batch of one sample, which batch norms cannot take: change --batch_size by one", 2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -37,17 +37,23 @@ class Args:
     cutmix: float = 0.0  # a rectangle of another picture, its share from Beta(cutmix, cutmix): 1, say
     progressive_sizes: tuple[int, ...] = ()  # smaller sides for the first epochs, as 128 160; image_size comes last
     balanced: bool = False  # every class is drawn equally often
+    cache: bool = False  # decode the pictures once, and read them from a memory map
+    cache_side: int | None = None  # cache: shorter side of what is kept, in pixels (default: what evaluation needs)
+    cache_dir: str | None = None  # cache: where (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
     # -- model --
     architecture: str = "resnet18"  # net of torchvision, or of timm as timm/<name>
     weights: str | None = None  # of the net: a file, or DEFAULT for ImageNet's, downloaded; None: random
     model_name: str | None = None  # instead of architecture: folder or Hub name of a classifier of transformers
     num_classes: int | None = None  # checked against the data
-    strategy: Literal["full", "head"] = "full"  # what is trained: all, or the head alone
+    strategy: Literal["full", "head", "gradual"] = "full"  # what is trained: all, the head, or it and then more
+    unfreeze_every: int = 1  # gradual: epochs until the next layer below is trained too
+    layer_decay: float = 1.0  # learning rate of a layer over that of the next one above: 0.75, say
     # -- loss --
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
     class_weights: bool = False  # a class counts by the inverse of its frequency
     tta: bool = False  # evaluation averages a picture and its mirror image
     # -- training --
+    trainer_type: Literal["standard", "accelerate", "mixed_precision", "dp"] = "standard"  # dp: private (Opacus)
     epochs: int = 20  # passes over the training pictures
     max_steps: int | None = None  # stop after this many optimizer steps, even if epochs are left
     batch_size: int = 32  # pictures per process and micro-batch
@@ -62,9 +68,14 @@ class Args:
     momentum: float = 0.9  # sgd: Nesterov momentum
     scheduler: SchedulerName = "cosine"  # how the rate changes over the optimizer steps
     scheduler_patience: int = 5  # plateau: evaluations without improvement before the rate falls
-    scheduler_factor: float = 0.5  # plateau: what it is multiplied by then
+    scheduler_step_size: int = 7  # step: epochs from one fall of the rate to the next
+    scheduler_factor: float = 0.5  # plateau, step: what the rate is multiplied by when it falls
     warmup_steps: float = 0.0  # optimizer steps of linear warm-up; below 1, a share of all steps
-    grad_clip: float | None = None  # largest gradient norm; None: not clipped
+    grad_clip: float | None = None  # largest gradient norm, with dp of each picture; None: not clipped (dp: 1)
+    noise_multiplier: float | None = None  # dp: deviation of the noise over grad_clip (default: from target_epsilon)
+    target_epsilon: float | None = None  # dp: privacy budget, at which training stops: 3, say
+    target_delta: float = 1e-5  # dp: chance that the budget does not hold, less than 1 over the training pictures
+    noise_seed: int | None = None  # dp: for tests; who knows it can subtract the noise (default: drawn, kept secret)
     ema_decay: float | None = None  # average the weights over the steps and evaluate the average: 0.999, say
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 if it is fast (default: launch's)
     compile_model: bool = False  # torch.compile
@@ -102,6 +113,7 @@ class Args:
 ALIASES = {
     "random_erasing": "erasing",
     "resize": "image_size",
+    "layer_wise_lr_decay": "layer_decay",
     "amp_dtype": ("amp", {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}),
 }
 
@@ -127,33 +139,30 @@ def load_data(args: Args) -> Data:
     import numpy as np
     import torch
 
-    from lib.folders import read_class_folders, read_class_map, read_index
+    from lib.folders import read_splits
+    from lib.image_cache import cached_images
+    from lib.images import evaluation_side
     from lib.run import log
+    from lib.tokens import cache_folder
 
     folder = Path(args.data_dir)
     if not args.data_dir:
         raise UserError("--data_dir is missing: a folder with raw/<class>/ or with train/<class>/ and val/<class>/")
-    index = folder / "splits"
-    if index.is_dir() or not (folder / "train").is_dir():
-        classes = read_class_map(index)
-        files = {"train": f"fold_{args.fold}_train.txt", "validation": f"fold_{args.fold}_val.txt", "test": "test.txt"}
-        if not (index / files["test"]).exists():
-            del files["test"]
-        splits = {split: read_index(index / name, classes) for split, name in files.items()}
-    else:
-        left_out: list[str] = []
-        classes, sides = read_class_folders(folder, lambda name, why: left_out.append(f"{folder / name}: {why}"))
-        splits = {"validation" if side == "val" else side: found for side, found in sides.items()}
-        for line in left_out[:5]:
-            log.warning("Left out: %s", line)
-        if len(left_out) > 5:
-            log.warning("... and %d more", len(left_out) - 5)
+    left_out: list[str] = []
+    classes, splits = read_splits(folder, args.fold, lambda name, why: left_out.append(f"{folder / name}: {why}"))
+    for line in left_out[:5]:
+        log.warning("Left out: %s", line)
+    if len(left_out) > 5:
+        log.warning("... and %d more", len(left_out) - 5)
     if len(classes) < 2:
         raise UserError(f"{folder}: one class, {next(iter(classes))}; a classifier needs at least two")
     if args.num_classes not in (None, len(classes)):
         raise UserError(f"--num_classes {args.num_classes}, but {folder} has {len(classes)} classes")
     names, counts = list(classes), ", ".join(f"{split} {len(found):,}" for split, found in splits.items())
     log.info("Pictures: %s; %d classes: %s", counts, len(names), ", ".join(names[:12]) + " ..." * (len(names) > 12))
+    if args.cache:
+        side = args.cache_side or evaluation_side(args.image_size)
+        splits = cached_images(splits, side, cache_folder(args.cache_dir), args.num_workers)
     counts = np.bincount(splits["train"].classes, minlength=len(names))
     weights = torch.from_numpy(counts.sum() / (len(counts) * np.maximum(counts, 1))).float()
     return Data(splits, names, weights, *normalisation_of(args))
@@ -181,6 +190,7 @@ def normalisation_of(args: Args) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def build_model(args: Args, data: Data, accelerator: Any) -> Any:
     from lib.dropout import speed_up_dropout
     from lib.models.vision import VisionNet, VisionNetConfig, load_pretrained
+    from lib.privacy import make_valid
     from lib.run import count_parameters, log
 
     labels = {
@@ -191,16 +201,20 @@ def build_model(args: Args, data: Data, accelerator: Any) -> Any:
     if args.model_name:
         model = open_classifier(args.model_name, labels)
     else:
-        model = VisionNet(VisionNetConfig(architecture=args.architecture, **labels))
+        # Batch norms mix the pictures of a batch, which leaves no picture a gradient of its own.
+        group_norm = args.trainer_type == "dp" and args.strategy == "full"
+        model = VisionNet(VisionNetConfig(architecture=args.architecture, group_norm=group_norm, **labels))
         if args.weights and args.weights.lower() != "none":
             log.info("%s", load_pretrained(model, args.weights))
     head = head_names(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = args.strategy == "full" or name.startswith(head)
+        parameter.requires_grad = args.strategy != "head" or name.startswith(head)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained or any(args.strategy == "head" and not name.startswith(head) for name in trained):
         raise RuntimeError(f"strategy {args.strategy} trains the wrong parameters: {trained[:3]}")
-    if accelerator.device.type == "cpu" and not args.compile_model:
+    if args.trainer_type == "dp":
+        make_valid(model, args.image_size)
+    if accelerator.device.type == "cpu" and not args.compile_model and args.trainer_type != "dp":
         speed_up_dropout(model)
     trainable, total = count_parameters(model)
     log.info("Strategy %s trains %s of %s parameters (%.2f %%)", args.strategy, f"{trainable:,}", f"{total:,}",
@@ -240,9 +254,8 @@ def compute_loss(model: Any, batch: dict[str, Any], data: Data, args: Args) -> t
 
     from lib.augment import normalise
 
-    pixels = normalise(batch["pixel_values"], data.mean, data.std)
-    if args.channels_last:
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if args.channels_last else torch.contiguous_format
+    pixels = normalise(batch["pixel_values"].contiguous(memory_format=layout), data.mean, data.std)
     logits = model(pixel_values=pixels).logits.float()
     if args.tta and not model.training:
         logits = (logits + model(pixel_values=pixels.flip(-1)).logits.float()) / 2
@@ -309,7 +322,7 @@ print(model.config.id2label[logits.argmax().item()])
 
 
 def check_args(args: Args) -> None:
-    """What can be wrong before anything is loaded."""
+    """What can be wrong before anything is loaded; what trainer_type stands for."""
     from lib.hub import check_push
     from lib.run import check_trackers, choose_directory
 
@@ -318,12 +331,40 @@ def check_args(args: Args) -> None:
     choose_directory(args, default_name(args))
     check_ranges(
         args, ema_decay=(0, 0.9999999), fold=(0, 9999), image_size=(8, 4096), crop_scale=(0.001, 1), flip=(0, 1),
-        erasing=(0, 1), mixup=(0, 100), cutmix=(0, 100), label_smoothing=(0, 0.999), num_classes=(2, 2**20),
+        erasing=(0, 1), cache_side=(8, 16384), mixup=(0, 100), cutmix=(0, 100), label_smoothing=(0, 0.999),
+        num_classes=(2, 2**20), unfreeze_every=(1, 2**20), layer_decay=(0.001, 1), noise_multiplier=(0, 1000),
+        target_epsilon=(1e-6, 1e6), target_delta=(1e-30, 0.999), noise_seed=(0, 2**62),
     )  # fmt: skip
     if any(not 8 <= size <= args.image_size for size in args.progressive_sizes):
         raise UserError(f"--progressive_sizes: sides from 8 up to --image_size {args.image_size}")
     if args.model_name and args.weights:
         raise UserError("--weights are those of --architecture; --model_name brings its own: drop one")
+    if args.trainer_type == "mixed_precision":
+        args.amp = args.amp or "auto"
+    if args.trainer_type == "dp":
+        check_private(args)
+
+
+def check_private(args: Args) -> None:
+    """What cannot go with differential privacy, and what it needs."""
+    from lib.privacy import require_opacus
+
+    require_opacus()
+    others = {
+        "mixup and --cutmix": (args.mixup or args.cutmix, "a picture would be in the gradient of others too"),
+        "balanced": (args.balanced, "the accounting needs each picture drawn with the same probability"),
+        "class_weights": (args.class_weights, "they tell the numbers of pictures without noise"),
+        "strategy gradual": (args.strategy == "gradual", "what is trained has to stay the same: full or head"),
+        "amp": (args.amp not in (None, "no"), "gradients of single pictures are computed in float32"),
+        "compile_model": (args.compile_model, "the hooks for gradients of single pictures are not compiled"),
+        "progressive_sizes": (args.progressive_sizes, "one size was checked"),
+    }
+    for flag, (given, why) in others.items():
+        if given:
+            raise UserError(f"--{flag} cannot go with --trainer_type dp: {why}")
+    if args.noise_multiplier is None and args.target_epsilon is None:
+        raise UserError("--trainer_type dp needs a budget, such as --target_epsilon 3, or --noise_multiplier")
+    args.amp, args.grad_clip, args.channels_last = "no", args.grad_clip or 1.0, False
 
 
 def data_title(args: Args) -> str:
@@ -347,6 +388,20 @@ def default_name(args: Args) -> str:
     return join_name(data_title(args), model_title(args), *settings)
 
 
+def privacy_of(run: Any, args: Args) -> dict[str, Any]:
+    """What results.json says of the budget that was spent; nothing where training is not private."""
+    from lib.privacy import epsilon_of
+
+    if args.trainer_type != "dp":
+        return {}
+    names = ("noise_multiplier", "sample_rate", "steps")
+    return {
+        "epsilon": epsilon_of(run.state.spent, args.target_delta),
+        "delta": args.target_delta,
+        "private": [dict(zip(names, part, strict=True)) for part in run.state.spent],
+    }
+
+
 def main() -> None:
     args = parse_args(Args, ALIASES)
     check_args(args)
@@ -354,16 +409,19 @@ def main() -> None:
     import torch
 
     from lib.batches import TrainBatches
-    from lib.checkpoint import is_sharded, load_trained_weights, save_model_folder
+    from lib.checkpoint import is_sharded, load_trained_weights, save_model_folder, unwrapped
     from lib.collate import ImageCollate
     from lib.ema import Ema, averaged
     from lib.hub import push_folder, write_model_card
     from lib.images import EvaluationImages, ImageAugmentation, TrainingImages, write_image_processor
+    from lib.layers import layers_of, train_from, train_mode
     from lib.metrics import classification_metrics
     from lib.optim import make_optimizer, make_scheduler
     from lib.pairs import report_unreadable
+    from lib.privacy import check_budget, clip_and_add, count_private_step, epsilon_of, start_privacy
     from lib.results import (
         METRICS,
+        describe_privacy,
         probabilities,
         split_to_show,
         worst_mistakes,
@@ -396,13 +454,24 @@ def main() -> None:
         success,
         take_train_loss,
     )  # fmt: skip
+    from lib.saliency import add_pictures
 
-    accelerator = make_accelerator(args.seed, args.amp)
+    accelerator = make_accelerator(args.seed, args.amp, changing=args.strategy == "gradual")
+    if args.trainer_type == "dp" and is_sharded(accelerator):
+        raise UserError("--trainer_type dp needs whole parameters: launch without FSDP")
     data = load_data(args)
     model = build_model(args, data, accelerator)
+    if args.trainer_type == "dp" and not args.resume:
+        batch = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        check_budget(
+            batch, len(data.splits["train"]), args.epochs, args.max_steps, args.noise_multiplier, args.target_epsilon,
+            args.target_delta,
+        )  # fmt: skip
     run = start_run(accelerator, args, default_name(args))
     state = run.state
-    for line in without_effect(args, {"GPU": accelerator.device.type == "cuda"}):
+    used = {"GPU": accelerator.device.type == "cuda", "cache": args.cache, "dp": args.trainer_type == "dp",
+            "gradual": args.strategy == "gradual"}  # fmt: skip
+    for line in without_effect(args, used):
         log.warning("%s", line)
 
     augmentation = ImageAugmentation(args.crop_scale, args.flip, args.augmentation, args.erasing, data.mean)
@@ -418,23 +487,38 @@ def main() -> None:
     )  # fmt: skip
     total_steps = plan_steps(run, train_batches, args.epochs, args.max_steps)
 
+    layers = layers_of(model, head_names(model))
     optimizer = make_optimizer(
         model, args.optimizer, args.lr, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
-        args.momentum, sharded=is_sharded(accelerator),
+        args.momentum, is_sharded(accelerator), layers if args.layer_decay < 1 else (), args.layer_decay,
     )  # fmt: skip
+    plain = model
     if args.compile_model:
         model = torch.compile(model)
     if args.channels_last and not is_sharded(accelerator):
         model = model.to(memory_format=torch.channels_last)
-    choose_sharded_layers(accelerator, model)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    if args.trainer_type == "dp":  # sums over processes by itself
+        model, optimizer = model.to(accelerator.device), accelerator.prepare(optimizer)
+    else:
+        choose_sharded_layers(accelerator, model)
+        model, optimizer = accelerator.prepare(model, optimizer)
+    privacy = None
+    if args.trainer_type == "dp":
+        privacy = start_privacy(
+            accelerator, model, optimizer.optimizer, state, train_batches.window_size, len(dataset), total_steps,
+            args.grad_clip, args.noise_multiplier, args.noise_seed, args.target_epsilon, args.target_delta,
+        )  # fmt: skip
+        total_steps = privacy.last_step  # a hard stop where the budget is spent
+        train_batches.poisson_seed = state.noise_seed
     higher_is_better = args.best_metric != "loss"
     schedule = make_scheduler(
         optimizer.optimizer, args.scheduler, total_steps, args.warmup_steps, args.scheduler_factor,
-        args.scheduler_patience, higher_is_better,
+        args.scheduler_patience, higher_is_better, args.scheduler_step_size * train_batches.num_windows(),
     )  # fmt: skip
     ema = Ema(optimizer, args.ema_decay) if args.ema_decay else None
     seed_processes_apart(args.seed, accelerator)
+    if args.strategy == "gradual":
+        train_from(plain, layers, 1 + state.epoch // args.unfreeze_every)
     restore(run, model, optimizer, schedule, ema)
 
     def write_beside_weights(folder: Path) -> None:
@@ -460,10 +544,13 @@ def main() -> None:
         value, train_loss = metrics[args.best_metric], take_train_loss(state)
         best = count_evaluation(state, value, args.early_stop_min_delta, higher_is_better)
         lr = optimizer.param_groups[0]["lr"]
-        record(run, "validation", {"train_loss": train_loss, **metrics, "lr": lr, **speed(run)})
+        epsilon = {"epsilon": epsilon_of(state.spent, args.target_delta)} if privacy else {}
+        record(run, "validation", {"train_loss": train_loss, **metrics, **epsilon, "lr": lr, **speed(run)})
         schedule.evaluated(value)
         log.info("validation loss %.4f  accuracy %.4f  F1 macro %.4f  (step %d, train loss %.4f)",
                  metrics["loss"], metrics["accuracy"], metrics["f1_macro"], state.step, train_loss)  # fmt: skip
+        if privacy:
+            log.info("privacy spent: %s", describe_privacy(run))
         if best:
             with averaged(ema):
                 save_weights(run.directory / "best")
@@ -479,23 +566,33 @@ def main() -> None:
     bar = progress_bar(total_steps, state.step, " steps", "training")
     while state.step < total_steps and not out_of_patience(state, args.early_stop):
         log.info("Epoch %d/%d", state.epoch + 1, args.epochs)
+        if args.strategy == "gradual":
+            train_from(plain, layers, 1 + state.epoch // args.unfreeze_every)
+            log.info("trained are the last %d of %d layers, %s parameters",
+                     min(len(layers), 1 + state.epoch // args.unfreeze_every), len(layers),
+                     f"{count_parameters(model)[0]:,}")  # fmt: skip
         clock = time.perf_counter()
         for window in train_batches.windows(state.epoch, state.position):
-            model.train()
+            train_mode(model)
             loss_sum = torch.zeros((), device=accelerator.device)
             for number, batch in enumerate(window, start=1):
                 with nullcontext() if number == len(window) else accelerator.no_sync(model):
                     losses, _ = compute_loss(model, batch, data, args)
                     loss = (losses * batch["weight"]).sum()
                     # The mean over the samples of the whole window; DDP and FSDP average over processes.
-                    accelerator.backward(loss * accelerator.num_processes / window.num_samples)
+                    accelerator.backward(loss if privacy else loss * accelerator.num_processes / window.num_samples)
+                if privacy:
+                    clip_and_add(privacy, last=number == len(window))
                 loss_sum += loss.detach()
-            norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
+            most = float("inf") if privacy else args.grad_clip or float("inf")
+            norm = accelerator.clip_grad_norm_(model.parameters(), most)
             lr = optimizer.param_groups[0]["lr"]
             optimizer.step()
             if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow
                 schedule.step()
             optimizer.zero_grad()
+            if privacy:
+                count_private_step(privacy)
             stop = after_step(run, window, loss_sum)
             if ema:
                 ema.update(state.step)
@@ -544,10 +641,12 @@ def main() -> None:
         worst = worst_mistakes(scores[last], data.label_names)
         for mistake in worst:
             mistake["text"] = data.splits[last].names[int(scores[last]["row"][mistake["row"]])].as_py()
+        net = None if is_sharded(accelerator) else unwrapped(accelerator, model)
+        add_pictures(worst, scores[last], images[last], net, data.mean, data.std)
         trainable, parameters = count_parameters(model)
         report = write_classification_results(
             run, model_title(args), f"Image classification: {data_title(args)}", data.label_names, scores, worst,
-            {"parameters": parameters, "trainable_parameters": trainable}, total_steps,
+            {"parameters": parameters, "trainable_parameters": trainable, **privacy_of(run, args)}, total_steps,
         )  # fmt: skip
         log.info("Summary\n%s", (run.directory / "summary.txt").read_text(encoding="utf-8"))
         log.info("Report: %s", report)

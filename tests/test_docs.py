@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLIP, ENVIRONMENT, ROOT, SIGN, TEXT, draw_pair, launch, weights
+from conftest import CLIP, ENVIRONMENT, IMAGE, ROOT, SIGN, TEXT, draw_pair, launch, weights
 
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("data/*.md")])
 PROGRAMS = sorted(
@@ -108,7 +108,7 @@ def test_every_recipe_parses() -> None:
     from lib.config import parse_args
 
     found = 0
-    for script, stem in ((TEXT, "text"), (CLIP, "clip"), (SIGN, "sign")):
+    for script, stem in ((TEXT, "text"), (CLIP, "clip"), (SIGN, "sign"), (IMAGE, "image")):
         spec = importlib.util.spec_from_file_location(f"recipes_{stem}", script)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)

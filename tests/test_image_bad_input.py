@@ -1,0 +1,174 @@
+"""image_classify.py on bad input: one line that says what, where and how to mend it, and no run directory."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import IMAGE, launch
+from PIL import Image
+
+from lib.errors import UserError
+from lib.models.vision import make_net
+
+
+def picture(seed: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (30, 30, 3), np.uint8)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG of 30,000 x 30,000 pixels by its header, in a few bytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Path:
+    """data/ with train/ and val/, each with ants and bees."""
+    for number, (side, name) in enumerate((s, n) for s in ("train", "val") for n in ("ants", "bees")):
+        folder = tmp_path / "data" / side / name
+        folder.mkdir(parents=True)
+        for row in range(4):
+            (folder / f"{row}.jpg").write_bytes(picture(10 * number + row))
+    return tmp_path / "data"
+
+
+def empty_class(data: Path) -> str:
+    (data / "train" / "wasps").mkdir()
+    return r"train/wasps: no picture in this class folder: fill it or move it away"
+
+
+def nothing_but_notes(data: Path) -> str:
+    (data / "train" / "wasps").mkdir()
+    (data / "train" / "wasps" / "notes.txt").write_text("none found")
+    return r"train/wasps: no picture in this class folder.*notes.txt \(no picture by its name\)"
+
+
+def class_that_is_not_trained(data: Path) -> str:
+    shutil.copytree(data / "val" / "bees", data / "val" / "wasps")
+    return r"val/wasps: .*train has no such class"
+
+
+def one_class(data: Path) -> str:
+    for side in ("train", "val"):
+        shutil.rmtree(data / side / "bees")
+    return "one class, ants; a classifier needs at least two"
+
+
+def no_validation(data: Path) -> str:
+    shutil.rmtree(data / "val")
+    return "val: no such folder"
+
+
+def pictures_in_no_class(data: Path) -> str:
+    shutil.rmtree(data / "train")
+    (data / "train").mkdir()
+    (data / "train" / "1.jpg").write_bytes(picture())
+    return "lie in no class folder"
+
+
+def all_broken(data: Path) -> str:
+    for path in (data / "val").rglob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:50])
+    return "no picture of validation can be read"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [empty_class, nothing_but_notes, class_that_is_not_trained, one_class, no_validation, pictures_in_no_class],
+    ids=lambda function: function.__name__,
+)
+def test_folders_that_make_no_set_are_one_line(spoil, pair: Path, image_here, tmp_path: Path) -> None:
+    words = spoil(pair)
+    with pytest.raises(UserError, match=words) as error:
+        image_here("--data_dir", str(pair))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_no_picture_that_can_be_read(pair: Path, image_here) -> None:
+    words = all_broken(pair)
+    with pytest.raises(UserError, match=words):
+        image_here("--data_dir", str(pair))
+
+
+def spoil_index(name: str, change) -> object:
+    def spoil(data: Path) -> None:
+        path = data / "splits" / name
+        path.write_text(change(path.read_text()))
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda data: shutil.rmtree(data / "splits"), r"splits: no splits yet; python tools/split_folds.py --raw_data"),
+        (spoil_index("fold_0_val.txt", lambda text: text.replace("raw/lamp/", "raw/wasps/", 1)),
+         r"fold_0_val.txt: line \d+: class 'wasps' is not in classes.json, which has chair, lamp, table"),
+        (spoil_index("test.txt", lambda text: text + "raw/chair/none.jpg\n"), r"none.jpg is not there"),
+        (spoil_index("test.txt", lambda text: text + text.splitlines()[0] + "\n"), r"is in line 1 already"),
+        (spoil_index("fold_0_train.txt", lambda text: ""), "fold_0_train.txt: no picture in it"),
+        (spoil_index("classes.json", lambda text: json.dumps({"chair": 0, "lamp": 0})), "each number once"),
+    ],
+    ids=["no splits", "another class", "missing picture", "named twice", "empty index", "broken class map"],
+)  # fmt: skip
+def test_splits_that_are_wrong_are_one_line(spoil, words: str, image_set: Path, image_here, tmp_path: Path) -> None:
+    data = tmp_path / "copy"
+    shutil.copytree(image_set, data)
+    spoil(data)
+    with pytest.raises(UserError, match=words) as error:
+        image_here("--data_dir", str(data))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(b"", "not a picture"), (b"no picture", "not a picture"), (picture()[:200], "truncated|premature|broken"),
+     (bomb(), "exceeds limit|far too large|decompression bomb")],
+    ids=["empty", "text", "cut off", "bomb"],
+)  # fmt: skip
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_bad_picture_is_left_out_and_named(content: bytes, reason: str, cache: bool, pair: Path, image_here) -> None:
+    bad = pair / "train" / "ants" / "bad.png"
+    bad.write_bytes(content)
+    run = image_here("--data_dir", str(pair), "--epochs", "1", *(["--cache", "--cache_dir", "c"] if cache else []))
+    log = (run / "logs" / "train.log").read_text()
+    assert "1 of 9 training pictures cannot be read and were left out" in log
+    (line,) = [line for line in log.splitlines() if str(bad) in line]
+    assert re.search(reason, line, re.IGNORECASE)
+
+
+def test_weights_of_another_architecture(pair: Path, image_here, tmp_path: Path) -> None:
+    torch.save(make_net("squeezenet1_1", 2).state_dict(), tmp_path / "weights.pth")
+    flags = ("--data_dir", str(pair), "--model_name", "None", "--architecture", "resnet18")
+    with pytest.raises(UserError, match=r"weights\.pth: of another architecture than resnet18") as error:
+        image_here(*flags, "--weights", str(tmp_path / "weights.pth"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_batch_of_one_picture_is_explained(pair: Path, tmp_path: Path) -> None:
+    """Batch norms over one picture of one pixel: torch's own error is a traceback."""
+    flags = ("--data_dir", str(pair), "--architecture", "resnet18", "--image_size", "32", "--batch_size", "7")
+    done = launch(IMAGE, *flags, "--epochs", "1", "--report_to", "none", cwd=tmp_path, check=False)
+    assert done.code == 2
+    assert done.err.strip() == (
+        "error: a batch of one sample, which batch norms cannot take: change --batch_size by one"
+    )
