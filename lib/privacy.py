@@ -334,6 +334,15 @@ def count_private_step(privacy: Privacy) -> None:
     privacy.optimizer.zero_grad()
 
 
+def privacy_results(state: TrainState, delta: float) -> dict[str, Any]:
+    """What results.json says of what was spent; nothing where training was not private."""
+    if not state.spent:
+        return {}
+    names = ("noise_multiplier", "sample_rate", "steps")
+    steps = [dict(zip(names, part, strict=True)) for part in state.spent]
+    return {"epsilon": epsilon_of(state.spent, delta), "delta": delta, "private": steps}
+
+
 def _mixed(*numbers: int) -> int:
     import numpy as np
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from lib.config import command_line, grouped
 from lib.metrics import classification_metrics, confusion_matrix, per_class, report_text
+from lib.privacy import epsilon_of
 from lib.run import evaluations, peak_memory_mb, write_text
 
 if TYPE_CHECKING:
@@ -49,7 +50,8 @@ def write_summary(run: Run, model_name: str, total_steps: int, columns: dict[str
         ("peak memory", f"{peak_memory_mb(run.accelerator):,.0f} MB per process"),
     ]
     if state.spent:
-        rows.append(("privacy spent", describe_privacy(run)))
+        delta = run.args.target_delta
+        rows.append(("privacy spent", f"epsilon {epsilon_of(state.spent, delta):.3f} at delta {delta:g}"))
     width = max(len(name) for name, _ in rows)
     lines = [f"{name:<{width}}  {value}" for name, value in rows]
     lines += ["", metrics_table(columns), ""] if columns else [""]
@@ -58,14 +60,6 @@ def write_summary(run: Run, model_name: str, total_steps: int, columns: dict[str
     if run.accelerator.is_main_process:
         write_text(run.directory / "summary.txt", text)
     return text
-
-
-def describe_privacy(run: Run) -> str:
-    """What a private run has spent so far, as ``epsilon 2.994 at delta 1e-05``."""
-    from lib.privacy import epsilon_of
-
-    delta = run.args.target_delta
-    return f"epsilon {epsilon_of(run.state.spent, delta):.3f} at delta {delta:g}"
 
 
 def metrics_table(columns: dict[str, dict[str, float]]) -> str:
@@ -206,15 +200,17 @@ def _write_report(
     state, values = run.state, per_class(matrices[last])
     rows = [(name, *(metrics[split].get(name) for split in metrics)) for name in METRICS]
     count = int(matrices[last].sum())
+    tiles = [
+        (f"{last} accuracy", f"{100 * metrics[last]['accuracy']:.2f} %", f"{count:,} rows"),
+        (f"{last} F1 (macro)", f"{metrics[last]['f1_macro']:.4f}", f"{len(names)} classes"),
+        ("best step", f"{state.best_step:,}", f"of {state.step:,}"),
+        ("speed", f"{state.samples / max(state.seconds, 1e-9):,.0f}", "samples/s in training"),
+    ]
+    if state.spent:
+        delta = run.args.target_delta
+        tiles.append(("epsilon spent", f"{epsilon_of(state.spent, delta):.3f}", f"at delta {delta:g}"))
     blocks = [
-        report.headline(
-            [
-                (f"{last} accuracy", f"{100 * metrics[last]['accuracy']:.2f} %", f"{count:,} rows"),
-                (f"{last} F1 (macro)", f"{metrics[last]['f1_macro']:.4f}", f"{len(names)} classes"),
-                ("best step", f"{state.best_step:,}", f"of {state.step:,}"),
-                ("speed", f"{state.samples / max(state.seconds, 1e-9):,.0f}", "samples/s in training"),
-            ]
-        ),
+        report.headline(tiles),
         report.curves(history, _classification_curves(run)),
         report.table(["metric", *metrics], rows, title="Metrics of the best weights"),
         report.confusion(matrices[last], names, title=f"Confusion matrix, {last}"),

@@ -388,20 +388,6 @@ def default_name(args: Args) -> str:
     return join_name(data_title(args), model_title(args), *settings)
 
 
-def privacy_of(run: Any, args: Args) -> dict[str, Any]:
-    """What results.json says of the budget that was spent; nothing where training is not private."""
-    from lib.privacy import epsilon_of
-
-    if args.trainer_type != "dp":
-        return {}
-    names = ("noise_multiplier", "sample_rate", "steps")
-    return {
-        "epsilon": epsilon_of(run.state.spent, args.target_delta),
-        "delta": args.target_delta,
-        "private": [dict(zip(names, part, strict=True)) for part in run.state.spent],
-    }
-
-
 def main() -> None:
     args = parse_args(Args, ALIASES)
     check_args(args)
@@ -418,10 +404,16 @@ def main() -> None:
     from lib.metrics import classification_metrics
     from lib.optim import make_optimizer, make_scheduler
     from lib.pairs import report_unreadable
-    from lib.privacy import check_budget, clip_and_add, count_private_step, epsilon_of, start_privacy
+    from lib.privacy import (
+        check_budget,
+        clip_and_add,
+        count_private_step,
+        epsilon_of,
+        privacy_results,
+        start_privacy,
+    )
     from lib.results import (
         METRICS,
-        describe_privacy,
         probabilities,
         split_to_show,
         worst_mistakes,
@@ -550,7 +542,7 @@ def main() -> None:
         log.info("validation loss %.4f  accuracy %.4f  F1 macro %.4f  (step %d, train loss %.4f)",
                  metrics["loss"], metrics["accuracy"], metrics["f1_macro"], state.step, train_loss)  # fmt: skip
         if privacy:
-            log.info("privacy spent: %s", describe_privacy(run))
+            log.info("privacy spent: epsilon %.3f at delta %g", epsilon["epsilon"], args.target_delta)
         if best:
             with averaged(ema):
                 save_weights(run.directory / "best")
@@ -646,7 +638,8 @@ def main() -> None:
         trainable, parameters = count_parameters(model)
         report = write_classification_results(
             run, model_title(args), f"Image classification: {data_title(args)}", data.label_names, scores, worst,
-            {"parameters": parameters, "trainable_parameters": trainable, **privacy_of(run, args)}, total_steps,
+            {"parameters": parameters, "trainable_parameters": trainable, **privacy_results(state, args.target_delta)},
+            total_steps,
         )  # fmt: skip
         log.info("Summary\n%s", (run.directory / "summary.txt").read_text(encoding="utf-8"))
         log.info("Report: %s", report)
