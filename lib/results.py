@@ -93,11 +93,13 @@ def write_classification_results(
     worst: list[dict[str, Any]],
     extra: dict[str, Any],
     total_steps: int,
+    unit: str = "rows",
 ) -> Path:
     """Writes everything the run directory promises and returns the path of ``report.html``.
 
     ``scores``: for each split ``labels`` [n], ``logits`` [n, C] and ``losses`` [n] of the best weights; ``worst``: rows
-    for :func:`lib.report.mistakes`; ``extra``: more entries for ``results.json``. Main process only.
+    for :func:`lib.report.mistakes`; ``extra``: more entries for ``results.json``; ``unit``: what is counted. Main
+    process only.
     """
     from lib.plots import plot_curves
 
@@ -122,7 +124,7 @@ def write_classification_results(
     plot_curves(history, _classification_curves(run), directory / "plots" / "curves.png")
     _track(run, metrics)
     path = directory / "report.html"
-    _write_report(run, path, title, label_names, metrics, matrices, worst, history, last)
+    _write_report(run, path, title, label_names, metrics, matrices, worst, history, last, unit)
     return path
 
 
@@ -180,8 +182,8 @@ def prediction_rows(
 
 
 def _classification_curves(run: Run) -> list[Any]:
-    metric = run.args.best_metric
-    return _curves(metric, {f"validation/{metric}": "validation"}, best="min" if metric == "loss" else "max")
+    metric = run.args.best_metric if run.args.best_metric != "loss" else "accuracy"  # the loss has a panel of its own
+    return _curves(metric, {f"validation/{metric}": "validation"})
 
 
 def _write_report(
@@ -194,6 +196,7 @@ def _write_report(
     worst: list[dict[str, Any]],
     history: list[dict[str, Any]],
     last: str,
+    unit: str,
 ) -> None:
     from lib import report
 
@@ -201,7 +204,7 @@ def _write_report(
     rows = [(name, *(metrics[split].get(name) for split in metrics)) for name in METRICS]
     count = int(matrices[last].sum())
     tiles = [
-        (f"{last} accuracy", f"{100 * metrics[last]['accuracy']:.2f} %", f"{count:,} rows"),
+        (f"{last} accuracy", f"{100 * metrics[last]['accuracy']:.2f} %", f"{count:,} {unit}"),
         (f"{last} F1 (macro)", f"{metrics[last]['f1_macro']:.4f}", f"{len(names)} classes"),
         ("best step", f"{state.best_step:,}", f"of {state.step:,}"),
         ("speed", f"{state.samples / max(state.seconds, 1e-9):,.0f}", "samples/s in training"),
@@ -485,13 +488,13 @@ def _retrieval_curves() -> list[Any]:
 # ------------------------------------------------------------------------------------------------------- all of them
 
 
-def _curves(title: str, lines: dict[str, str], best: str = "max") -> list[Any]:
+def _curves(title: str, lines: dict[str, str]) -> list[Any]:
     """The curves of every task: the loss, the metric ``title`` that the task is about, the rate and the gradient."""
     from lib.plots import Curve
 
     return [
         Curve("Loss", {"train/loss": "train", "validation/loss": "validation"}, best="min"),
-        Curve(title, lines, best=best),
+        Curve(title, lines, best="max"),
         Curve("Learning rate", {"train/lr": "rate"}),
         Curve("Gradient norm", {"train/grad_norm": "norm before clipping"}, log_y=True),
     ]

@@ -639,7 +639,7 @@ def main() -> None:
         report = write_classification_results(
             run, model_title(args), f"Image classification: {data_title(args)}", data.label_names, scores, worst,
             {"parameters": parameters, "trainable_parameters": trainable, **privacy_results(state, args.target_delta)},
-            total_steps,
+            total_steps, "pictures",
         )  # fmt: skip
         log.info("Summary\n%s", (run.directory / "summary.txt").read_text(encoding="utf-8"))
         log.info("Report: %s", report)

@@ -196,8 +196,10 @@ def test_the_readmes_commands_run(workshop) -> None:
             )
         if "sign_train.py" in command:
             command += " --max_steps 2 --hidden_size 32 --intermediate_size 32 --run_name signs"
+        if "cross_validate.py" in command:
+            command = command.replace("cross_validate.py", "cross_validate.py --folds 0 1") + " --run_name cv"
         if "image_classify.py" in command:
-            command += " --max_steps 2 --image_size 32 --run_name images"
+            command += " --max_steps 2 --image_size 32" + ("" if "--run_name" in command else " --run_name images")
         if "predict.py" in command:
             command = command.replace("runs/demo_text", "runs/run0")
         done = run(command, folder, environment)
@@ -205,6 +207,8 @@ def test_the_readmes_commands_run(workshop) -> None:
         tried += 1
     assert tried >= 12
     assert (folder / "embeddings.parquet").is_file()
+    assert (folder / "answers.csv").is_file()
+    assert (folder / "runs" / "cv_cv_folds_0_1" / "report.html").is_file()
     assert (folder / "data" / "processed" / "train.json").is_file()
 
 
