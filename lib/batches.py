@@ -67,11 +67,22 @@ def balanced_rows(classes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return np.stack([np.resize(rows, turns) for rows in members], axis=1).reshape(-1)[: len(classes)]
 
 
-def poisson_rows(num_samples: int, rate: float, seed: int, epoch: int, number: int) -> np.ndarray:
-    """The rows of step ``number`` of an epoch, int64 in random order: each of ``num_samples`` with probability
-    ``rate``, so their number varies and may be 0."""
-    rng = np.random.default_rng([seed, epoch, number, 2])
+def poisson_rows(num_samples: int, rate: float, seed: int, epoch: int, position: int) -> np.ndarray:
+    """The rows of the step at ``position`` of an epoch, int64 in random order: each of ``num_samples`` with probability
+    ``rate``, so their number varies and may be 0. No two steps share a draw, also if their size changes amid an epoch.
+    """
+    rng = np.random.default_rng([seed, epoch, position, 2])
     return rng.permutation(np.flatnonzero(rng.random(num_samples) < rate))
+
+
+def number_repeats(order: np.ndarray, num_samples: int) -> np.ndarray:
+    """``order`` with ``num_samples`` added to a row's second place in it, twice that to its third, and so on: int64."""
+    by_row = np.argsort(order, kind="stable")
+    sorted_rows = order[by_row]
+    first = np.searchsorted(sorted_rows, sorted_rows)
+    numbered = np.empty_like(order)
+    numbered[by_row] = sorted_rows + num_samples * (np.arange(len(order)) - first)
+    return numbered
 
 
 @dataclass(frozen=True)
@@ -124,7 +135,8 @@ class TrainBatches:
 
     ``batch_size`` is per process and micro-batch; ``effective_batch_size`` fixes the samples of an optimizer step over
     all processes instead of ``gradient_accumulation_steps``. ``lengths`` turns on length buckets; a data set with an
-    ``epoch_order(seed, epoch)`` of its own is read in that order, and one with ``at(row, epoch)`` is told the epoch.
+    ``epoch_order(seed, epoch)`` of its own is read in that order, and one with ``at(row, epoch, draw)`` is told the
+    epoch, and how often its order had the row before.
     Any number of ``num_workers`` gives the same batches. ``seconds_waited`` adds up the time spent waiting for data.
     A sample with ``valid`` 0 (it could not be read) gets the weight 0 and its row into ``unreadable``. With a
     ``poisson_seed`` a step's samples are drawn instead, each with probability ``window_size`` / n (differential
@@ -172,7 +184,7 @@ class TrainBatches:
         self._plan.epoch = epoch
         self._plan.batches = [rows for share in shares for rows in share.micro_batches]
         if hasattr(self.dataset, "prefetch"):
-            self.dataset.prefetch(np.concatenate(rows) if rows else np.zeros(0, np.int64))
+            self.dataset.prefetch(np.concatenate(rows) % len(self.dataset) if rows else np.zeros(0, np.int64))
         batches = start_workers(self._make_loader())
         for start, part, share in zip(starts, rows, shares, strict=True):
             pending = iter(share.counts)
@@ -185,7 +197,8 @@ class TrainBatches:
 
     def _order(self, epoch: int) -> np.ndarray:
         if hasattr(self.dataset, "epoch_order"):
-            return self.dataset.epoch_order(self.seed, epoch)
+            order = self.dataset.epoch_order(self.seed, epoch)
+            return number_repeats(order, len(self.dataset)) if getattr(self.dataset, "balanced", False) else order
         return epoch_order(len(self.dataset), self.seed, epoch, self.lengths)
 
     def _rows_of(self, order: np.ndarray | None, epoch: int, start: int) -> np.ndarray:
@@ -193,7 +206,7 @@ class TrainBatches:
         if order is not None:
             return order[start : start + self.window_size]
         total = len(self.dataset)
-        return poisson_rows(total, self.window_size / total, self.poisson_seed, epoch, start // self.window_size)
+        return poisson_rows(total, self.window_size / total, self.poisson_seed, epoch, start)
 
     def _make_loader(self) -> Any:
         if self._loader is None:
@@ -281,12 +294,12 @@ class Plan:
 class _PlannedBatches:
     """A batch sampler that reads the plan of the epoch each time it is iterated, so that workers can stay alive."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, num_samples: int) -> None:
+        self.plan, self.num_samples = plan, num_samples
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self.plan.epoch
-        return ([(row, epoch) for row in rows.tolist()] for rows in self.plan.batches)
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        epoch, total = self.plan.epoch, self.num_samples
+        return ([(row % total, epoch, row // total) for row in rows.tolist()] for rows in self.plan.batches)
 
     def __len__(self) -> int:
         return len(self.plan.batches)
@@ -301,9 +314,11 @@ class _Indexed:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, place: tuple[int, int]) -> tuple[int, Any]:
-        row, epoch = place
-        return row, self.dataset.at(row, epoch) if hasattr(self.dataset, "at") else self.dataset[row]
+    def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, Any]:
+        row, epoch, draw = place
+        if not hasattr(self.dataset, "at"):
+            return row, self.dataset[row]
+        return row, self.dataset.at(row, epoch, draw) if draw else self.dataset.at(row, epoch)
 
 
 class _CollateIndexed:
@@ -335,7 +350,7 @@ def make_loader(
 
     return torch.utils.data.DataLoader(
         _Indexed(dataset),
-        batch_sampler=_PlannedBatches(plan),
+        batch_sampler=_PlannedBatches(plan, len(dataset)),
         collate_fn=_CollateIndexed(collate),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,

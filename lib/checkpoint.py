@@ -476,7 +476,18 @@ def _set_optimizer_state(
             f"{checkpoint} was trained with another optimizer or schedule: give --optimizer and --scheduler as before"
         )
     options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(unwrapped(accelerator, model), _plain_optimizer(optimizer), state, options=options)
+    plain = unwrapped(accelerator, model)
+    trained = {parameter: parameter.requires_grad for parameter in plain.parameters()}
+    # Parameters without a state so far (a layer not yet unfrozen, one that took no part) start without one again: torch
+    # gives a state to all that are trainable, and wants one for each.
+    for name, parameter in plain.named_parameters():
+        known = name.replace("_orig_mod.", "") in state["state"]
+        parameter.requires_grad_(known if state["state"] else trained[parameter])
+    try:
+        set_optimizer_state_dict(plain, _plain_optimizer(optimizer), state, options=options)
+    finally:
+        for parameter, before in trained.items():
+            parameter.requires_grad_(before)
     # A fused step goes through weight and state in the order of memory, which has to be the same (channels_last).
     for weight, kept in _plain_optimizer(optimizer).state.items():
         for name, value in kept.items():

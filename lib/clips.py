@@ -84,12 +84,12 @@ class TrainingClips:
     def __len__(self) -> int:
         return len(self.clips)
 
-    def at(self, row: int, epoch: int) -> dict[str, Any]:
-        """The clip as ``epoch`` changes it."""
+    def at(self, row: int, epoch: int, draw: int = 0) -> dict[str, Any]:
+        """The clip as ``epoch`` changes it, each ``draw`` of it in another way."""
         sample = self.clips[row]
         if not self.augmentation.is_on:
             return sample
-        rng = np.random.default_rng([self.seed, epoch, row])
+        rng = np.random.default_rng([self.seed, epoch, row, *([draw] if draw else [])])
         frames, mask = self.augmentation(sample["frames"], sample.get("mask"), rng)
         sample["frames"] = frames
         return sample if mask is None else sample | {"mask": mask}

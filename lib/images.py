@@ -98,18 +98,19 @@ class TrainingImages:
         """The side of the pictures of ``epoch``: each of ``sizes`` gets an equal share of the epochs."""
         return self.sizes[min(len(self.sizes) - 1, epoch * len(self.sizes) // max(1, self.epochs))]
 
-    def at(self, row: int, epoch: int) -> dict[str, Any]:
-        """The sample as ``epoch`` changes it."""
+    def at(self, row: int, epoch: int, draw: int = 0) -> dict[str, Any]:
+        """The sample as ``epoch`` changes it, each ``draw`` of it in another way."""
+        seed = (self.seed, epoch, row, *([3, draw] if draw else []))
         size, label = self.size_in(epoch), int(self.files.classes[row])
-        pixels = self._pixels(row, size, (self.seed, epoch, row))
+        pixels = self._pixels(row, size, seed)
         sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
         if pixels is None:
             return sample | {"pixel_values": nothing(size)}
         if self.mixup or self.cutmix:
-            rng = np.random.default_rng([self.seed, epoch, row, 1])
+            rng = np.random.default_rng([*seed, 1])
             other = int(rng.integers(len(self)))
             cut = self.cutmix > 0 and (not self.mixup or rng.random() < 0.5)
-            second = self._pixels(other, size, (self.seed, epoch, row, 2))
+            second = self._pixels(other, size, (*seed, 2))
             if second is not None:
                 alpha = self.cutmix if cut else self.mixup
                 pixels, share = (cut_mix if cut else mix_up)(pixels, second, float(rng.beta(alpha, alpha)), rng)

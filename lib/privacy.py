@@ -132,11 +132,9 @@ def check_budget(
     """UserError where a new run could not take a step within its budget; see :func:`start_privacy`."""
     from lib.run import log
 
+    if batch > samples:
+        raise UserError(_too_large(batch, samples))
     rate = batch / samples
-    if rate > 1:
-        raise UserError(
-            f"--batch_size: {batch:,} pictures a step on average, but there are {samples:,} to train on: lower it"
-        )
     steps = min(epochs * -(-samples // batch), max_steps or 2**62)
     if noise_multiplier is None:
         noise_for(target_epsilon, target_delta, rate, steps)
@@ -148,6 +146,10 @@ def check_budget(
     if target_delta >= 1 / samples:
         log.warning("--target_delta %g promises little for %d pictures: it should be below 1 / %d", target_delta,
                     samples, samples)  # fmt: skip
+
+
+def _too_large(batch: int, samples: int) -> str:
+    return f"--batch_size: {batch:,} pictures a step on average, but there are {samples:,} to train on: lower it"
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -211,6 +213,8 @@ def _what_opacus_cannot(model: torch.nn.Module, size: int) -> str | None:
             pixels = torch.randn(2, 3, size, size)
             with _per_sample(model):
                 gradients(pixels)  # with dropout and the like, as in training
+                if any(getattr(parameter, "grad_sample", None) is None for parameter in trained):
+                    return "some of its trained parameters take no part"
             for module in model.modules():
                 module.training = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
             with _per_sample(model):
@@ -281,6 +285,8 @@ def start_privacy(
     from lib.checkpoint import gather_objects
     from lib.run import log
 
+    if batch > samples:
+        raise UserError(_too_large(batch, samples))
     rate = batch / samples
     if noise_multiplier is None:
         noise_multiplier = state.spent[-1][0] if state.spent else None
@@ -310,13 +316,23 @@ def start_privacy(
 def clip_and_add(privacy: Privacy, last: bool) -> None:
     """After the backward of a micro-batch: clips each picture's gradient and adds it up; after the ``last`` one of a
     step also adds noise, so that the parameters' ``grad`` is what the optimizer is to use, alike on all processes."""
+    import numpy as np
     import torch
 
     optimizer, state = privacy.optimizer, privacy.state
+    rng = np.random.default_rng([state.noise_seed, state.step, 3])
+    deviation = optimizer.noise_multiplier * optimizer.max_grad_norm
+
+    def add_noise() -> None:
+        # In the place of Opacus' own: of a seed torch's generator on the CPU takes 32 bits alone.
+        for parameter in optimizer.params:
+            parameter.grad = parameter.summed_grad.view_as(parameter)
+            if getattr(optimizer, "rank", 0) == 0:
+                noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape), np.float32))
+                parameter.grad = parameter.grad + deviation * noise.to(parameter.device)
+
+    optimizer.add_noise = add_noise
     optimizer.signal_skip_step(do_skip=not last)
-    if last:
-        device = optimizer.params[0].device
-        optimizer.generator = torch.Generator(device).manual_seed(_mixed(state.noise_seed, state.step))
     if optimizer.pre_step():
         if hasattr(optimizer, "reduce_gradients"):
             optimizer.reduce_gradients()
@@ -341,9 +357,3 @@ def privacy_results(state: TrainState, delta: float) -> dict[str, Any]:
     names = ("noise_multiplier", "sample_rate", "steps")
     steps = [dict(zip(names, part, strict=True)) for part in state.spent]
     return {"epsilon": epsilon_of(state.spent, delta), "delta": delta, "private": steps}
-
-
-def _mixed(*numbers: int) -> int:
-    import numpy as np
-
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -241,8 +241,12 @@ def head_names(model: Any) -> tuple[str, ...]:
     """How the names of the head's parameters begin."""
     if hasattr(model, "head_name"):
         return (f"{model.head_name()}.",)
-    body = model.base_model_prefix
-    return tuple(f"{name}." for name, child in model.named_children() if name != body and list(child.parameters()))
+    if hasattr(model, "timm_model"):  # timm's nets inside transformers
+        last = model.timm_model.get_classifier()
+        return tuple(f"{name}." for name, module in model.named_modules() if module is last)
+    bodies = (model.base_model_prefix, "vision_model")  # CLIP's and SigLIP's classifiers have half of their model
+    others = {name: child for name, child in model.named_children() if name not in bodies}
+    return tuple(f"{name}." for name, child in others.items() if list(child.parameters()))
 
 
 # ------------------------------------------------------------------------------------------------ loss and evaluation
@@ -339,7 +343,11 @@ def check_args(args: Args) -> None:
         raise UserError(f"--progressive_sizes: sides from 8 up to --image_size {args.image_size}")
     if args.model_name and args.weights:
         raise UserError("--weights are those of --architecture; --model_name brings its own: drop one")
+    if args.layer_decay < 1 and args.strategy == "head":
+        raise UserError("--layer_decay: --strategy head trains one layer alone: full or gradual train more")
     if args.trainer_type == "mixed_precision":
+        if args.amp == "no":
+            raise UserError("--trainer_type mixed_precision and --amp no contradict each other: drop one")
         args.amp = args.amp or "auto"
     if args.trainer_type == "dp":
         check_private(args)
@@ -358,7 +366,10 @@ def check_private(args: Args) -> None:
         "amp": (args.amp not in (None, "no"), "gradients of single pictures are computed in float32"),
         "compile_model": (args.compile_model, "the hooks for gradients of single pictures are not compiled"),
         "progressive_sizes": (args.progressive_sizes, "one size was checked"),
-    }
+        "report_on_train": (args.report_on_train, "it tells of the training pictures without noise"),
+        f"resume {args.resume}": (Path(args.resume or "").name.startswith("step_"),
+                                  "steps that are given up would not be counted; it goes on from the newest"),
+    }  # fmt: skip
     for flag, (given, why) in others.items():
         if given:
             raise UserError(f"--{flag} cannot go with --trainer_type dp: {why}")

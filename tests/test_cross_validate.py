@@ -535,3 +535,10 @@ def test_it_stops_when_told_and_the_same_command_goes_on(
             done.err.splitlines()[-1]
             == "Fold 1 of 3 ended with the error above: once that is mended, the same command goes on"
         )
+
+
+def test_what_a_setting_stands_for_is_the_same_in_every_fold(image_set: Path) -> None:
+    """Otherwise the same command would find its own finished folds to have been trained with others."""
+    flags = ["--data_dir", str(image_set), "--trainer_type", "mixed_precision"]
+    folds, *_ = load_tool().plan(IMAGE, flags, ())
+    assert [fold.args.amp for fold in folds] == ["auto"] * 3

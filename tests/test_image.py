@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,19 @@ def test_a_model_of_transformers_gets_a_new_head_and_keeps_its_normalisation(ima
     assert history(again, "train")[0]["loss"] < history(run, "train")[0]["loss"]
 
 
+def test_the_head_of_half_a_model_is_found() -> None:
+    import importlib.util
+
+    from transformers import CLIPConfig, CLIPForImageClassification
+
+    tower = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = CLIPConfig(text_config=tower, vision_config={**tower, "image_size": 16, "patch_size": 8})
+    spec = importlib.util.spec_from_file_location("heads", IMAGE)
+    module = sys.modules["heads"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.head_names(CLIPForImageClassification(config)) == ("classifier.",)
+
+
 def test_weights_of_another_model_are_refused(tiny_vit: Path, tiny_resnet: Path) -> None:
     """Also where the names in the file are not those in memory, so that it is opened through its class."""
     from accelerate import Accelerator
@@ -189,6 +203,8 @@ def test_folders_that_come_split_need_no_index(image_here, image_set: Path, tmp_
         (("--model_name", "None", "--weights", "nowhere.pth"), "no such file"),
         (("--progressive_sizes", "64"), "up to --image_size 32"),
         (("--crop_scale", "0"), "--crop_scale"),
+        (("--strategy", "head", "--layer_decay", "0.5"), "trains one layer alone"),
+        (("--trainer_type", "mixed_precision", "--amp", "no"), "contradict each other"),
     ],
 )
 def test_what_cannot_be_is_one_line(flags: tuple[str, ...], words: str, image_here, tmp_path: Path) -> None:

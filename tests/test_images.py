@@ -13,7 +13,7 @@ from transformers import AutoModelForImageClassification
 
 from lib.augment import decode_image, normalise, resize
 from lib.errors import UserError
-from lib.folders import read_class_map, read_index
+from lib.folders import ImageFiles, read_class_map, read_index
 from lib.images import (
     EvaluationImages,
     ImageAugmentation,
@@ -166,6 +166,25 @@ def test_a_sample_depends_on_seed_epoch_and_row_alone(files) -> None:
     assert not torch.equal(one.at(0, 2)["pixel_values"], one.at(0, 3)["pixel_values"])
     assert {one.size_in(epoch) for epoch in (0, 1)} == {16}
     assert {one.size_in(epoch) for epoch in (2, 3, 9)} == {24}
+
+
+def test_a_picture_that_is_drawn_again_is_changed_in_another_way(files) -> None:
+    from lib.batches import TrainBatches, number_repeats
+    from lib.collate import ImageCollate
+
+    order = np.array([3, 1, 3, 0, 1, 3])
+    assert number_repeats(order, 10).tolist() == [3, 1, 13, 0, 11, 23]
+    rare = [*range(40), *np.flatnonzero(files.classes == 2)[:2]]
+    few = ImageFiles(files.folder, files.names.take(rare), np.array([0] * 40 + [1] * 2))
+    dataset = TrainingImages(few, ImageAugmentation(0.3, 0.5, "randaugment"), (16,), 1, 3, 0.2, balanced=True)
+    seen: dict[int, list[bytes]] = {}
+    for window in TrainBatches(dataset, ImageCollate(), 5, seed=3).windows(0):
+        for batch in window:
+            for row, pixels in zip(batch["index"].tolist(), batch["pixel_values"], strict=True):
+                seen.setdefault(row, []).append(pixels.numpy().tobytes())
+    assert sorted(len(seen[row]) for row in (40, 41)) == [10, 11]
+    for row in (40, 41):
+        assert len(set(seen[row])) == len(seen[row])
 
 
 def test_mixed_samples_name_both_classes(files) -> None:

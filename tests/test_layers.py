@@ -109,6 +109,15 @@ def test_gradual_unfreezing_begins_as_the_head_alone(image_here, tiny_vit: Path)
     assert "trained are the last 2 of 4 layers" in (second / "logs" / "train.log").read_text()
 
 
+def test_a_gradual_run_goes_on_at_the_end_of_an_epoch(image_here, tiny_vit: Path) -> None:
+    """The layer that comes next has no optimizer state in the checkpoint."""
+    flags = ("--model_name", str(tiny_vit), "--scheduler", "constant", "--strategy", "gradual")
+    whole = image_here(*flags, "--epochs", "3", name="whole")
+    for epochs in "123":
+        parts = image_here(*flags, "--epochs", epochs, "--resume", name="parts")
+    assert weights(parts / "last") == weights(whole / "last")
+
+
 def test_gradual_unfreezing_under_fsdp(image_here, image_args, tiny_vit: Path, tmp_path: Path) -> None:
     flags = ("--model_name", str(tiny_vit), "--strategy", "gradual", "--layer_decay", "0.7", "--epochs", "3")
     one = load_file(image_here(*flags, "--batch_size", "16") / "last" / "model.safetensors")

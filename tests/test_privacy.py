@@ -12,7 +12,7 @@ from conftest import IMAGE, launch, weights
 from safetensors.torch import load_file
 from test_resume import kill_and_resume
 
-from lib.batches import TrainBatches
+from lib.batches import TrainBatches, poisson_rows
 from lib.errors import UserError
 from lib.models.vision import VisionNet, VisionNetConfig
 from lib.privacy import clip_and_add, epsilon_of, make_valid, noise_for, start_privacy, steps_within
@@ -103,6 +103,14 @@ def test_steps_are_poisson_samples_and_the_same_on_any_number_of_processes() -> 
     assert all(float(part["weight"].sum()) in (0.0, 1.0) for part in empty)
 
 
+def test_a_step_of_another_size_draws_anew() -> None:
+    """A run that goes on with another global batch must not meet the draws of steps before."""
+    rows = {(size, at): set(poisson_rows(4000, size / 4000, 7, 0, at).tolist())
+            for size, at in ((1000, 2000), (1000, 1000), (2000, 2000), (2000, 0))}  # fmt: skip
+    assert len(rows[1000, 1000] & rows[2000, 2000]) == pytest.approx(500, abs=80)
+    assert len(rows[1000, 2000] & rows[1000, 1000]) == pytest.approx(250, abs=60)
+
+
 def gradient_by_hand(model: torch.nn.Module, pixels: torch.Tensor, labels: torch.Tensor, bound: float) -> list:
     """The sum of each picture's gradient, clipped, one backward a picture."""
     parameters, sums = list(model.parameters()), None
@@ -155,7 +163,18 @@ def test_noise_has_the_deviation_that_was_asked_for() -> None:
     clip_and_add(privacy, last=True)
     noise = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     assert float(noise.std()) == pytest.approx(3.0 * 0.5 / 4, rel=0.01)
-    assert privacy.state.noise_seed is not None
+    assert 0 <= privacy.state.noise_seed < 2**62
+
+    def drawn(seed: int, step: int) -> torch.Tensor:
+        privacy.state.noise_seed, privacy.state.step = seed, step
+        privacy.optimizer.zero_grad()
+        (model(pixel_values=torch.randn(1, 3, 48, 48)).logits.sum() * 0).backward()
+        clip_and_add(privacy, last=True)
+        return next(model.parameters()).grad.clone()
+
+    assert torch.equal(drawn(5, 1), drawn(5, 1))
+    assert not torch.equal(drawn(5, 1), drawn(5, 2))
+    assert not torch.equal(drawn(5, 1), drawn(5 + 2**32, 1))
 
 
 # ------------------------------------------------------------------------------------------------------------- nets
@@ -282,7 +301,7 @@ def test_two_processes_train_as_one_does(image_args, tiny_vit, tmp_path: Path) -
         (("--mixup", "0.2"), "--mixup and --cutmix cannot go with"), (("--cutmix", "1"), "cannot go with"),
         (("--balanced",), "--balanced cannot go with"), (("--class_weights",), "--class_weights cannot go with"),
         (("--strategy", "gradual"), "full or head"), (("--amp", "bf16"), "float32"),
-        (("--compile_model",), "not compiled"), (("--target_epsilon", "None"), "needs a budget"),
+        (("--report_on_train",), "without noise"), (("--compile_model",), "not compiled"), (("--target_epsilon", "None"), "needs a budget"),
         (("--batch_size", "500"), "500 pictures a step on average, but there are 66"),
         (("--target_epsilon", "0.001"), "leaves nothing to learn"),
         (("--noise_multiplier", "0.3", "--target_epsilon", "0.1"), "the first step would already spend more"),

@@ -636,7 +636,8 @@ def plan(script: Path, flags: list[str], wanted: tuple[int, ...]) -> tuple[list[
         folds.append(Fold(number, own, Path(args.output_dir) / names[number], pictures[number]))
         commands.append([*words, "--fold", str(number), *(["--run_name", run_name] if told else [])])
     if hasattr(module, "check_args"):
-        module.check_args(folds[0].args)
+        for fold in folds:  # which also says what some settings stand for
+            module.check_args(fold.args)
     part = "" if len(chosen) == len(pictures) else "_folds_" + "_".join(map(str, chosen))
     return folds, commands, Path(args.output_dir) / f"{shared}_cv{part}", args.overwrite
 
