@@ -400,7 +400,8 @@ def set_model_state(
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     plain = unwrapped(accelerator, model)
-    own = {name: tuple(tensor.shape) for name, tensor in plain.state_dict().items()}
+    whole = plain.state_dict()
+    own = {name: tuple(tensor.shape) for name, tensor in whole.items()}
     wrong = [name for name in state if name not in own or own[name] != tuple(state[name].shape)]
     wrong += [] if partly else [name for name in own if name not in state]
     if wrong:
@@ -409,7 +410,9 @@ def set_model_state(
         options = StateDictOptions(full_state_dict=True, strict=not partly)
         set_model_state_dict(plain, state, options=options)
     else:
-        plain.load_state_dict(state, strict=not partly)
+        versioned = type(whole)(state)  # some modules (MNASNet) ask for the version that a state dict carries
+        versioned._metadata = whole._metadata
+        plain.load_state_dict(versioned, strict=not partly)
 
 
 def load_trained_weights(accelerator: Accelerator, model: torch.nn.Module, folder: Path) -> None:

@@ -30,7 +30,7 @@ from lib.checkpoint import (
     save_checkpoint,
     step_folders,
 )
-from lib.config import flat, read_yaml, to_yaml
+from lib.config import flat, launcher_command, read_yaml, to_yaml
 from lib.errors import Stopped, UserError, first_line, is_main_rank
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def make_accelerator(seed: int, amp: str | None, changing: bool = False) -> Acce
 
     disable_progress_bar()  # loading and saving weights; ours are shown only on a terminal
     # Accelerate's launcher sets one thread unless told otherwise; without a GPU that would waste the other cores.
-    if not torch.cuda.is_available() and os.environ.get("OMP_NUM_THREADS") == "1":
+    told = any(word.startswith("--num_cpu_threads_per_process") for word in launcher_command())
+    if not torch.cuda.is_available() and os.environ.get("OMP_NUM_THREADS") == "1" and not told:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     if amp == "auto":
@@ -314,7 +315,8 @@ def describe_processes(accelerator: Accelerator) -> str:
 
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1].replace("NO", "single process")
     device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else str(accelerator.device)
-    threads = f", {torch.get_num_threads()} threads each" if accelerator.device.type == "cpu" else ""
+    number = torch.get_num_threads()
+    threads = f", {number} thread{'s' if number > 1 else ''} each" if accelerator.device.type == "cpu" else ""
     count = accelerator.num_processes
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     return f"{count} process{'es' if count > 1 else ''} ({kind}) on {device}{threads}, precision {precision}"

@@ -63,7 +63,8 @@ def known() -> dict:
         ("--mixup", "0.3"), ("--cutmix", "1"), ("--mixup", "0.3", "--cutmix", "1"), ("--progressive_sizes", "24"),
         ("--balanced",), ("--strategy", "head"), ("--layer_decay", "0.5"),
         ("--scheduler", "step", "--scheduler_step_size", "1"), ("--strategy", "gradual"), ("--label_smoothing", "0.2"), ("--class_weights",),
-        ("--model_name", "None", "--architecture", "squeezenet1_1", "--image_size", "48"), ("--adam_beta1", "0.5"),
+        ("--model_name", "None", "--architecture", "squeezenet1_1", "--image_size", "48"),
+        ("--model_name", "None", "--architecture", "mnasnet0_5"), ("--adam_beta1", "0.5"),
     ],
     ids=" ".join,
 )  # fmt: skip
