@@ -389,7 +389,7 @@ def test_damaged_videos_are_named_and_the_others_done(stub, tmp_path, capsys) ->
         ]
         assert any(reason in lines[0] for reason in ("damaged at", "cut off", "Invalid data"))  # as FFmpeg sees it
         assert "cut off: 0.1 of 0.7 s" in lines[1] and "Invalid data" in lines[2]
-        assert "frame_1.png: no picture" in lines[4] and "a1.png and b0.png are not of one series" in lines[5]
+        assert "frame_1.png: not a picture" in lines[4] and "a1.png and b0.png are not of one series" in lines[5]
         assert [path.name for path in Path("out").iterdir()] == ["good.npz"]
 
 

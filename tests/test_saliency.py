@@ -270,7 +270,9 @@ def test_the_heat_of_a_vit_that_attends_to_one_quarter_lies_there(family: str, q
 
 def test_autocast_and_a_replaced_forward_change_nothing() -> None:
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    AcceleratorState._reset_state(True)  # of tests before this one
     model, pixels = vision_net("mobilenet_v3_small"), torch.randn(1, 3, 64, 64)
     plain = heat_maps(model, pixels, [1])
     with torch.autocast("cpu", torch.bfloat16):
@@ -280,6 +282,7 @@ def test_autocast_and_a_replaced_forward_change_nothing() -> None:
     assert np.array_equal(heat_maps(prepared, pixels, [1]), plain)
     assert np.array_equal(heat_maps(model.requires_grad_(False), pixels, [1]), plain), "with nothing to train"
     assert np.allclose(heat_maps(model.to(memory_format=torch.channels_last), pixels, [1]), plain, atol=1e-3)
+    AcceleratorState._reset_state(True)
 
 
 def test_hooks_of_opacus_are_left_alone() -> None:

@@ -155,7 +155,7 @@ def folder_frames(clip: Clip, rate: Fraction) -> Iterator[Frame]:
         try:
             return decode_image((clip.source / name).read_bytes())
         except Exception as error:  # each of Pillow's decoders has errors of its own
-            raise ValueError(f"{name}: {re.sub('cannot identify.*', 'no picture', first_line(error))}") from None
+            raise ValueError(f"{name}: {first_line(error)}") from None
 
     for row, (_, _, name) in enumerate(files):
         clip.read, clip.end = row + 1, (row + 1) / rate
