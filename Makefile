@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONPATH := $(CURDIR)
 
-.PHONY: setup demo demo_clip demo_text demo_sign demo_image test bench bench_clip bench_text bench_sign bench_image torture lint link
+.PHONY: setup demo demo_clip demo_text demo_sign demo_image test bench bench_clip bench_text bench_sign bench_image bench_gpu torture lint link
 
 setup: $(STAMP) link
 
@@ -84,6 +84,9 @@ bench_sign: setup
 # DATA=folder with train/ and val/: other pictures than those that are made.
 bench_image: setup
 	$(BIN)/python benchmarks/image.py $(if $(DATA),--data "$(DATA)")
+
+bench_gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -49,9 +49,10 @@ logging.addLevelName(SUCCESS, "SUCCESS")
 # ----------------------------------------------------------------------------------------------------- accelerator
 
 
-def make_accelerator(seed: int, amp: str | None, changing: bool = False) -> Accelerator:
+def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, changing: bool = False) -> Accelerator:
     """The Accelerator (precision from ``amp``, or from the launch config where it is None), with seeds set.
 
+    ``deterministic``: on a GPU, see :func:`choose_deterministic_kernels`; a CPU's are deterministic anyway.
     ``changing``: which parameters are trained changes during the run, which DDP has to look for in each step.
 
     "auto" is bf16 where the hardware computes it, else fp16 on a GPU and float32 on a CPU.
@@ -91,7 +92,21 @@ def make_accelerator(seed: int, amp: str | None, changing: bool = False) -> Acce
         # are added up to half precision.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
     set_seed(seed)
+    if deterministic and accelerator.device.type == "cuda":
+        choose_deterministic_kernels()
     return accelerator
+
+
+def choose_deterministic_kernels() -> None:
+    """Has torch use what gives the same bits each time; where there is nothing such, it warns and names the operation.
+
+    Without it, the gradients of convolutions on a GPU differ in the last bits from one run to the next.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help for finding bugs, which costs time
 
 
 def computes_bf16() -> bool:
@@ -434,6 +449,7 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
     warnings.filterwarnings("ignore", message=".*implicitly creating a replicated DTensor.*")
     warnings.filterwarnings("ignore", message=".*Paged optimizers are not supported on CPU.*")
+    warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores.*")  # float32 was asked for
     warnings.filterwarnings("ignore", message=".*Full backward hook is firing.*")  # Opacus' hooks at the first layer
     for name in ("transformers", "datasets", "peft", "bitsandbytes", "torch.distributed", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)

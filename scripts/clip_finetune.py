@@ -94,6 +94,7 @@ class Args:
     ema_decay: float | None = None  # average the weights over the steps and evaluate the average: 0.999, say
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 if it is fast (default: launch's)
     compile_model: bool = False  # torch.compile
+    deterministic: bool = False  # GPU: only kernels that give the same bits each time, slower where convolutions are
     activation_checkpointing: bool = False  # compute activations twice to save memory
     best_metric: Literal["loss", "recall_mean"] = "loss"  # chooses the best weights
     early_stop: int | None = 2  # evaluations without improvement before the run ends
@@ -523,7 +524,7 @@ def main() -> None:
         take_train_loss,
     )  # fmt: skip
 
-    accelerator = make_accelerator(args.seed, args.amp)
+    accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
     data = load_data(args, accelerator)
     model = build_model(args, data, accelerator)
     remote = f"s3://{args.s3_bucket}/{args.s3_checkpoint_prefix.strip('/')}" if args.enable_s3_checkpoints else None
@@ -532,7 +533,7 @@ def main() -> None:
     used = {"from scratch": args.from_scratch, "full": args.scenario == "full", "siglip": args.loss == "siglip"}
     used |= {"tables": any(hasattr(pairs, "names") for pairs in data.sources.values())}
     used |= {"zero-shot classification": args.class_field is not None, "pretrained": not args.from_scratch}
-    used |= {"s3": args.s3_bucket is not None}
+    used |= {"s3": args.s3_bucket is not None, "GPU": accelerator.device.type == "cuda"}
     for line in without_effect(args, used | {"lora": args.scenario.endswith("lora")}):
         log.warning("%s", line)
 

@@ -79,6 +79,7 @@ class Args:
     ema_decay: float | None = None  # average the weights over the steps and evaluate the average: 0.999, say
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 if it is fast (default: launch's)
     compile_model: bool = False  # torch.compile
+    deterministic: bool = False  # GPU: only kernels that give the same bits each time, slower where convolutions are
     channels_last: bool = True  # the memory layout that convolutions are fastest in
     best_metric: Literal["accuracy", "f1_macro", "f1_weighted", "loss"] = "accuracy"  # chooses the best weights
     early_stop: int | None = None  # evaluations without improvement before the run ends
@@ -459,7 +460,7 @@ def main() -> None:
     )  # fmt: skip
     from lib.saliency import add_pictures
 
-    accelerator = make_accelerator(args.seed, args.amp, changing=args.strategy == "gradual")
+    accelerator = make_accelerator(args.seed, args.amp, args.deterministic, changing=args.strategy == "gradual")
     if args.trainer_type == "dp" and is_sharded(accelerator):
         raise UserError("--trainer_type dp needs whole parameters: launch without FSDP")
     data = load_data(args)

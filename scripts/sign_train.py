@@ -99,6 +99,7 @@ class Args:
     ema_decay: float | None = None  # average the weights over the steps and evaluate the average: 0.999, say
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 if it is fast (default: launch's)
     compile_model: bool = False  # torch.compile
+    deterministic: bool = False  # GPU: only kernels that give the same bits each time, slower where convolutions are
     best_metric: Literal["gloss_accuracy", "cat_accuracy", "gloss_f1_macro", "loss"] = "gloss_accuracy"  # of the best
     early_stop: int | None = None  # evaluations without improvement before the run ends
     early_stop_min_delta: float = 0.0  # what counts as an improvement
@@ -422,7 +423,7 @@ def main() -> None:
         take_train_loss,
     )  # fmt: skip
 
-    accelerator = make_accelerator(args.seed, args.amp)
+    accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
     data = load_data(args, accelerator)
     model = build_model(args, data, accelerator)
     run = start_run(accelerator, args, default_name(args))

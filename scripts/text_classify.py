@@ -79,6 +79,7 @@ class Args:
     ema_decay: float | None = None  # average the weights over the steps and evaluate the average: 0.999, say
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 if it is fast (default: launch's)
     compile_model: bool = False  # torch.compile
+    deterministic: bool = False  # GPU: only kernels that give the same bits each time, slower where convolutions are
     best_metric: Literal["accuracy", "f1_macro", "f1_weighted", "loss"] = "accuracy"  # chooses the best weights
     early_stop: int | None = None  # evaluations without improvement before the run ends
     early_stop_min_delta: float = 0.0  # what counts as an improvement
@@ -415,13 +416,14 @@ def main() -> None:
         take_train_loss,
     )  # fmt: skip
 
-    accelerator = make_accelerator(args.seed, args.amp)
+    accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
     data = load_data(args, accelerator)
     model = build_model(args, data, accelerator)
     run = start_run(accelerator, args, default_name(args))
     state = run.state
     cnn = args.architecture == "cnn"
     used = {"cnn": cnn, "transformer": not cnn, "transformer from scratch": args.from_scratch and not cnn}
+    used |= {"GPU": accelerator.device.type == "cuda"}
     for line in without_effect(args, used | {"lora": args.strategy == "lora"}):
         log.warning("%s", line)
 

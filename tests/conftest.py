@@ -23,6 +23,8 @@ CLIP = SCRIPTS / "clip_finetune.py"
 SIGN = SCRIPTS / "sign_train.py"
 IMAGE = SCRIPTS / "image_classify.py"
 
+# ACCELERANDO_TEST_DEVICE=cuda runs what takes one process on the GPU; see tests/test_gpu.py.
+ON_GPU = os.environ.get("ACCELERANDO_TEST_DEVICE") == "cuda"
 # Many short processes: one thread each is faster than many that wait for each other, and bit-exact comparisons need
 # the same number everywhere.
 ENVIRONMENT = {
@@ -141,8 +143,11 @@ def command(script: Path, *args: str, processes: int = 1, fsdp: bool = False) ->
     return [*launcher, *([str(ROOT / "tests" / "fsdp_cpu.py")] if fsdp else []), str(script), *words]
 
 
-def environment() -> dict[str, str]:
-    return {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"}
+def environment(processes: int = 1) -> dict[str, str]:
+    """What a launched command sees; several processes stay on the CPU, since NCCL wants a GPU for each of them."""
+    if ON_GPU and processes == 1:
+        return ENVIRONMENT
+    return {**ENVIRONMENT, "ACCELERATE_USE_CPU": "true", **({"CUDA_VISIBLE_DEVICES": ""} if processes > 1 else {})}
 
 
 def launch(
@@ -151,7 +156,7 @@ def launch(
     """Runs ``script`` to its end in ``cwd``."""
     done = subprocess.run(
         command(script, *args, processes=processes, fsdp=fsdp),
-        cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
+        cwd=cwd, env=environment(2 if fsdp else processes), capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert not check or done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return Finished(done.returncode, done.stdout, done.stderr)
@@ -161,7 +166,7 @@ def start(script: Path, *args: str, cwd: Path, processes: int = 1, fsdp: bool = 
     """Starts ``script`` in a process group of its own, so that :func:`kill` reaches every rank."""
     return subprocess.Popen(
         command(script, *args, processes=processes, fsdp=fsdp),
-        cwd=cwd, env=environment(), start_new_session=True, stdin=subprocess.DEVNULL,
+        cwd=cwd, env=environment(2 if fsdp else processes), start_new_session=True, stdin=subprocess.DEVNULL,
         stdout=open(cwd / "stdout.txt", "ab"), stderr=open(cwd / "stderr.txt", "ab"),
     )  # fmt: skip
 
@@ -297,7 +302,8 @@ def run_in_this_process(script: Path, base_args: list[str], tmp_path: Path, monk
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    if not ON_GPU:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     torch.set_num_threads(1)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     if script.stem not in sys.modules:

@@ -303,6 +303,7 @@ def test_a_micro_batch_size_is_found(clip_here, baseline: bytes, monkeypatch) ->
         patch.setattr(lib.autotune, "find_micro_batch_size", None)
         clip_here("--scenario", "full", "--max_steps", "4", "--micro_batch_size", "0", "--resume", name="auto")
     monkeypatch.setattr(lib.autotune, "free_memory", lambda: 1.0)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1, 1))
     from lib.errors import UserError
 
     with pytest.raises(UserError, match="not even one sample fits"):

@@ -405,6 +405,23 @@ def test_a_setting_that_nothing_reads_is_named(train_here) -> None:
     assert log.count("has no effect") == 3
 
 
+def test_deterministic_kernels_are_asked_for_on_a_gpu(train_here, monkeypatch) -> None:
+    import torch
+
+    from lib.run import choose_deterministic_kernels
+
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    log = (train_here("--deterministic", "--max_steps", "1") / "logs" / "train.log").read_text()
+    on_gpu = torch.cuda.is_available()
+    assert ("--deterministic has no effect here (GPU:" in log) == (not on_gpu)
+    try:
+        assert torch.are_deterministic_algorithms_enabled() == on_gpu
+        choose_deterministic_kernels()
+        assert torch.are_deterministic_algorithms_enabled() and torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_roberta_counts_positions_from_behind_the_padding(train_here, tiny_bert: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer, RobertaConfig, RobertaModel
 
