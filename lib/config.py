@@ -103,7 +103,11 @@ def parse_args(cls: type[T], aliases: dict[str, Alias] | None = None, argv: list
     }
     table = {name: target for name, target in table.items() if _target(target) in known}
     if any(token in ("-h", "--help") for token in argv):
-        _print_help(cls, table)
+        try:
+            _print_help(cls, table)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `--help | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
 
     argv = _canonical_argv(argv, known, table)

@@ -462,18 +462,18 @@ def _example_rows(run: Run, source: Any, split: str, trained: bool) -> list[dict
 
 
 def thumbnail(file: bytes, side: int = 128) -> bytes:
-    """A small JPEG of an image file, no side longer than ``side`` pixels."""
+    """A small JPEG of an image file, no side longer than ``side`` pixels, what is transparent on white."""
     import io
 
     from PIL import Image
 
-    with Image.open(io.BytesIO(file)) as image:
-        image.draft("RGB", (side, side))
-        small = image.convert("RGB")
-        small.thumbnail((side, side))
-        buffer = io.BytesIO()
-        small.save(buffer, "JPEG", quality=80)
-        return buffer.getvalue()
+    from lib.augment import decode_pixels
+
+    small = Image.fromarray(decode_pixels(file, side))
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
 
 
 def _retrieval_curves() -> list[Any]:

@@ -301,6 +301,8 @@ def run_in_this_process(script: Path, base_args: list[str], tmp_path: Path, monk
     import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
+    from lib.config import command_line
+
     monkeypatch.chdir(tmp_path)
     if not ON_GPU:
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -313,6 +315,7 @@ def run_in_this_process(script: Path, base_args: list[str], tmp_path: Path, monk
     module = sys.modules[script.stem]
 
     def run(*flags: str, name: str = "a", base: list[str] | None = None) -> Path:
+        command_line.cache_clear()
         AcceleratorState._reset_state(True)
         PartialState._reset_state()
         GradientState._reset_state()

@@ -91,6 +91,13 @@ def test_help_answers_at_once(program: Path, tmp_path: Path) -> None:
     assert min(seconds) < 2
 
 
+def test_help_may_be_cut_off(tmp_path: Path) -> None:
+    for number in range(3):  # whether the reader has left in time is a race
+        command = f"{shlex.quote(sys.executable)} {TEXT} --help | head -{1 + number}"
+        done = run(command, tmp_path, ENVIRONMENT)
+        assert "usage:" in done.stdout and not done.stderr
+
+
 def test_every_launch_config_is_one_that_accelerate_takes() -> None:
     import yaml
     from accelerate.commands.config.config_args import load_config_from_file

@@ -130,6 +130,25 @@ def test_a_model_of_transformers_gets_a_new_head_and_keeps_its_normalisation(ima
     assert history(again, "train")[0]["loss"] < history(run, "train")[0]["loss"]
 
 
+@pytest.mark.parametrize("net", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext"])
+def test_nets_of_timm_train_freeze_and_open(net: str, image_here) -> None:
+    from transformers import AutoModelForImageClassification
+
+    import lib.models.vision  # noqa: F401  (registers the class with transformers)
+
+    base = ("--model_name", "None", "--architecture", f"timm/{net}", "--image_size", "160", "--max_steps", "2")
+    whole = load_file(image_here(*base, name="whole") / "last" / "model.safetensors")
+    start = load_file(image_here(*base, "--lr", "0", name="start") / "last" / "model.safetensors")
+    run = image_here(*base, "--strategy", "head", "--report_to", "none", name="head")
+    head = load_file(run / "last" / "model.safetensors")
+    names = [name for name in start if name.rpartition(".")[2] in ("weight", "bias")]  # no statistics of batch norms
+    moved = {name.rpartition(".")[0] for name in names if not torch.equal(head[name], start[name])}
+    assert len(moved) == 1
+    assert sum(not torch.equal(whole[name], start[name]) for name in names) > len(names) // 2
+    assert AutoModelForImageClassification.from_pretrained(run / "best").config.architecture == f"timm/{net}"
+    assert "heat" in (run / "report.html").read_text()
+
+
 def test_the_head_of_half_a_model_is_found() -> None:
     import importlib.util
 

@@ -223,6 +223,23 @@ def test_mistakes_fold_long_texts_and_carry_images() -> None:
     assert "None." in report.mistakes([])
 
 
+def test_thumbnails_show_what_the_model_saw() -> None:
+    """What is transparent stands on white; a palette does not stop it."""
+    from PIL import Image
+
+    from lib.results import thumbnail
+
+    for mode, colour in (("RGBA", (0, 0, 0, 0)), ("LA", (0, 0)), ("RGB", (255, 255, 255)), ("P", 0)):
+        buffer = io.BytesIO()
+        image = Image.new(mode, (300, 150), colour)
+        if mode == "P":
+            image.putpalette([255, 255, 255])
+        image.save(buffer, "PNG")
+        with Image.open(io.BytesIO(thumbnail(buffer.getvalue()))) as small:
+            assert small.size == (128, 64)
+            assert np.asarray(small).min() >= 254, mode
+
+
 def test_mistakes_with_heat_stand_in_pairs_under_a_legend() -> None:
     png = b"\x89PNG\r\n\x1a\n"
     rows = [{"image": png, "heat": png, "true": "a", "predicted": NASTY}, {"image": png, "true": 1, "predicted": 2}]
