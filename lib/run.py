@@ -190,7 +190,8 @@ class TrainState:
 class Run:
     """One run: its folder, its processes, the numbers it recorded.
 
-    ``resumed`` is the checkpoint it goes on from; ``remote`` the URL under which checkpoints are kept too.
+    ``resumed`` is the checkpoint it goes on from; ``remote`` the URL under which checkpoints are kept too; ``lock``
+    keeps others out of the folder.
     """
 
     directory: Path
@@ -202,6 +203,7 @@ class Run:
     remote: str | None = None
     trackers: list[Any] = field(default_factory=list)
     stop: StopSignal | None = None
+    lock: Any = None
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -260,6 +262,8 @@ def start_run(accelerator: Accelerator, args: Any, default_name: str, remote: st
     directory = choose_directory(args, default_name)
     accelerator.wait_for_everyone()  # every process has looked before the main one makes the folder
     run = Run(directory, accelerator, args, TrainState(), remote=remote and f"{remote}/{directory.name}")
+    if accelerator.is_main_process and directory.is_dir():
+        run.lock = hold(directory)
     if remote and accelerator.is_main_process:
         _look_for_remote_checkpoint(run)
     accelerator.wait_for_everyone()
@@ -341,8 +345,10 @@ def _prepare_directory(run: Run) -> None:
     directory, args = run.directory, run.args
     if directory.exists() and args.overwrite and not args.resume:
         shutil.rmtree(directory)
+        run.lock = None
     for name in ("checkpoints", "logs", "plots"):
         (directory / name).mkdir(parents=True, exist_ok=True)
+    run.lock = run.lock or hold(directory)
     config = directory / "config.yaml"
     if run.resumed and config.is_file():
         before = {key: value for group in read_yaml(config).values() for key, value in group.items()}
@@ -350,6 +356,39 @@ def _prepare_directory(run: Run) -> None:
             if key in before and before[key] != value:
                 log.warning("Resumed with another %s: %s instead of %s", key, value, before[key])
     write_text(config, to_yaml(args))
+
+
+def hold(directory: Path) -> Any:
+    """Keeps other processes from training in ``directory`` as long as this one lives and the result is kept.
+
+    A lock of POSIX: workers do not inherit it, and it goes with the process, however that ends. None where the file
+    system has no locks.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    import fcntl
+    import socket
+
+    try:
+        file = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+    except OSError:  # not writable, which the first save says
+        return None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UserError(
+            f"{directory} is in use by {holder}: wait for its end or stop it, or give another --run_name"
+        ) from None
+    except OSError:
+        return None
+    with contextlib.suppress(OSError):  # a full disk, which the first save says
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+    return file
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import time
@@ -155,6 +156,32 @@ def test_a_finished_run_is_resumed_to_the_same_end_and_can_be_prolonged(unbroken
     results = json.loads((run / "results.json").read_text())
     assert results["samples"] == 6 * 203
     assert "Resumed with another epochs: 6 instead of 4" in (run / "logs" / "train.log").read_text()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_has_one_owner_at_a_time(processes: int, text_args, tmp_path: Path) -> None:
+    """A command that is given twice does not write into the run of the first; a killed owner holds nothing up."""
+    args = [*text_args, "--epochs", "2000", "--save_every", "2", "--run_name", "run"]
+    run = tmp_path / "runs" / "run"
+    process = start(TEXT, *args, cwd=tmp_path, processes=processes)
+    try:
+        wait_for_step(run, 2, process)
+        for flag in ("--resume", "--overwrite"):
+            done = launch(TEXT, *args, flag, cwd=tmp_path, processes=processes, check=False)
+            assert done.code == (2 if processes == 1 else 1)
+            (line,) = [line for line in done.err.splitlines() if line.startswith("error:")]
+            assert re.fullmatch(
+                r"error: runs/run is in use by process \d+ on .+, since .+ or give another --run_name", line
+            )
+        step = history(run, "train")[-1]["step"]
+        wait_for_step(run, step + 4, process)
+        assert (
+            process.poll() is None and history(run, "train")[-1]["step"] >= step + 4
+        )  # the first one goes on unharmed
+    finally:
+        kill(process)
+    step = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step_*"))
+    launch(TEXT, *args, "--resume", "--max_steps", str(step + 2), cwd=tmp_path, processes=processes)
 
 
 def test_going_back_to_an_earlier_checkpoint_gives_up_what_came_after(text_args, train_here) -> None:
