@@ -20,9 +20,12 @@ import numpy as np
 
 from lib.checkpoint import signal_when_parent_dies
 from lib.errors import UserError
+from lib.slots import slots_for
 
 if TYPE_CHECKING:
     import torch
+
+    from lib.slots import InSlot, Slots
 
 # A pool is sorted by length and cut into blocks; blocks are shuffled, and so are the runs of like lengths inside one.
 # Neighbouring runs are of a like length too, so that two processes get batches that take equally long.
@@ -322,15 +325,15 @@ class _Indexed:
 
 
 class _CollateIndexed:
-    def __init__(self, collate: Callable[[list[Any]], dict[str, torch.Tensor]]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[list[Any]], dict[str, torch.Tensor]], slots: Slots | None) -> None:
+        self.collate, self.slots = collate, slots
 
-    def __call__(self, samples: list[tuple[int, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: list[tuple[int, Any]]) -> dict[str, torch.Tensor] | InSlot:
         import torch
 
         batch = self.collate([sample for _, sample in samples])
         batch["index"] = torch.tensor([row for row, _ in samples], dtype=torch.int64)
-        return batch
+        return batch if self.slots is None else self.slots.put(batch)
 
 
 def make_loader(
@@ -348,14 +351,16 @@ def make_loader(
     """
     import torch
 
+    pin_memory = pin_memory and torch.device(device).type == "cuda"
+    prefetch = max(2, -(-ahead // num_workers)) if num_workers else None
     return torch.utils.data.DataLoader(
         _Indexed(dataset),
         batch_sampler=_PlannedBatches(plan, len(dataset)),
-        collate_fn=_CollateIndexed(collate),
+        collate_fn=_CollateIndexed(collate, slots_for(num_workers, prefetch, pin_memory) if num_workers else None),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        prefetch_factor=max(2, -(-ahead // num_workers)) if num_workers else None,
-        pin_memory=pin_memory and torch.device(device).type == "cuda",
+        prefetch_factor=prefetch,
+        pin_memory=pin_memory,
         # Without a generator of its own, each new iterator would advance the one that dropout uses.
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=functools.partial(_start_worker, os.getpid()),
