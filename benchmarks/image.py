@@ -96,13 +96,14 @@ def read_ours(data: str, cache: str | None, evaluation: bool, workers: int, mark
     from lib.collate import ImageCollate
     from lib.images import EvaluationImages, ImageAugmentation, TrainingImages
 
-    files = open_images(data, cache, marks)
+    files = read_splits(data, cache)["train"]
+    count = times(len(files), marks)
     if evaluation:
-        batches = evaluation_batches(EvaluationImages(files, SIZE), ImageCollate(), BATCH, num_workers=workers)
+        dataset = Epochs(EvaluationImages(files, SIZE), count)
+        batches = evaluation_batches(dataset, ImageCollate(), BATCH, num_workers=workers)
     else:
-        train_batches = TrainBatches(
-            TrainingImages(files, ImageAugmentation(), (SIZE,)), ImageCollate(), BATCH, num_workers=workers
-        )
+        dataset = Epochs(TrainingImages(files, ImageAugmentation(), (SIZE,)), count)
+        train_batches = TrainBatches(dataset, ImageCollate(), BATCH, num_workers=workers)
         batches = (batch for window in train_batches.windows(0) for batch in window)
 
     def sizes() -> Any:
@@ -112,20 +113,28 @@ def read_ours(data: str, cache: str | None, evaluation: bool, workers: int, mark
     return steady(sizes(), marks)
 
 
-def open_images(data: str, cache: str | None, marks: list[int]) -> Any:
-    """The training pictures, from the cache where there is one, as often as ``marks`` need them."""
-    import dataclasses
+class Epochs:
+    """``count`` epochs of a data set as one long one, so that nobody waits between them."""
 
-    import numpy as np
-    import pyarrow as pa
+    def __init__(self, dataset: Any, count: int) -> None:
+        self.dataset, self.count = dataset, count
 
-    splits = read_splits(data, cache)
-    files = splits["train"]
-    count = times(len(files), marks)
-    several = {"names": pa.concat_arrays([files.names] * count), "classes": np.tile(files.classes, count)}
-    if cache:
-        several["places"] = np.tile(files.places, count)
-    return dataclasses.replace(files, **several)
+    def __len__(self) -> int:
+        return self.count * len(self.dataset)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        return self.dataset[row % len(self.dataset)]
+
+    def at(self, row: int, _: int) -> dict[str, Any]:
+        if not hasattr(self.dataset, "at"):
+            return self[row]
+        return self.dataset.at(row % len(self.dataset), row // len(self.dataset))
+
+    def epoch_order(self, seed: int, _: int) -> Any:
+        import numpy as np
+
+        size = len(self.dataset)
+        return np.concatenate([epoch * size + self.dataset.epoch_order(seed, epoch) for epoch in range(self.count)])
 
 
 def read_splits(data: str, cache: str | None) -> dict[str, Any]:

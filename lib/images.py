@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import math
+import mmap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -44,11 +45,14 @@ class ImageAugmentation:
     erasing: float = 0.0
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
 
-    def __call__(self, source: Source, size: int, seed: tuple[int, ...]) -> torch.Tensor:
-        """uint8 [3, size, size] of a picture; ``seed`` is (seed, epoch, row). ValueError or OSError: it is none."""
+    def __call__(self, source: Source, size: int, seed: tuple[int, ...], sound: bool = False) -> torch.Tensor:
+        """uint8 [3, size, size] of a picture; ``seed`` is (seed, epoch, row). ValueError or OSError: it is none.
+
+        ``sound``: see :func:`decode_crop`.
+        """
         rng = np.random.default_rng(list(seed))
         if self.crop_scale < 1:
-            pixels = decode_crop(source, size, lambda height, width: crop_box(height, width, self.crop_scale, rng))
+            pixels = decode_crop(source, size, lambda *sides: crop_box(*sides, self.crop_scale, rng), sound)
         else:
             pixels = decode_for_evaluation(source, size)
         if rng.random() < self.flip:
@@ -90,6 +94,11 @@ class TrainingImages:
     mixup: float = 0.0
     cutmix: float = 0.0
     balanced: bool = False
+    # Of each row, whether its file was once decoded in full without complaint; the workers share what they found.
+    _sound: np.ndarray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._sound = np.frombuffer(mmap.mmap(-1, max(1, len(self.files))), np.bool_)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -129,7 +138,10 @@ class TrainingImages:
         return why_unreadable(self.files, row)
 
     def _pixels(self, row: int, size: int, seed: tuple[int, ...]) -> torch.Tensor | None:
-        return read_or_none(self.files, row, lambda source: self.augmentation(source, size, seed))
+        sound = bool(self._sound[row])
+        pixels = read_or_none(self.files, row, lambda source: self.augmentation(source, size, seed, sound))
+        self._sound[row] = pixels is not None
+        return pixels
 
 
 @dataclass
@@ -210,15 +222,18 @@ def write_image_processor(folder: Path, size: int, mean: tuple[float, ...], std:
 # --------------------------------------------------------------------------------------------------------- decoding
 
 
-def decode_crop(source: Source, size: int, box: Callable[[int, int], tuple[int, int, int, int]]) -> torch.Tensor:
+def decode_crop(
+    source: Source, size: int, box: Callable[[int, int], tuple[int, int, int, int]], sound: bool = False
+) -> torch.Tensor:
     """uint8 [3, size, size]: the part ``box(height, width)`` = (top, left, height, width) of a picture, resized.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the part stays as large as ``size``.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the part stays as large as ``size``. Of one that is known to
+    be ``sound``, what is below the part is not decoded; the result is the same, but damage is not always noticed.
     """
     height, width = source.size if isinstance(source, Picture) else header_size(source)
     top, left, part_height, part_width = box(height, width)
     least = math.ceil(min(height, width) * min(1.0, size / min(part_height, part_width)))
-    pixels = pixels_of(source, least)
+    pixels = pixels_of(source, least, top + part_height if sound else None)
     scale = pixels.shape[0] / height, pixels.shape[1] / width
     top, part_height = round(top * scale[0]), max(1, round(part_height * scale[0]))
     left, part_width = round(left * scale[1]), max(1, round(part_width * scale[1]))
@@ -245,8 +260,11 @@ def decode(file: bytes, least: int) -> torch.Tensor:
     return to_tensor(pixels_of(file, least))
 
 
-def pixels_of(source: Source, least: int) -> np.ndarray:
-    """:func:`decode` as uint8 [H, W, 3]; what a cache holds, as it is."""
+def pixels_of(source: Source, least: int, rows: int | None = None) -> np.ndarray:
+    """:func:`decode` as uint8 [H, W, 3]; what a cache holds, as it is.
+
+    With ``rows``, what stands below as many rows of the file may be anything.
+    """
     import simplejpeg
 
     if isinstance(source, Picture):
@@ -256,9 +274,50 @@ def pixels_of(source: Source, least: int) -> np.ndarray:
         if colours in ("YCbCr", "Gray"):
             # At 5/8 to 7/8 libjpeg-turbo has no vector instructions: it takes longer than all of the picture does.
             eighths = next((n for n in (1, 2, 4) if min(height, width) * n > 8 * (least - 1)), 8)
+            if eighths == 8 and rows is not None:
+                upper = upper_part(source, height, width, rows)
+                if upper is not None:
+                    return upper
             sides = [math.ceil(side * eighths / 8) for side in (height, width)]
             return simplejpeg.decode_jpeg(source, "RGB", min_height=sides[0], min_width=sides[1], min_factor=1)
     return decode_pixels(source, least)
+
+
+def upper_part(file: bytes, height: int, width: int, rows: int) -> np.ndarray | None:
+    """The first ``rows`` of a JPEG in uint8 [height, width, 3], the rest undefined; None: it has to be decoded in full.
+
+    The decoder is told of a picture that ends there, and saves the time for what is below. Then it complains of the
+    bytes that are left over; where it complains of anything else, that is not a file for this.
+    """
+    import simplejpeg
+
+    rows = -(-(rows + 2) // 16) * 16  # whole blocks; colours at half the height need a row of theirs below
+    at = height_offset(file)
+    if rows >= height or at is None:
+        return None
+    pixels = np.empty((height, width, 3), np.uint8)
+    shorter = file[:at] + rows.to_bytes(2, "big") + file[at + 2 :]
+    try:
+        simplejpeg.decode_jpeg(shorter, "RGB", buffer=pixels[:rows])
+    except ValueError as error:
+        if not str(error).endswith("extraneous bytes before marker 0xd9"):
+            return None
+    return pixels
+
+
+def height_offset(file: bytes) -> int | None:
+    """Where a JPEG's height stands; None: its rows do not simply follow each other (progressive, restart markers)."""
+    at, found = 2, None
+    while at + 4 <= len(file) and file[at] == 0xFF:
+        marker = file[at + 1]
+        if marker in (0xC0, 0xC1):
+            found = at + 5
+        elif marker == 0xDA:
+            return found
+        elif marker == 0xDD or (0xC2 <= marker <= 0xCF and marker != 0xC4):
+            return None
+        at += 2 + int.from_bytes(file[at + 2 : at + 4], "big")
+    return None
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:

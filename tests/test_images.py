@@ -24,6 +24,7 @@ from lib.images import (
     decode_crop,
     decode_for_evaluation,
     mix_up,
+    upper_part,
     write_image_processor,
 )
 from lib.models.vision import VisionNet, VisionNetConfig, load_pretrained, make_net
@@ -150,6 +151,43 @@ def test_mixing_keeps_the_share_that_it_says() -> None:
             mixed, said = cut_mix(one, other, share, rng)
             assert mixed.float().mean() == pytest.approx(200 * said, abs=0.01)
             assert said >= share - 0.05  # a rectangle over the edge takes less
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+def test_the_upper_part_of_a_jpeg_is_that_of_the_whole(mode: str, subsampling: int) -> None:
+    noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (150, 90, 3), np.uint8)).convert(mode)
+    file = io.BytesIO()
+    noise.save(file, "JPEG", quality=92, subsampling=subsampling)
+    whole = decode(file.getvalue(), 90).permute(1, 2, 0).numpy()
+    for rows in (1, 14, 15, 16, 17, 64, 100, 126):
+        found = upper_part(file.getvalue(), 150, 90, rows)
+        assert found.shape == whole.shape
+        assert np.array_equal(found[:rows], whole[:rows])
+    assert upper_part(file.getvalue(), 150, 90, 149) is None  # nothing is saved
+
+
+def test_only_a_plain_jpeg_is_decoded_in_part() -> None:
+    assert upper_part(jpeg(200, 90), 200, 90, 50) is not None
+    assert upper_part(jpeg(200, 90, progressive=True), 200, 90, 50) is None
+    assert upper_part(jpeg(200, 90, restart_marker_rows=1), 200, 90, 50) is None
+    file = jpeg(200, 90)
+    assert upper_part(file[: len(file) // 4] + b"\xff\xd9", 200, 90, 150) is None
+
+
+def test_a_damaged_jpeg_is_noticed_in_every_epoch_and_a_sound_one_stays_the_same(tmp_path: Path) -> None:
+    import pyarrow as pa
+
+    sound = jpeg(200, 90)
+    (tmp_path / "sound.jpg").write_bytes(sound)
+    (tmp_path / "damaged.jpg").write_bytes(sound[: len(sound) - 200] + sound[-100:])  # near the lower edge
+    files = ImageFiles(tmp_path, pa.array(["sound.jpg", "damaged.jpg"]), np.zeros(2, np.int64))
+    settings = (ImageAugmentation(), (32,))
+    dataset = TrainingImages(files, *settings)
+    for epoch in range(10):
+        assert dataset.at(1, epoch)["valid"] == 0
+        first_time = TrainingImages(files, *settings).at(0, epoch)["pixel_values"]
+        assert torch.equal(dataset.at(0, epoch)["pixel_values"], first_time)
 
 
 def test_a_sample_depends_on_seed_epoch_and_row_alone(files) -> None:
