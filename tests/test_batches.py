@@ -86,6 +86,46 @@ def test_windows_cover_the_epoch_for_any_number_of_workers(
     assert sorted(seen) == list(range(size))
 
 
+class Grown:
+    """Samples whose pixels, colours together, grow with each row; ``large`` gives the size of the largest."""
+
+    def __init__(self, large: int) -> None:
+        self.large = large
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, row: int) -> dict:
+        return {"row": row, "side": self.large if row == 7 else row}
+
+
+def stack_grown(samples: list[dict]) -> dict[str, torch.Tensor]:
+    (sample,) = samples
+    rows = torch.full((1, sample["side"], 5, 3), sample["row"], dtype=torch.uint8)
+    few = torch.arange(8, dtype=torch.float64)[::2] + sample["row"]
+    return {"pixels": rows.permute(0, 3, 1, 2), "few": few, "one": torch.tensor(True), "wide": few[:1].expand(3)}
+
+
+@pytest.mark.parametrize("large", [20, 2**23])  # the larger one does not fit into what the workers share
+def test_batches_of_workers_are_those_of_the_process_itself(large: int) -> None:
+    plain, others = (TrainBatches(Grown(large), stack_grown, 1, 1, 3, num_workers=workers) for workers in (0, 2))
+    for epoch in range(2):
+        expected, found = ([b for w in batches.windows(epoch) for b in w] for batches in (plain, others))
+        assert len(found) == 12
+        for one, other in zip(expected, found, strict=True):  # all of them are still held
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
+            assert all(one[name].dtype == other[name].dtype for name in one)
+            assert other["pixels"].permute(0, 2, 3, 1).is_contiguous()
+
+
+def test_an_epoch_that_was_left_does_not_show_in_the_next_one() -> None:
+    plain, others = (TrainBatches(Grown(20), stack_grown, 1, 1, 3, num_workers=workers) for workers in (0, 2))
+    next(iter(next(others.windows(0))))
+    expected, found = ([b for w in batches.windows(1) for b in w] for batches in (plain, others))
+    assert all(torch.equal(one["pixels"], other["pixels"]) for one, other in zip(expected, found, strict=True))
+
+
 def test_going_on_elsewhere_sees_the_remaining_samples_once() -> None:
     """Two windows on one process, the rest of the epoch on three."""
     lengths = np.random.default_rng(2).integers(1, 9, 107)
