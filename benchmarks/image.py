@@ -10,8 +10,9 @@ Contestants take turns, each in a process of its own, and the order turns each r
               torchvision's tutorials: ImageFolder, RandomResizedCrop(224), RandomHorizontalFlip, ToTensor and
               Normalize in a shuffled DataLoader. `ours`: the same crops and flips as image_classify.py makes them from
               the JPEGs; `cache`: from the decoded pixels of --cache, made before. What ours leaves to the training
-              process (the floats) is counted too. The folder is read several times in one long epoch, so that nobody
-              waits between epochs; timed is what comes after a warm-up.
+              process (the floats) is counted too. The folder is read several times in a row, so nobody waits between
+              epochs; timed is what comes after a warm-up of about one epoch, in which ours decodes each JPEG in full
+              (later only down to the lower edge of what is cut out).
   evaluation  the same for evaluated pictures, with 2 workers: Resize(256), CenterCrop(224) beside ours.
   training    `ours`: image_classify.py under accelerate launch from the JPEGs with 2 workers; `ours_cache`: with
               --cache and 1 worker. `loop`: a plain PyTorch loop over one batch of floats that lies in memory, with the
