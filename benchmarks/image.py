@@ -1,6 +1,6 @@
 """Reading and training of image_classify.py, beside torchvision's recipe and beside a loop that reads nothing.
 
-  python benchmarks/image.py [--data data/hymenoptera --rounds 3 --steps 8]
+  python benchmarks/image.py [--data data/hymenoptera --rounds 3 --steps 6]
 
 FOLDER of --data holds train/<class>/* and val/<class>/*; without it JPEGs of the sizes of the hymenoptera photos are
 made. The job is that of the guide: ResNet-18, 224 pixels, batches of 32, on the cores that this process may use.
@@ -301,8 +301,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train/<class>/ and val/<class>/ (default: made here)")
     parser.add_argument("--pictures", type=int, default=256, help="training pictures that are made")
     parser.add_argument("--rounds", type=int, default=3, help="times each contestant runs")
-    parser.add_argument("--samples", type=int, default=1024, help="reading: pictures that are timed")
-    parser.add_argument("--steps", type=int, default=8, help="training: optimizer steps that are timed")
+    parser.add_argument("--samples", type=int, default=2048, help="reading: pictures that are timed")
+    parser.add_argument("--steps", type=int, default=6, help="training: optimizer steps that are timed")
     parser.add_argument("--warm_up", type=int, default=2, help="training: optimizer steps before them")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     parser.add_argument("--values", type=json.loads, help=argparse.SUPPRESS)

@@ -20,10 +20,10 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-SLOT = 2**26  # bytes; a page of it becomes memory only when it is written to
+SLOT = 2**27  # bytes; a page of it becomes memory only when it is written to
 ALIGNED = 64
 
-_all: WeakValueDictionary[int, Slots] = WeakValueDictionary()
+_open: WeakValueDictionary[int, Slots] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
@@ -42,7 +42,7 @@ class Slots:
         self.slots = torch.from_numpy(memory).view(workers * ahead, SLOT)
         self.number = next(_numbers)
         self._batches = 0  # of this worker so far
-        _all[self.number] = self
+        _open[self.number] = self
 
     def put(self, batch: dict[str, Any]) -> dict[str, Any] | InSlot:
         """In a worker: ``batch`` in a slot; itself where it is too large, or not of tensors alone."""
@@ -93,7 +93,7 @@ class InSlot:
 
 
 def _take(number: int, slot: int, layouts: dict[str, tuple[Any, ...]]) -> dict[str, torch.Tensor]:
-    return _all[number].take(slot, layouts)
+    return _open[number].take(slot, layouts)
 
 
 def slots_for(workers: int, ahead: int, pin: bool) -> Slots | None:

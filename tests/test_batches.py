@@ -106,7 +106,7 @@ def stack_grown(samples: list[dict]) -> dict[str, torch.Tensor]:
     return {"pixels": rows.permute(0, 3, 1, 2), "few": few, "one": torch.tensor(True), "wide": few[:1].expand(3)}
 
 
-@pytest.mark.parametrize("large", [20, 2**23])  # the larger one does not fit into what the workers share
+@pytest.mark.parametrize("large", [20, 10**7])  # the larger one does not fit into what the workers share
 def test_batches_of_workers_are_those_of_the_process_itself(large: int) -> None:
     plain, others = (TrainBatches(Grown(large), stack_grown, 1, 1, 3, num_workers=workers) for workers in (0, 2))
     for epoch in range(2):

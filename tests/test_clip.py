@@ -162,7 +162,7 @@ def test_lora_is_saved_merged_and_apart(clip_here, tiny_clip_folder: Path) -> No
     assert torch.allclose(one.image_embeds, other.image_embeds, atol=1e-5)
     assert torch.allclose(one.text_embeds, other.text_embeds, atol=1e-5)
     original = load_file(tiny_clip_folder / "model.safetensors")
-    assert float(merged.logit_scale) != float(original["logit_scale"])
+    assert merged.logit_scale.item() != float(original["logit_scale"])
     # A new run starts from the adapter alone, or from base and adapter.
     for flags in (("--model_name", run / "best" / "adapter"), ("--adapter", run / "best" / "adapter")):
         again = clip_here("--scenario", "zero_shot", *flags, "--overwrite", name="again")
