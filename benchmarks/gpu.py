@@ -6,7 +6,7 @@ Models of the usual sizes with random weights, on data that is made here; each c
 `accelerate launch --config_file accelerate_configs/single_gpu.yaml`, or a plain PyTorch loop.
 
   image  ResNet-50, 224 pixels, batches of 256 from the cache of decoded pictures
-  text   BERT-base, 128 tokens (all texts are longer), batches of 64
+  text   BERT-base with a vocabulary of 4,000, 128 tokens (all texts are longer), batches of 64
   clip   CLIP ViT-B/32, a contrastive batch of 2,048 pairs: as one (`whole`) and in micro-batches of 256 (GradCache)
   sign   the sign Transformer (3.3 M parameters), clips of 30 to 300 frames, batches of 64
 
@@ -172,7 +172,7 @@ def train_ours(task: str, flags: list[str], folder: Path, steps: int, warm_up: i
     }  # fmt: skip
 
 
-def train_loop(task: str, steps: int, warm_up: int) -> dict[str, float]:
+def train_loop(task: str, folder: Path, steps: int, warm_up: int) -> dict[str, float]:
     """Samples per second of a plain loop in bf16 over one batch on the GPU."""
     import torch
 
@@ -186,10 +186,11 @@ def train_loop(task: str, steps: int, warm_up: int) -> dict[str, float]:
         def forward() -> torch.Tensor:
             return model(pixels)
     else:
-        from transformers import BertConfig, BertForSequenceClassification
+        from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
 
-        model = BertForSequenceClassification(BertConfig(num_labels=LABELS)).cuda().train()
-        tokens = torch.randint(0, 4000, (BATCH[task], TOKENS), device="cuda")
+        words = len(AutoTokenizer.from_pretrained(folder / "bert"))
+        model = BertForSequenceClassification(BertConfig(vocab_size=words, num_labels=LABELS)).cuda().train()
+        tokens = torch.randint(0, words, (BATCH[task], TOKENS), device="cuda")
         mask = torch.ones_like(tokens)
 
         def forward() -> torch.Tensor:
@@ -214,9 +215,10 @@ def train_loop(task: str, steps: int, warm_up: int) -> dict[str, float]:
     }  # fmt: skip
 
 
-def call_loop(task: str, steps: int, warm_up: int) -> dict[str, float]:
+def call_loop(task: str, folder: Path, steps: int, warm_up: int) -> dict[str, float]:
     """:func:`train_loop` in a process of its own."""
-    command = [sys.executable, __file__, "--loop", task, "--steps", str(steps), "--warm_up", str(warm_up)]
+    command = [sys.executable, __file__, "--loop", task, "--folder", str(folder)]
+    command += ["--steps", str(steps), "--warm_up", str(warm_up)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
@@ -231,13 +233,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps that are timed (clip: half as many)")
     parser.add_argument("--warm_up", type=int, default=5, help="optimizer steps before them (clip: 2)")
     parser.add_argument("--loop", choices=MAKERS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     import torch
 
     if not torch.cuda.is_available():
         sys.exit("error: no GPU here; benchmarks/clip.py, image.py, sign.py and text.py measure on the CPU")
     if args.loop:
-        print(json.dumps(train_loop(args.loop, args.steps, args.warm_up)))
+        print(json.dumps(train_loop(args.loop, args.folder, args.steps, args.warm_up)))
         return
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -254,7 +257,7 @@ def main() -> None:
                 for name in names if number % 2 == 0 else names[::-1]:
                     flags = CONTESTANTS[task][name]
                     if flags is None:
-                        found = call_loop(task, steps, warm_up)
+                        found = call_loop(task, folder / task, steps, warm_up)
                     else:
                         found = train_ours(task, [*data, *flags], folder, steps, warm_up)
                     for what, value in found.items():

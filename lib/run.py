@@ -190,8 +190,7 @@ class TrainState:
 class Run:
     """One run: its folder, its processes, the numbers it recorded.
 
-    ``resumed`` is the checkpoint it goes on from; ``remote`` the URL under which checkpoints are kept too; ``lock``
-    keeps others out of the folder.
+    ``resumed`` is the checkpoint it goes on from; ``remote`` the URL under which checkpoints are kept too.
     """
 
     directory: Path
@@ -203,7 +202,6 @@ class Run:
     remote: str | None = None
     trackers: list[Any] = field(default_factory=list)
     stop: StopSignal | None = None
-    lock: Any = None
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -232,7 +230,7 @@ def choose_directory(args: Any, default_name: str) -> Path:
     directory = Path(args.output_dir) / (args.run_name or default_name)
     if directory.is_file():
         raise UserError(f"{directory} is a file: choose another --output_dir or --run_name")
-    if directory.is_dir() and any(directory.iterdir()) and not args.resume:
+    if not is_unused(directory) and not args.resume:
         if not args.overwrite:
             raise UserError(
                 f"{directory} exists: --resume goes on with it, --overwrite starts it again, --run_name names another"
@@ -263,7 +261,7 @@ def start_run(accelerator: Accelerator, args: Any, default_name: str, remote: st
     accelerator.wait_for_everyone()  # every process has looked before the main one makes the folder
     run = Run(directory, accelerator, args, TrainState(), remote=remote and f"{remote}/{directory.name}")
     if accelerator.is_main_process and directory.is_dir():
-        run.lock = hold(directory)
+        hold(directory)
     if remote and accelerator.is_main_process:
         _look_for_remote_checkpoint(run)
     accelerator.wait_for_everyone()
@@ -344,11 +342,15 @@ def describe_processes(accelerator: Accelerator) -> str:
 def _prepare_directory(run: Run) -> None:
     directory, args = run.directory, run.args
     if directory.exists() and args.overwrite and not args.resume:
-        shutil.rmtree(directory)
-        run.lock = None
+        # All but the lock, which is held; last what marks it as a run, should this be interrupted.
+        for path in sorted(directory.iterdir(), key=lambda path: path.name == "config.yaml"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK:
+                path.unlink()
     for name in ("checkpoints", "logs", "plots"):
         (directory / name).mkdir(parents=True, exist_ok=True)
-    run.lock = run.lock or hold(directory)
+    hold(directory)
     config = directory / "config.yaml"
     if run.resumed and config.is_file():
         before = {key: value for group in read_yaml(config).values() for key, value in group.items()}
@@ -358,37 +360,55 @@ def _prepare_directory(run: Run) -> None:
     write_text(config, to_yaml(args))
 
 
-def hold(directory: Path) -> Any:
-    """Keeps other processes from training in ``directory`` as long as this one lives and the result is kept.
+LOCK = ".lock"
+LOCK_PATIENCE = 5.0  # seconds: a process that was told to stop needs some to save
+_held: dict[Path, Any] = {}
 
-    A lock of POSIX: workers do not inherit it, and it goes with the process, however that ends. None where the file
-    system has no locks.
+
+def hold(directory: Path) -> None:
+    """Keeps other processes from training in ``directory`` until the run is finished or this process ends.
+
+    A lock of POSIX: workers do not inherit it, and it goes with the process, however that ends. Where the file system
+    has none, nothing is kept out.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process has it, and still has after ``LOCK_PATIENCE``.
     """
     import fcntl
     import socket
 
+    path = directory.resolve() / LOCK
+    if path in _held:  # closing any file of it would give the lock away
+        return
     try:
-        file = open(directory / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
     except OSError:  # not writable, which the first save says
-        return None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        file.seek(0)
-        holder = file.read().strip() or "another process"
-        raise UserError(
-            f"{directory} is in use by {holder}: wait for its end or stop it, or give another --run_name"
-        ) from None
-    except OSError:
-        return None
+        return
+    limit = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except (BlockingIOError, PermissionError):
+            if time.monotonic() > limit:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(
+                    f"{directory} is in use by {holder}: wait for its end or stop it, or give another --run_name"
+                ) from None
+            time.sleep(0.2)
+        except OSError:
+            return
+    _held[path] = file
     with contextlib.suppress(OSError):  # a full disk, which the first save says
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
-    return file
+
+
+def is_unused(directory: Path) -> bool:
+    """Whether a folder is not there, or has nothing in it but the lock of a run that did not come to begin."""
+    return not directory.exists() or (directory.is_dir() and all(path.name == LOCK for path in directory.iterdir()))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -659,11 +679,13 @@ def leave_after_stop(run: Run, checkpoint: Path | None) -> None:
 
 
 def finish_run(run: Run) -> None:
-    """Closes trackers and processes."""
+    """Closes trackers and processes, and lets others into the folder."""
     for tracker in run.trackers:
         tracker.finish()
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
+    if file := _held.pop(run.directory.resolve() / LOCK, None):
+        file.close()
 
 
 def peak_memory_mb(accelerator: Accelerator) -> float:

@@ -12,6 +12,7 @@ import itertools
 import math
 import mmap
 import multiprocessing
+import resource
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -45,11 +46,11 @@ class Slots:
         _open[self.number] = self
 
     def put(self, batch: dict[str, Any]) -> dict[str, Any] | InSlot:
-        """In a worker: ``batch`` in a slot; itself where it is too large, or not of tensors alone."""
+        """In a worker: ``batch`` in a slot; itself where it is too large, or not of plain tensors alone."""
         import torch
 
         worker = torch.utils.data.get_worker_info()
-        if worker is None or not all(isinstance(tensor, torch.Tensor) for tensor in batch.values()):
+        if worker is None or not all(map(_is_plain, batch.values())):
             return batch
         layouts, start = {}, 0
         for name, tensor in batch.items():
@@ -71,7 +72,10 @@ class Slots:
         batch = {}
         for name, layout in layouts.items():
             dtype, shape, stride, _ = layout
-            batch[name] = torch.empty_strided(shape, stride, dtype=dtype, pin_memory=self.pin)
+            try:
+                batch[name] = torch.empty_strided(shape, stride, dtype=dtype, pin_memory=self.pin)
+            except RuntimeError:  # nothing can be locked: torch tries it again, and says so
+                batch[name] = torch.empty_strided(shape, stride, dtype=dtype)
             batch[name].copy_(self._tensor(slot, *layout))
         return batch
 
@@ -80,6 +84,12 @@ class Slots:
     ) -> torch.Tensor:
         length = math.prod(shape) * dtype.itemsize
         return self.slots[slot, start : start + length].view(dtype).as_strided(shape, stride)
+
+
+def _is_plain(value: Any) -> bool:
+    import torch
+
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_nested
 
 
 class InSlot:
@@ -97,10 +107,13 @@ def _take(number: int, slot: int, layouts: dict[str, tuple[Any, ...]]) -> dict[s
 
 
 def slots_for(workers: int, ahead: int, pin: bool) -> Slots | None:
-    """Slots for the workers of a loader; None where processes do not share memory from the start."""
+    """Slots for the workers of a loader; None where processes do not share memory from the start, and where addresses,
+    of which slots take many, are limited (``ulimit -v``)."""
     if multiprocessing.get_start_method() != "fork":
+        return None
+    if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         return None
     try:
         return Slots(workers, ahead, pin)
-    except OSError:  # a limit on address space: torch's own way does
+    except OSError:  # a system that promises no more than it has: torch's own way does
         return None

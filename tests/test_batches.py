@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 
 from lib.batches import TrainBatches, deal, epoch_order, evaluation_batches
 from lib.collate import collate_text
@@ -117,6 +118,28 @@ def test_batches_of_workers_are_those_of_the_process_itself(large: int) -> None:
             assert all(torch.equal(one[name], other[name]) for name in one)
             assert all(one[name].dtype == other[name].dtype for name in one)
             assert other["pixels"].permute(0, 2, 3, 1).is_contiguous()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant")
+def test_sparse_batches_go_torchs_own_way() -> None:
+    def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
+        rows = [sample["row"] for sample in samples]
+        return {"rows": torch.sparse_coo_tensor([[0]], [float(rows[0])], (2,))}
+
+    batches = TrainBatches(Grown(20), collate, 1, 1, 3, num_workers=1)
+    found = [float(batch["rows"].to_dense()[0]) for window in batches.windows(0) for batch in window]
+    assert sorted(found) == list(range(12))
+
+
+def test_no_slots_where_addresses_are_limited() -> None:
+    import subprocess
+    import sys
+
+    program = "from lib.slots import slots_for; print(slots_for(2, 2, False) is not None)"
+    for limit, expected in (("unlimited", "True"), ("30000000", "False")):
+        done = subprocess.run(["bash", "-c", f"ulimit -v {limit}; exec {sys.executable} -c '{program}'"],
+                              capture_output=True, text=True, cwd=ROOT)  # fmt: skip
+        assert done.stdout.strip() == expected, done.stderr
 
 
 def test_an_epoch_that_was_left_does_not_show_in_the_next_one() -> None:

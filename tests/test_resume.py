@@ -184,6 +184,21 @@ def test_a_run_has_one_owner_at_a_time(processes: int, text_args, tmp_path: Path
     launch(TEXT, *args, "--resume", "--max_steps", str(step + 2), cwd=tmp_path, processes=processes)
 
 
+def test_to_overwrite_empties_the_folder_and_keeps_the_lock(train_here) -> None:
+    """The lock is held meanwhile: nobody comes in between, and on a network's disk an open file cannot go away."""
+    run = train_here("--max_steps", "2", name="run")
+    (run / "of_before.txt").write_text("x")
+    inode = (run / ".lock").stat().st_ino
+    train_here("--max_steps", "1", "--overwrite", name="run")
+    assert (run / ".lock").stat().st_ino == inode
+    assert not (run / "of_before.txt").exists()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
+    for path in list(run.iterdir()):
+        if path.name != ".lock":
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    train_here("--max_steps", "1", name="run")  # a folder with nothing but a lock is as good as none
+
+
 def test_going_back_to_an_earlier_checkpoint_gives_up_what_came_after(text_args, train_here) -> None:
     flags = ("--save_every", "2", "--keep_checkpoints", "9")
     whole = train_here(*flags, name="run")

@@ -241,8 +241,10 @@ def state_of(fold: Fold, overwrite: bool) -> str:
     Raises:
         UserError: the run was made with other settings, or is none.
     """
+    from lib.run import is_unused
+
     directory = fold.directory
-    if not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
+    if is_unused(directory):
         return "new"
     if not (directory / "config.yaml").is_file():
         raise UserError(f"{directory}: no run (it lacks config.yaml), so it is left alone; choose another --run_name")
