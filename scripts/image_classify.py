@@ -645,7 +645,9 @@ def main() -> None:
         worst = worst_mistakes(scores[last], data.label_names)
         for mistake in worst:
             mistake["text"] = data.splits[last].names[int(scores[last]["row"][mistake["row"]])].as_py()
-        net = None if is_sharded(accelerator) else unwrapped(accelerator, model)
+        # A sharded net cannot be asked by one process alone what it looked at.
+        best = run.directory / "best"
+        net = open_classifier(str(best), {}) if is_sharded(accelerator) else unwrapped(accelerator, model)
         add_pictures(worst, scores[last], images[last], net, data.mean, data.std)
         trainable, parameters = count_parameters(model)
         report = write_classification_results(
@@ -656,7 +658,6 @@ def main() -> None:
         log.info("Summary\n%s", (run.directory / "summary.txt").read_text(encoding="utf-8"))
         log.info("Report: %s", report)
         if args.push_to_hub:
-            best = run.directory / "best"
             success("Pushed %s to %s", best, push_folder(best, args.hub_repo_id, args.hub_private))
     finish_run(run)
 

@@ -537,6 +537,35 @@ def test_it_stops_when_told_and_the_same_command_goes_on(
         )
 
 
+def test_ctrl_z_lets_the_fold_rest_too(image_set: Path, tmp_path: Path, monkeypatch) -> None:
+    import psutil
+
+    monkeypatch.setitem(conftest.ENVIRONMENT, "HF_HOME", str(tmp_path))
+    (tmp_path / "patient.py").write_text(PATIENT)
+    process = start(TOOL, "patient.py", "--data_dir", image_set, "--run_name", "x", cwd=tmp_path)
+    deadline = time.monotonic() + 90
+
+    def wait_until(what) -> None:
+        while not what():
+            assert process.poll() is None, (tmp_path / "stderr.txt").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def resting() -> list[bool]:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        assert len(family) >= 3  # the tool, the launcher and the script
+        return [member.status() == psutil.STATUS_STOPPED for member in family]
+
+    wait_until(lambda: "training:" in (tmp_path / "stdout.txt").read_text())
+    os.kill(process.pid, signal.SIGTSTP)
+    wait_until(lambda: all(resting()))
+    os.kill(process.pid, signal.SIGCONT)
+    wait_until(lambda: not any(resting()))
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert (tmp_path / "runs" / "x_fold0" / "saved.txt").exists()
+
+
 def test_what_a_setting_stands_for_is_the_same_in_every_fold(image_set: Path) -> None:
     """Otherwise the same command would find its own finished folds to have been trained with others."""
     flags = ["--data_dir", str(image_set), "--trainer_type", "mixed_precision"]

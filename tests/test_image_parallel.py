@@ -56,6 +56,7 @@ def test_one_process_ddp_and_fsdp_agree(image_args, tiny_vit: Path, image_set: P
         for split in ("validation", "test"):
             assert results[split]["count"] == expected[split]["count"]
             assert results[split]["loss"] == pytest.approx(expected[split]["loss"], rel=1e-3)
+        assert 'class="pair"' in (run / "report.html").read_text()  # what the net looked at
         found = load_file(run / "last" / "model.safetensors")
         assert found.keys() == trained.keys()
         for key, tensor in trained.items():

@@ -21,8 +21,10 @@ that is not test, by the one model that was not trained on it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
 import re
 import signal
 import statistics
@@ -328,19 +330,38 @@ def train(command: list[str], received: list[int]) -> int:
     # A session of its own: a Ctrl-C reaches the script once, from here, and not a second time from the terminal.
     process = subprocess.Popen(command, start_new_session=True)
     told: dict[int, int] = {}
-    while True:
-        try:
-            return process.wait(0.2)
-        except subprocess.TimeoutExpired:
-            pass
-        if received:
+    before = signal.signal(signal.SIGTSTP, lambda *_: rest_together(process.pid))
+    try:
+        while True:
             try:
-                for script in psutil.Process(process.pid).children():
-                    if told.get(script.pid, 0) < min(2, len(received)):
-                        script.send_signal(signal.SIGINT if script.pid in told else signal.SIGTERM)
-                        told[script.pid] = told.get(script.pid, 0) + 1
-            except psutil.NoSuchProcess:
+                return process.wait(0.2)
+            except subprocess.TimeoutExpired:
                 pass
+            if received:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    for script in psutil.Process(process.pid).children():
+                        if told.get(script.pid, 0) < min(2, len(received)):
+                            script.send_signal(signal.SIGINT if script.pid in told else signal.SIGTERM)
+                            told[script.pid] = told.get(script.pid, 0) + 1
+    finally:
+        signal.signal(signal.SIGTSTP, before)
+
+
+def rest_together(pid: int) -> None:
+    """Ctrl-Z, which the terminal sends this process alone: ``pid`` and what it has started rest as long as this one."""
+    import psutil
+
+    def send(family: list[psutil.Process], number: int) -> None:
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(number)
+
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    send(family, signal.SIGSTOP)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    send(family, signal.SIGCONT)
 
 
 def train_all(folds: list[Fold], states: list[str], commands: list[list[str]], overwrite: bool) -> None:
