@@ -332,6 +332,17 @@ def colours_together(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
+def small_jpeg(pixels: np.ndarray, side: int) -> bytes:
+    """uint8 [H, W, 3] as a JPEG with no side longer than ``side`` pixels, for reports."""
+    from PIL import Image
+
+    small = Image.fromarray(pixels)
+    small.thumbnail((side, side))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
 def header_size(file: bytes) -> tuple[int, int]:
     """Height and width of an image file. ValueError or OSError: it is no image, or far too large."""
     import simplejpeg

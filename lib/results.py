@@ -463,17 +463,10 @@ def _example_rows(run: Run, source: Any, split: str, trained: bool) -> list[dict
 
 def thumbnail(file: bytes, side: int = 128) -> bytes:
     """A small JPEG of an image file, no side longer than ``side`` pixels, what is transparent on white."""
-    import io
-
-    from PIL import Image
-
     from lib.augment import decode_pixels
+    from lib.images import small_jpeg
 
-    small = Image.fromarray(decode_pixels(file, side))
-    small.thumbnail((side, side))
-    buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
+    return small_jpeg(decode_pixels(file, side), side)
 
 
 def _retrieval_curves() -> list[Any]:

@@ -6,7 +6,6 @@ transformers all do.
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -257,14 +256,14 @@ def add_pictures(
 
     from lib.augment import normalise
     from lib.errors import first_line
-    from lib.images import pixels_of, read_or_none
+    from lib.images import pixels_of, read_or_none, small_jpeg
     from lib.run import log
 
     rows = [int(score["row"][mistake["row"]]) for mistake in mistakes]
     for mistake, row in zip(mistakes, rows, strict=True):
         pixels = read_or_none(images.files, row, lambda source: pixels_of(source, SIDE))
         if pixels is not None:
-            mistake["image"] = _jpeg(_shrunk(pixels))
+            mistake["image"] = small_jpeg(pixels, SIDE)
     if model is None:
         return
     predicted = [int(score["logits"][mistake["row"]].argmax()) for mistake in mistakes]
@@ -288,24 +287,9 @@ def overlay(pixels: np.ndarray, heat: np.ndarray) -> bytes:
     from matplotlib import colormaps
     from PIL import Image
 
+    from lib.images import small_jpeg
+
     grey = Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     smooth = Image.fromarray(heat.astype(np.float32)).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
     colours = 255 * colormaps[COLOURS](np.asarray(smooth).clip(0, 1))[..., :3]
-    return _jpeg((0.5 * np.asarray(grey)[..., None] + 0.5 * colours).round().astype(np.uint8))
-
-
-def _shrunk(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [h, w, 3] with no side above ``SIDE``."""
-    from PIL import Image
-
-    small = Image.fromarray(pixels)
-    small.thumbnail((SIDE, SIDE))
-    return np.asarray(small)
-
-
-def _jpeg(pixels: np.ndarray) -> bytes:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
+    return small_jpeg((0.5 * np.asarray(grey)[..., None] + 0.5 * colours).round().astype(np.uint8), SIDE)
