@@ -6,7 +6,7 @@ PYTHON ?= python3.11
 TASK ?= clip
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-export PYTHONPATH := $(CURDIR)
+export PYTHONPATH := $(CURDIR)/lib
 
 .PHONY: setup demo demo_clip demo_text demo_sign demo_image test bench bench_clip bench_text bench_sign bench_image bench_gpu torture lint link
 
@@ -18,9 +18,9 @@ $(STAMP): requirements.txt requirements-dev.txt constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	touch $@
 
-# lib is importable from any folder; repeated each time, because one environment may serve several clones.
+# The package is importable from any folder; repeated each time, because one environment may serve several clones.
 link: $(STAMP)
-	@$(BIN)/python -c "import pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'accelerando.pth').write_text('$(CURDIR)\n')"
+	@$(BIN)/python -c "import pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'accelerando.pth').write_text('$(CURDIR)/lib\n')"
 
 demo: demo_$(TASK)
 

@@ -226,7 +226,7 @@ def make_models(folder: str, shape: dict[str, int], activation: str) -> dict[str
     from open_clip.tokenizer import SimpleTokenizer
     from transformers import CLIPImageProcessorPil, CLIPTokenizer
 
-    from lib.models.clip import Preprocessing, make_clip_model
+    from accelerando.models.clip import Preprocessing, make_clip_model
 
     theirs = SimpleTokenizer()
     special = dict(zip(theirs.all_special_ids, ("<|startoftext|>", "<|endoftext|>"), strict=True))
@@ -275,11 +275,11 @@ def read_ours(
     shards: str, cache: str, model: str | None, side: int, augmentation: str, marks: list[int]
 ) -> dict[str, Any]:
     """Samples per second between two ``marks`` (samples read), and the memory at each, in MB."""
-    from lib.augment import ImageTransform, normalise
-    from lib.batches import TrainBatches
-    from lib.collate import PairCollate
-    from lib.models.clip import make_preprocessing, open_preprocessing
-    from lib.pairs import PairDataset, captions, open_pairs
+    from accelerando.data.collate import PairCollate
+    from accelerando.data.pairs import PairDataset, captions, open_pairs
+    from accelerando.data.transforms import ImageTransform, normalise
+    from accelerando.models.clip import make_preprocessing, open_preprocessing
+    from accelerando.train.batches import TrainBatches
 
     pairs = open_pairs(shards, Path(cache), 1.0, None, "image", "caption")
     preprocessing = open_preprocessing(model, None) if model else make_preprocessing(captions(pairs), 8192, side, 77)
@@ -483,7 +483,7 @@ def main() -> None:
         args.reading_samples, args.reading_warm_up, args.pictures, args.picture_side = 128, 64, 64, 96
 
     if args.amp == "auto":
-        from lib.run import computes_bf16
+        from accelerando.train.accelerator import computes_bf16
 
         args.amp = "bf16" if computes_bf16() else "no"
     peer = has_peer(args)

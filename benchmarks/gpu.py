@@ -96,7 +96,7 @@ def make_text_data(folder: Path, samples: int) -> list[str]:
     import numpy as np
     from transformers import BertConfig
 
-    from lib.tokenizer import train_tokenizer
+    from accelerando.data.tokenizer import train_tokenizer
 
     rng = np.random.default_rng(0)
     words = np.array(["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 6)) for _ in range(2000)])

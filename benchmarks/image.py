@@ -92,10 +92,10 @@ def read_imagefolder(data: str, evaluation: bool, workers: int, marks: list[int]
 
 def read_ours(data: str, cache: str | None, evaluation: bool, workers: int, marks: list[int]) -> dict[str, Any]:
     """The same of the pipeline of image_classify.py."""
-    from lib.augment import normalise
-    from lib.batches import TrainBatches, evaluation_batches
-    from lib.collate import ImageCollate
-    from lib.images import EvaluationImages, ImageAugmentation, TrainingImages
+    from accelerando.data.collate import ImageCollate
+    from accelerando.data.images import EvaluationImages, ImageAugmentation, TrainingImages
+    from accelerando.data.transforms import normalise
+    from accelerando.train.batches import TrainBatches, evaluation_batches
 
     files = read_splits(data, cache)["train"]
     count = times(len(files), marks)
@@ -140,9 +140,9 @@ class Epochs:
 
 def read_splits(data: str, cache: str | None) -> dict[str, Any]:
     """Side -> pictures, from the cache where there is one."""
-    from lib.folders import read_class_folders
-    from lib.image_cache import cached_images
-    from lib.images import evaluation_side
+    from accelerando.data.decode import evaluation_side
+    from accelerando.data.folders import read_class_folders
+    from accelerando.data.image_cache import cached_images
 
     splits = read_class_folders(Path(data))[1]
     return cached_images(splits, evaluation_side(SIZE), Path(cache)) if cache else splits
@@ -217,7 +217,7 @@ CHILDREN = {
 
 def train_ours(args: argparse.Namespace, folder: Path, data: Path, bf16: bool, cache: bool) -> dict[str, Any]:
     """Samples per second and peak memory of image_classify.py."""
-    from lib.folders import read_class_folders
+    from accelerando.data.folders import read_class_folders
 
     steps = args.warm_up + args.steps
     command = [
@@ -311,7 +311,7 @@ def main() -> None:
         print(json.dumps(CHILDREN[args.child](**args.values)))
         return
 
-    from lib.run import computes_bf16
+    from accelerando.train.accelerator import computes_bf16
 
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -96,7 +96,7 @@ def train_loop(folder: Path, steps: int) -> float:
     """Samples per second of a plain loop in float32."""
     import torch
 
-    from lib.models.sign import SignTransformer, SignTransformerConfig
+    from accelerando.models.sign import SignTransformer, SignTransformerConfig
 
     torch.manual_seed(0)
     names = {"gloss_names": [str(n) for n in range(GLOSSES)], "cat_names": [str(n) for n in range(10)]}
@@ -121,11 +121,11 @@ def train_loop(folder: Path, steps: int) -> float:
 
 
 def read_ours(folder: Path, augmented: bool) -> float:
-    from lib.batches import TrainBatches
-    from lib.clips import TrainingClips, pack_clips
-    from lib.collate import ClipCollate
-    from lib.keypoints import ClipAugmentation
-    from lib.sign_labels import read_labels
+    from accelerando.data.collate import ClipCollate
+    from accelerando.data.keypoints import ClipAugmentation
+    from accelerando.data.sign_clips import TrainingClips, pack_clips
+    from accelerando.data.sign_labels import read_labels
+    from accelerando.train.batches import TrainBatches
 
     clips = pack_clips(read_labels(folder / "labels.csv"), folder, "X", "body", folder.parent / "cache")
     augmentation = ClipAugmentation(10, 0.2, 0.1, 0.01, 0.2, 0.2, 0.1, 0.5) if augmented else ClipAugmentation()
@@ -218,7 +218,7 @@ def main() -> None:
         print(f"\n{roles[args.who]()}")
         return
 
-    from lib.run import computes_bf16
+    from accelerando.train.accelerator import computes_bf16
 
     training = TRAINING if computes_bf16() else [who for who in TRAINING if who != "ours_bf16"]
     found: dict[tuple[str, str], list[tuple[float, float]]] = {}

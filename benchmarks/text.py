@@ -78,11 +78,11 @@ def load(args: argparse.Namespace, folder: Path):
 def run_bare(args: argparse.Namespace, folder: Path) -> float:
     import torch
 
-    from lib.batches import TrainBatches
-    from lib.collate import collate_text
-    from lib.run import computes_bf16
-    from lib.tables import encode_labels, label_names, read_text_table
-    from lib.tokens import tokenize_table
+    from accelerando.data.collate import collate_text
+    from accelerando.data.tables import encode_labels, label_names, read_text_table
+    from accelerando.data.tokens import tokenize_table
+    from accelerando.train.accelerator import computes_bf16
+    from accelerando.train.batches import TrainBatches
 
     _, tokenizer, model = load(args, folder)
     table = read_text_table(str(folder / "rows.json"))
@@ -113,7 +113,7 @@ def run_bare(args: argparse.Namespace, folder: Path) -> float:
 def run_trainer(args: argparse.Namespace, folder: Path, best: bool) -> float:
     from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
-    from lib.run import computes_bf16
+    from accelerando.train.accelerator import computes_bf16
 
     rows, tokenizer, model = load(args, folder)
     names = sorted({row["label"] for row in rows})
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    from lib.run import computes_bf16
+    from accelerando.train.accelerator import computes_bf16
 
     args.model_name = args.model_name or minilm_folder()
     if args.contestant:

@@ -27,9 +27,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from lib.checkpoint import whole_folder
-from lib.config import check_ranges, parse_args
-from lib.errors import UserError, errors_in_one_line
+from accelerando.base.config import check_ranges, parse_args
+from accelerando.base.errors import UserError, errors_in_one_line
+from accelerando.base.files import whole_folder
 
 VERSION = 1  # counts up when the same arguments would draw other pictures
 OVERSAMPLING = 3

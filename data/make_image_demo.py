@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lib.checkpoint import whole_folder
-from lib.config import parse_args
-from lib.errors import UserError, errors_in_one_line, first_line
-from lib.run import write_text
+from accelerando.base.config import parse_args
+from accelerando.base.errors import UserError, errors_in_one_line, first_line
+from accelerando.base.files import whole_folder, write_text
 
 MADE_WITH = {"maker": "make_image_demo.py", "version": 1}  # version: counts up when the pictures would be others
 LEVELS = 16  # the value of the darkest ink; paper is 0
@@ -123,7 +122,7 @@ def is_made(folder: Path) -> bool:
 
 def read_flat(folder: Path, index: str, classes: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
     """Ink, 0 to 16, of the pictures in an index file, 10 x 10 with the margin: float64 [n, 100]; their classes [n]."""
-    from lib.folders import read_index
+    from accelerando.data.folders import read_index
 
     files = read_index(folder / "splits" / index, classes)
     inputs = []
@@ -142,7 +141,7 @@ def baseline(folder: Path) -> float:
     """Accuracy in 0..1 of logistic regression, the usual first attempt: trained on all that is not test."""
     from sklearn.linear_model import LogisticRegression
 
-    from lib.folders import read_class_map
+    from accelerando.data.folders import read_class_map
 
     classes = read_class_map(folder / "splits")
     parts = [read_flat(folder, f"fold_0_{side}.txt", classes) for side in ("train", "val")]

@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.config import parse_args
-from lib.errors import UserError, errors_in_one_line
+from accelerando.base.config import parse_args
+from accelerando.base.errors import UserError, errors_in_one_line
 
 # Topic -> packages. The standard library is cut by subject.
 TOPICS = {

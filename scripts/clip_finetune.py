@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lib.augment import AugmentationName
-from lib.config import check_ranges, parse_args, without_effect
-from lib.errors import UserError, errors_in_one_line
-from lib.losses import LossName, Pairs
-from lib.optim import OptimizerName, SchedulerName
+from accelerando.base.config import check_ranges, parse_args, without_effect
+from accelerando.base.errors import UserError, errors_in_one_line
+from accelerando.data.transforms import AugmentationName
+from accelerando.train.losses import LossName, Pairs
+from accelerando.train.optim import OptimizerName, SchedulerName
 
 Scenario = Literal["zero_shot", "linear_probe", "dual_lora", "vision_lora", "text_lora", "full"]
 
@@ -144,20 +144,21 @@ ALIASES = {
 class Data:
     """Pairs of the splits, what their galleries are, and what turns pictures and captions into tensors."""
 
-    sources: dict[str, Any]  # train, validation and perhaps test: lib.shards.ShardPairs or lib.folders.TablePairs
-    galleries: dict[str, Any]  # validation and test: lib.pairs.Gallery
+    sources: dict[str, Any]  # train, validation and perhaps test: data.shards.ShardPairs or data.folders.TablePairs
+    galleries: dict[str, Any]  # validation and test: data.pairs.Gallery
     classes: dict[str, Any]  # the same, where class_field is given: the class of each picture
     class_names: list[str]
-    preprocessing: Any  # lib.models.clip.Preprocessing
+    preprocessing: Any  # models.clip.Preprocessing
     collate: Any
 
 
 def load_data(args: Args, accelerator: Any) -> Data:
-    from lib.collate import PairCollate
-    from lib.models.clip import make_preprocessing, open_preprocessing
-    from lib.pairs import FirstPairs, captions, class_names_of, image_classes, make_gallery, open_pairs
-    from lib.run import log, main_process_first
-    from lib.tokens import cache_folder
+    from accelerando.base.files import cache_folder
+    from accelerando.base.log import log
+    from accelerando.base.processes import main_process_first
+    from accelerando.data.collate import PairCollate
+    from accelerando.data.pairs import FirstPairs, captions, class_names_of, image_classes, make_gallery, open_pairs
+    from accelerando.models.clip import make_preprocessing, open_preprocessing
 
     with main_process_first(accelerator):  # which makes indexes and fetches what is remote
         cache = cache_folder(args.cache_dir)
@@ -221,11 +222,12 @@ PROJECTIONS = ("visual_projection", "text_projection")
 
 
 def build_model(args: Args, data: Data, accelerator: Any) -> Any:
-    from lib.dropout import speed_up_dropout
-    from lib.lora import attach_lora
-    from lib.models.clip import embed_in_forward, make_clip_model, make_trainable_scale, open_clip_model
-    from lib.models.overrides import spell_out_attention
-    from lib.run import count_parameters, log
+    from accelerando.base.log import log
+    from accelerando.models.clip import embed_in_forward, make_clip_model, make_trainable_scale, open_clip_model
+    from accelerando.models.cpu import speed_up_dropout
+    from accelerando.models.overrides import spell_out_attention
+    from accelerando.train.accelerator import count_parameters
+    from accelerando.train.lora import attach_lora
 
     on_cpu = accelerator.device.type == "cpu"
 
@@ -316,7 +318,7 @@ def embeddings_loss(model: Any, batch: dict[str, Any], data: Data) -> Any:
 
 def model_inputs(batch: dict[str, Any], data: Data) -> dict[str, Any]:
     """What the model takes of a batch: normalised pixels, tokens and their mask, as far as they are there."""
-    from lib.augment import normalise
+    from accelerando.data.transforms import normalise
 
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
     if "pixel_values" in batch:
@@ -332,8 +334,8 @@ def evaluate(model: Any, data: Data, split: str, run: Any, args: Args) -> dict[s
     """
     import numpy as np
 
-    from lib.augment import ImageTransform
-    from lib.pairs import Captions, PairDataset, report_unreadable
+    from accelerando.data.pairs import Captions, PairDataset, report_unreadable
+    from accelerando.data.transforms import ImageTransform
 
     gallery = data.galleries[split]
     transform = ImageTransform(data.preprocessing.image_size, square=data.preprocessing.square)
@@ -367,9 +369,10 @@ def embed_all(
     """Embeddings of every sample once, in the order of ``dataset``, on every process; None when stopped."""
     import torch
 
-    from lib.batches import evaluation_batches, gather_rows
-    from lib.checkpoint import unwrapped
-    from lib.run import progress_bar, stop_requested
+    from accelerando.base.log import progress_bar
+    from accelerando.train.accelerator import unwrapped
+    from accelerando.train.batches import evaluation_batches, gather_rows
+    from accelerando.train.stop import stop_requested
 
     accelerator = run.accelerator
     batches = evaluation_batches(
@@ -397,7 +400,7 @@ def score(found: dict[str, Any], data: Data, split: str, args: Args) -> dict[str
     """The metrics of what :func:`evaluate` found: loss, recall both ways, zero-shot accuracy."""
     import numpy as np
 
-    from lib.metrics import contrastive_metrics, retrieval_metrics, zero_shot_metrics
+    from accelerando.report.metrics import contrastive_metrics, retrieval_metrics, zero_shot_metrics
 
     gallery, readable = data.galleries[split], found["readable"]
     # What cannot be read is in nobody's gallery.
@@ -426,8 +429,9 @@ print(model(**inputs).logits_per_image)
 
 def check_args(args: Args) -> None:
     """What can be wrong before anything is loaded."""
-    from lib.hub import check_push
-    from lib.run import check_trackers, choose_directory
+    from accelerando.inference.hub import check_push
+    from accelerando.train.run import choose_directory
+    from accelerando.train.tracking import check_trackers
 
     check_trackers(args.report_to)
     check_push(args.push_to_hub, args.hub_repo_id)
@@ -461,14 +465,14 @@ def data_title(args: Args) -> str:
 
 def model_title(args: Args) -> str:
     """A short name of the model."""
-    from lib.run import short_name
+    from accelerando.train.run import short_name
 
     return f"clip{args.vision_width}x{args.vision_layers}" if args.from_scratch else short_name(args.model_name)
 
 
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that one tends to compare."""
-    from lib.run import join_name
+    from accelerando.train.run import join_name
 
     settings = (args.scenario, f"bs{args.effective_batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
     return join_name(data_title(args), model_title(args), *settings)
@@ -480,49 +484,47 @@ def main() -> None:
 
     import torch
 
-    from lib.augment import ImageTransform
-    from lib.autotune import find_micro_batch_size
-    from lib.batches import TrainBatches
-    from lib.checkpoint import is_sharded, load_trained_weights, save_model_folder, unwrapped
-    from lib.collate import PairCollate
-    from lib.ema import Ema, averaged, mix_weights, trained_weights
-    from lib.hub import push_folder, write_model_card
-    from lib.losses import backward_contrastive, clamp_logit_scale
-    from lib.models.clip import saved_scale
-    from lib.optim import make_optimizer, make_scheduler
-    from lib.pairs import PairDataset, report_unreadable
-    from lib.results import (
+    from accelerando.base.log import log, progress_bar, success
+    from accelerando.data.collate import PairCollate
+    from accelerando.data.pairs import PairDataset, report_unreadable
+    from accelerando.data.transforms import ImageTransform
+    from accelerando.inference.hub import push_folder
+    from accelerando.models.clip import saved_scale
+    from accelerando.report.model_card import write_model_card
+    from accelerando.report.results import (
         RETRIEVAL_METRICS,
         keep_examples,
         retrieval_examples,
         write_retrieval_results,
         write_summary,
-    )  # fmt: skip
-    from lib.run import (
-        after_step,
+    )
+    from accelerando.train.accelerator import (
         choose_sharded_layers,
-        count_evaluation,
         count_parameters,
-        evaluation_was_stopped,
-        evaluations,
-        finish_run,
-        is_due,
-        leave_after_stop,
-        log,
-        log_step,
+        is_sharded,
         make_accelerator,
+        seed_processes_apart,
+        unwrapped,
+    )
+    from accelerando.train.autotune import find_micro_batch_size
+    from accelerando.train.averages import Ema, averaged, mix_weights, trained_weights
+    from accelerando.train.batches import TrainBatches
+    from accelerando.train.loop import (
+        after_step,
+        count_evaluation,
+        evaluation_was_stopped,
+        is_due,
+        log_step,
         out_of_patience,
         plan_steps,
-        progress_bar,
-        record,
-        restore,
-        save,
-        seed_processes_apart,
         speed,
-        start_run,
-        success,
         take_train_loss,
-    )  # fmt: skip
+    )
+    from accelerando.train.losses import backward_contrastive, clamp_logit_scale
+    from accelerando.train.optim import make_optimizer, make_scheduler
+    from accelerando.train.run import finish_run, leave_after_stop, restore, save, start_run
+    from accelerando.train.tracking import evaluations, record
+    from accelerando.train.weights import load_trained_weights, save_model_folder
 
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
     data = load_data(args, accelerator)

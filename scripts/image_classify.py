@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lib.config import check_ranges, parse_args, without_effect
-from lib.errors import UserError, errors_in_one_line, first_line
-from lib.optim import OptimizerName, SchedulerName
+from accelerando.base.config import check_ranges, parse_args, without_effect
+from accelerando.base.errors import UserError, errors_in_one_line, first_line
+from accelerando.train.optim import OptimizerName, SchedulerName
 
 
 @dataclass
@@ -126,7 +126,7 @@ ALIASES = {
 class Data:
     """Picture files of the splits, the class names, and how pictures become numbers."""
 
-    splits: dict[str, Any]  # train, validation and perhaps test: lib.folders.ImageFiles
+    splits: dict[str, Any]  # train, validation and perhaps test: data.folders.ImageFiles
     label_names: list[str]
     class_weights: Any  # n / (C n_c) for each class, float32 [C]: 1 on average over the training pictures
     mean: tuple[float, ...]  # of each colour, 0 to 1
@@ -140,11 +140,11 @@ def load_data(args: Args) -> Data:
     import numpy as np
     import torch
 
-    from lib.folders import read_splits
-    from lib.image_cache import cached_images
-    from lib.images import evaluation_side
-    from lib.run import log
-    from lib.tokens import cache_folder
+    from accelerando.base.files import cache_folder
+    from accelerando.base.log import log
+    from accelerando.data.decode import evaluation_side
+    from accelerando.data.folders import read_splits
+    from accelerando.data.image_cache import cached_images
 
     folder = Path(args.data_dir)
     if not args.data_dir:
@@ -171,7 +171,7 @@ def load_data(args: Args) -> Data:
 
 def normalisation_of(args: Args) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation of each colour that the model was trained with."""
-    from lib.models.vision import TIMM, timm_settings
+    from accelerando.models.vision import TIMM, timm_settings
 
     if not args.model_name:
         settings = timm_settings(args.architecture) if args.architecture.startswith(TIMM) else None
@@ -189,10 +189,11 @@ def normalisation_of(args: Args) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def build_model(args: Args, data: Data, accelerator: Any) -> Any:
-    from lib.dropout import speed_up_dropout
-    from lib.models.vision import VisionNet, VisionNetConfig, load_pretrained
-    from lib.privacy import make_valid
-    from lib.run import count_parameters, log
+    from accelerando.base.log import log
+    from accelerando.models.cpu import speed_up_dropout
+    from accelerando.models.vision import VisionNet, VisionNetConfig, load_pretrained
+    from accelerando.train.accelerator import count_parameters
+    from accelerando.train.privacy import make_valid
 
     labels = {
         "num_labels": len(data.label_names),
@@ -228,7 +229,7 @@ def open_classifier(name: str, labels: dict[str, Any]) -> Any:
     import torch
     from transformers import AutoModelForImageClassification
 
-    import lib.models.vision  # noqa: F401  (so that a net saved by this script opens too)
+    import accelerando.models.vision  # noqa: F401  (so that a net saved by this script opens too)
 
     try:
         return AutoModelForImageClassification.from_pretrained(
@@ -257,7 +258,7 @@ def compute_loss(model: Any, batch: dict[str, Any], data: Data, args: Args) -> t
     """Cross-entropy of each picture, [B], and the logits, [B, C]; where two were mixed, each label has its share."""
     import torch
 
-    from lib.augment import normalise
+    from accelerando.data.transforms import normalise
 
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     pixels = normalise(batch["pixel_values"].contiguous(memory_format=layout), data.mean, data.std)
@@ -280,11 +281,12 @@ def evaluate(model: Any, dataset: Any, data: Data, run: Any, args: Args, what: s
     read; None when stopped."""
     import torch
 
-    from lib.batches import evaluation_batches, gather_rows
-    from lib.checkpoint import unwrapped
-    from lib.collate import ImageCollate
-    from lib.pairs import report_unreadable
-    from lib.run import progress_bar, stop_requested
+    from accelerando.base.log import progress_bar
+    from accelerando.data.collate import ImageCollate
+    from accelerando.data.pairs import report_unreadable
+    from accelerando.train.accelerator import unwrapped
+    from accelerando.train.batches import evaluation_batches, gather_rows
+    from accelerando.train.stop import stop_requested
 
     accelerator = run.accelerator
     batches = evaluation_batches(
@@ -317,7 +319,7 @@ USAGE = """
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-import lib.models.vision  # makes transformers know this model
+import accelerando.models.vision  # makes transformers know this model
 
 model = AutoModelForImageClassification.from_pretrained("{folder}").eval()
 processor = AutoImageProcessor.from_pretrained("{folder}")
@@ -328,8 +330,9 @@ print(model.config.id2label[logits.argmax().item()])
 
 def check_args(args: Args) -> None:
     """What can be wrong before anything is loaded; what trainer_type stands for."""
-    from lib.hub import check_push
-    from lib.run import check_trackers, choose_directory
+    from accelerando.inference.hub import check_push
+    from accelerando.train.run import choose_directory
+    from accelerando.train.tracking import check_trackers
 
     check_trackers(args.report_to)
     check_push(args.push_to_hub, args.hub_repo_id)
@@ -356,7 +359,7 @@ def check_args(args: Args) -> None:
 
 def check_private(args: Args) -> None:
     """What cannot go with differential privacy, and what it needs."""
-    from lib.privacy import require_opacus
+    from accelerando.train.privacy import require_opacus
 
     require_opacus()
     others = {
@@ -386,14 +389,14 @@ def data_title(args: Args) -> str:
 
 def model_title(args: Args) -> str:
     """A short name of the model."""
-    from lib.run import short_name
+    from accelerando.train.run import short_name
 
     return short_name(args.model_name) if args.model_name else args.architecture.replace("/", "-")
 
 
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that one tends to compare."""
-    from lib.run import join_name
+    from accelerando.train.run import join_name
 
     fold = (f"fold{args.fold}",) if (Path(args.data_dir) / "splits").is_dir() else ()
     settings = (f"bs{args.batch_size}", f"lr{args.lr:g}", *fold, f"seed{args.seed}")
@@ -406,17 +409,40 @@ def main() -> None:
 
     import torch
 
-    from lib.batches import TrainBatches
-    from lib.checkpoint import is_sharded, load_trained_weights, save_model_folder, unwrapped
-    from lib.collate import ImageCollate
-    from lib.ema import Ema, averaged
-    from lib.hub import push_folder, write_model_card
-    from lib.images import EvaluationImages, ImageAugmentation, TrainingImages, write_image_processor
-    from lib.layers import layers_of, train_from, train_mode
-    from lib.metrics import classification_metrics
-    from lib.optim import make_optimizer, make_scheduler
-    from lib.pairs import report_unreadable
-    from lib.privacy import (
+    from accelerando.base.log import log, progress_bar, success
+    from accelerando.data.collate import ImageCollate
+    from accelerando.data.images import EvaluationImages, ImageAugmentation, TrainingImages, write_image_processor
+    from accelerando.data.pairs import report_unreadable
+    from accelerando.inference.hub import push_folder
+    from accelerando.report.metrics import classification_metrics
+    from accelerando.report.model_card import write_model_card
+    from accelerando.report.predictions import probabilities, worst_mistakes, write_predictions
+    from accelerando.report.results import METRICS, split_to_show, write_classification_results, write_summary
+    from accelerando.report.saliency import add_pictures
+    from accelerando.train.accelerator import (
+        choose_sharded_layers,
+        count_parameters,
+        is_sharded,
+        make_accelerator,
+        seed_processes_apart,
+        unwrapped,
+    )
+    from accelerando.train.averages import Ema, averaged
+    from accelerando.train.batches import TrainBatches
+    from accelerando.train.layerwise import layers_of, train_from, train_mode
+    from accelerando.train.loop import (
+        after_step,
+        count_evaluation,
+        evaluation_was_stopped,
+        is_due,
+        log_step,
+        out_of_patience,
+        plan_steps,
+        speed,
+        take_train_loss,
+    )
+    from accelerando.train.optim import make_optimizer, make_scheduler
+    from accelerando.train.privacy import (
         check_budget,
         clip_and_add,
         count_private_step,
@@ -424,41 +450,9 @@ def main() -> None:
         privacy_results,
         start_privacy,
     )
-    from lib.results import (
-        METRICS,
-        probabilities,
-        split_to_show,
-        worst_mistakes,
-        write_classification_results,
-        write_predictions,
-        write_summary,
-    )
-    from lib.run import (
-        after_step,
-        choose_sharded_layers,
-        count_evaluation,
-        count_parameters,
-        evaluation_was_stopped,
-        evaluations,
-        finish_run,
-        is_due,
-        leave_after_stop,
-        log,
-        log_step,
-        make_accelerator,
-        out_of_patience,
-        plan_steps,
-        progress_bar,
-        record,
-        restore,
-        save,
-        seed_processes_apart,
-        speed,
-        start_run,
-        success,
-        take_train_loss,
-    )  # fmt: skip
-    from lib.saliency import add_pictures
+    from accelerando.train.run import finish_run, leave_after_stop, restore, save, start_run
+    from accelerando.train.tracking import evaluations, record
+    from accelerando.train.weights import load_trained_weights, save_model_folder
 
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic, changing=args.strategy == "gradual")
     if args.trainer_type == "dp" and is_sharded(accelerator):

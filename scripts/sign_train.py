@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lib.config import check_ranges, parse_args, without_effect
-from lib.errors import UserError, errors_in_one_line
-from lib.optim import OptimizerName, SchedulerName
+from accelerando.base.config import check_ranges, parse_args, without_effect
+from accelerando.base.errors import UserError, errors_in_one_line
+from accelerando.train.optim import OptimizerName, SchedulerName
 
 
 @dataclass
@@ -147,18 +147,19 @@ ALIASES = {
 class Data:
     """Packed clips of the splits and the names of the classes."""
 
-    splits: dict[str, Any]  # train, validation and perhaps test: lib.clips.ClipTable
+    splits: dict[str, Any]  # train, validation and perhaps test: data.sign_clips.ClipTable
     names: dict[str, list[str]]  # of the heads gloss and cat
     key: str
     normalisation: str
 
 
 def load_data(args: Args, accelerator: Any) -> Data:
-    from lib.clips import class_names, made_up_clips, pack_clips
-    from lib.run import log, main_process_first
-    from lib.sign_labels import label_problems, read_labels, report_problems
-    from lib.tables import stratified_split
-    from lib.tokens import cache_folder
+    from accelerando.base.files import cache_folder
+    from accelerando.base.log import log
+    from accelerando.base.processes import main_process_first
+    from accelerando.data.sign_clips import class_names, made_up_clips, pack_clips
+    from accelerando.data.sign_labels import label_problems, read_labels, report_problems
+    from accelerando.data.splits import stratified_split
 
     transformer = args.model == "transformer"
     key = args.kp_key if transformer else args.feature_key
@@ -208,10 +209,11 @@ def folders(args: Args) -> dict[str, tuple[Path, Path]]:
 
 
 def build_model(args: Args, data: Data, accelerator: Any) -> Any:
-    from lib.clips import channel_statistics
-    from lib.dropout import speed_up_dropout
-    from lib.models.sign import SignGru, SignGruConfig, SignTransformer, SignTransformerConfig
-    from lib.run import count_parameters, log
+    from accelerando.base.log import log
+    from accelerando.data.sign_clips import channel_statistics
+    from accelerando.models.cpu import speed_up_dropout
+    from accelerando.models.sign import SignGru, SignGruConfig, SignTransformer, SignTransformerConfig
+    from accelerando.train.accelerator import count_parameters
 
     mean = deviation = None
     if data.normalisation == "standard":
@@ -279,9 +281,10 @@ def evaluate(model: Any, dataset: Any, collate: Any, run: Any, args: Args, what:
     """Classes [n], logits [n, G] and [n, C], and losses [n] of every clip once, in order; None when stopped."""
     import torch
 
-    from lib.batches import evaluation_batches, gather_rows
-    from lib.checkpoint import unwrapped
-    from lib.run import progress_bar, stop_requested
+    from accelerando.base.log import progress_bar
+    from accelerando.train.accelerator import unwrapped
+    from accelerando.train.batches import evaluation_batches, gather_rows
+    from accelerando.train.stop import stop_requested
 
     accelerator = run.accelerator
     batches = evaluation_batches(
@@ -311,8 +314,8 @@ import numpy as np
 import torch
 from transformers import AutoModel
 
-import lib.models.sign  # makes transformers know this model
-from lib.clips import normalise, read_clip
+import accelerando.models.sign  # makes transformers know this model
+from accelerando.data.sign_clips import normalise, read_clip
 
 model = AutoModel.from_pretrained("{folder}").eval()
 frames, mask = normalise(*read_clip("clip.npz", model.config.input_key), model.config.normalisation)
@@ -324,8 +327,9 @@ print(model.config.gloss_names[output.gloss_logits.argmax()])
 
 def check_args(args: Args) -> None:
     """What can be wrong before anything is loaded."""
-    from lib.hub import check_push
-    from lib.run import check_trackers, choose_directory
+    from accelerando.inference.hub import check_push
+    from accelerando.train.run import choose_directory
+    from accelerando.train.tracking import check_trackers
 
     check_trackers(args.report_to)
     check_push(args.push_to_hub, args.hub_repo_id)
@@ -367,7 +371,7 @@ def model_title(args: Args) -> str:
 
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that one tends to compare."""
-    from lib.run import join_name
+    from accelerando.train.run import join_name
 
     settings = (f"bs{args.batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
     return join_name(data_title(args), model_title(args), *settings)
@@ -379,49 +383,46 @@ def main() -> None:
 
     import torch
 
-    from lib.autotune import choose_num_workers, find_micro_batch_size
-    from lib.batches import TrainBatches
-    from lib.checkpoint import is_sharded, load_trained_weights, save_model_folder
-    from lib.clips import TrainingClips
-    from lib.collate import ClipCollate
-    from lib.ema import Ema, averaged
-    from lib.hub import push_folder, write_model_card
-    from lib.keypoints import WIDTH, ClipAugmentation
-    from lib.metrics import sign_metrics
-    from lib.optim import make_optimizer, make_scheduler
-    from lib.results import (
+    from accelerando.base.log import log, progress_bar, success
+    from accelerando.data.collate import ClipCollate
+    from accelerando.data.keypoints import WIDTH, ClipAugmentation
+    from accelerando.data.sign_clips import TrainingClips
+    from accelerando.inference.hub import push_folder
+    from accelerando.report.metrics import sign_metrics
+    from accelerando.report.model_card import write_model_card
+    from accelerando.report.predictions import worst_mistakes
+    from accelerando.report.results import (
         SIGN_METRICS,
         split_to_show,
-        worst_mistakes,
         write_log_csv,
         write_sign_results,
         write_summary,
     )
-    from lib.run import (
-        after_step,
+    from accelerando.train.accelerator import (
         choose_sharded_layers,
-        count_evaluation,
         count_parameters,
-        evaluation_was_stopped,
-        evaluations,
-        finish_run,
-        is_due,
-        leave_after_stop,
-        log,
-        log_step,
+        is_sharded,
         make_accelerator,
+        seed_processes_apart,
+    )
+    from accelerando.train.autotune import choose_num_workers, find_micro_batch_size
+    from accelerando.train.averages import Ema, averaged
+    from accelerando.train.batches import TrainBatches
+    from accelerando.train.loop import (
+        after_step,
+        count_evaluation,
+        evaluation_was_stopped,
+        is_due,
+        log_step,
         out_of_patience,
         plan_steps,
-        progress_bar,
-        record,
-        restore,
-        save,
-        seed_processes_apart,
         speed,
-        start_run,
-        success,
         take_train_loss,
-    )  # fmt: skip
+    )
+    from accelerando.train.optim import make_optimizer, make_scheduler
+    from accelerando.train.run import finish_run, leave_after_stop, restore, save, start_run
+    from accelerando.train.tracking import evaluations, record
+    from accelerando.train.weights import load_trained_weights, save_model_folder
 
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
     data = load_data(args, accelerator)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lib.config import check_ranges, parse_args, without_effect
-from lib.errors import UserError, errors_in_one_line, first_line
-from lib.optim import OptimizerName, SchedulerName
+from accelerando.base.config import check_ranges, parse_args, without_effect
+from accelerando.base.errors import UserError, errors_in_one_line, first_line
+from accelerando.train.optim import OptimizerName, SchedulerName
 
 
 @dataclass
@@ -124,16 +124,18 @@ ALIASES = {
 class Data:
     """Token tables of the splits, their texts (for the report), the label names and the tokenizer."""
 
-    splits: dict[str, Any]  # train, validation and perhaps test: lib.tokens.TokenTable
-    tables: dict[str, Any]  # the same: lib.tables.TextTable
+    splits: dict[str, Any]  # train, validation and perhaps test: data.tokens.TokenTable
+    tables: dict[str, Any]  # the same: data.tables.TextTable
     label_names: list[str]
     tokenizer: Any
 
 
 def load_data(args: Args, accelerator: Any) -> Data:
-    from lib.run import log, main_process_first
-    from lib.tables import encode_labels, label_names, read_text_table, stratified_split
-    from lib.tokens import tokenize_table
+    from accelerando.base.log import log
+    from accelerando.base.processes import main_process_first
+    from accelerando.data.splits import stratified_split
+    from accelerando.data.tables import encode_labels, label_names, read_text_table
+    from accelerando.data.tokens import tokenize_table
 
     if not args.train_file:
         raise UserError("--train_file is missing: a .json, .jsonl, .csv or .parquet file, or a `datasets` name")
@@ -167,7 +169,7 @@ def load_data(args: Args, accelerator: Any) -> Data:
 def load_tokenizer(args: Args, train_table: Any) -> Any:
     from transformers import AutoTokenizer
 
-    from lib.tokenizer import train_tokenizer
+    from accelerando.data.tokenizer import train_tokenizer
 
     name = args.tokenizer_name or (args.model_name if args.architecture == "transformer" else None)
     if name is None:
@@ -182,9 +184,10 @@ def load_tokenizer(args: Args, train_table: Any) -> Any:
 
 
 def build_model(args: Args, data: Data, accelerator: Any) -> Any:
-    from lib.dropout import speed_up_dropout
-    from lib.lora import attach_lora
-    from lib.run import count_parameters, log
+    from accelerando.base.log import log
+    from accelerando.models.cpu import speed_up_dropout
+    from accelerando.train.accelerator import count_parameters
+    from accelerando.train.lora import attach_lora
 
     on_cpu = accelerator.device.type == "cpu"
     labels = {
@@ -224,7 +227,7 @@ def build_transformer(args: Args, data: Data, labels: dict[str, Any], on_cpu: bo
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    from lib.models.overrides import attention_for_cpu, override_config
+    from accelerando.models.overrides import attention_for_cpu, override_config
 
     try:
         config = AutoConfig.from_pretrained(args.model_name, **labels)
@@ -259,7 +262,7 @@ def build_transformer(args: Args, data: Data, labels: dict[str, Any], on_cpu: bo
 
 
 def build_cnn(args: Args, data: Data, labels: dict[str, Any]) -> Any:
-    from lib.models.text_cnn import TextCnnConfig, TextCnnForSequenceClassification
+    from accelerando.models.text_cnn import TextCnnConfig, TextCnnForSequenceClassification
 
     config = TextCnnConfig(
         vocab_size=len(data.tokenizer),
@@ -297,9 +300,10 @@ def evaluate(model: Any, dataset: Any, collate: Any, run: Any, args: Args, what:
     """Labels [n], logits [n, C] and losses [n] of every row once, in the order of the file; None when stopped."""
     import torch
 
-    from lib.batches import evaluation_batches, gather_rows
-    from lib.checkpoint import unwrapped
-    from lib.run import progress_bar, stop_requested
+    from accelerando.base.log import progress_bar
+    from accelerando.train.accelerator import unwrapped
+    from accelerando.train.batches import evaluation_batches, gather_rows
+    from accelerando.train.stop import stop_requested
 
     accelerator = run.accelerator
     batches = evaluation_batches(
@@ -333,8 +337,9 @@ print(classify("some text"))
 
 def check_args(args: Args) -> None:
     """What can be wrong before anything is loaded."""
-    from lib.hub import check_push
-    from lib.run import check_trackers, choose_directory
+    from accelerando.inference.hub import check_push
+    from accelerando.train.run import choose_directory
+    from accelerando.train.tracking import check_trackers
 
     check_trackers(args.report_to)
     check_push(args.push_to_hub, args.hub_repo_id)
@@ -357,14 +362,14 @@ def data_title(args: Args) -> str:
 
 def model_title(args: Args) -> str:
     """A short name of the model."""
-    from lib.run import short_name
+    from accelerando.train.run import short_name
 
     return "cnn" if args.architecture == "cnn" else short_name(args.model_name)
 
 
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that one tends to compare."""
-    from lib.run import join_name
+    from accelerando.train.run import join_name
 
     settings = (args.strategy, f"bs{args.batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
     return join_name(data_title(args), model_title(args), *settings)
@@ -382,39 +387,37 @@ def main() -> None:
 
     import torch
 
-    from lib.batches import TrainBatches
-    from lib.checkpoint import is_sharded, load_trained_weights, save_model_folder
-    from lib.collate import collate_text
-    from lib.ema import Ema, averaged
-    from lib.hub import push_folder, write_model_card
-    from lib.metrics import classification_metrics
-    from lib.optim import make_optimizer, make_scheduler
-    from lib.results import METRICS, split_to_show, worst_mistakes, write_classification_results, write_summary
-    from lib.run import (
-        after_step,
+    from accelerando.base.log import log, progress_bar, success
+    from accelerando.data.collate import collate_text
+    from accelerando.inference.hub import push_folder
+    from accelerando.report.metrics import classification_metrics
+    from accelerando.report.model_card import write_model_card
+    from accelerando.report.predictions import worst_mistakes
+    from accelerando.report.results import METRICS, split_to_show, write_classification_results, write_summary
+    from accelerando.train.accelerator import (
         choose_sharded_layers,
-        count_evaluation,
         count_parameters,
-        evaluation_was_stopped,
-        evaluations,
-        finish_run,
-        is_due,
-        leave_after_stop,
-        log,
-        log_step,
+        is_sharded,
         make_accelerator,
+        seed_processes_apart,
+    )
+    from accelerando.train.averages import Ema, averaged
+    from accelerando.train.batches import TrainBatches
+    from accelerando.train.loop import (
+        after_step,
+        count_evaluation,
+        evaluation_was_stopped,
+        is_due,
+        log_step,
         out_of_patience,
         plan_steps,
-        progress_bar,
-        record,
-        restore,
-        save,
-        seed_processes_apart,
         speed,
-        start_run,
-        success,
         take_train_loss,
-    )  # fmt: skip
+    )
+    from accelerando.train.optim import make_optimizer, make_scheduler
+    from accelerando.train.run import finish_run, leave_after_stop, restore, save, start_run
+    from accelerando.train.tracking import evaluations, record
+    from accelerando.train.weights import load_trained_weights, save_model_folder
 
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
     data = load_data(args, accelerator)
@@ -456,7 +459,7 @@ def main() -> None:
         data.tokenizer.save_pretrained(folder)
         usage = USAGE.format(folder=run.directory / "best")
         if args.architecture == "cnn":
-            usage = "import lib.models.text_cnn  # makes transformers know this model\n" + usage.lstrip()
+            usage = "import accelerando.models.text_cnn  # makes transformers know this model\n" + usage.lstrip()
         base_model = None if args.from_scratch or args.architecture == "cnn" else args.model_name
         write_model_card(folder, run, "text-classification", base_model, metrics, usage)
 

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lib.batches import deal
-from lib.errors import errors_in_one_line
-from lib.lora import attach_lora
-from lib.losses import Pairs, backward_contrastive
-from lib.models.clip import embed_in_forward, make_trainable_scale
+from accelerando.base.errors import errors_in_one_line
+from accelerando.data.order import deal
+from accelerando.models.clip import embed_in_forward, make_trainable_scale
+from accelerando.train.lora import attach_lora
+from accelerando.train.losses import Pairs, backward_contrastive
 
 BATCH = 64
 
@@ -72,7 +72,7 @@ def embed(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[Pairs
 def main() -> None:
     from accelerate import Accelerator
 
-    from lib.run import choose_sharded_layers
+    from accelerando.train.accelerator import choose_sharded_layers
 
     out, micro, dtype, loss, scenario = sys.argv[1:]
     accelerator = Accelerator()

@@ -107,7 +107,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory, text_set: Path) -> Path:
     import torch
     from transformers import BertConfig, BertModel
 
-    from lib.tokenizer import train_tokenizer
+    from accelerando.data.tokenizer import train_tokenizer
 
     folder = tmp_path_factory.mktemp("tiny_bert")
     texts = [row["text"] for row in json.loads((text_set / "train.json").read_text())]
@@ -260,7 +260,7 @@ def tiny_clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import CLIPConfig, CLIPModel
 
-    from lib.models.clip import make_preprocessing
+    from accelerando.models.clip import make_preprocessing
 
     folder = tmp_path_factory.mktemp("tiny_clip")
     rng = np.random.default_rng(5)
@@ -301,7 +301,7 @@ def run_in_this_process(script: Path, base_args: list[str], tmp_path: Path, monk
     import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    from lib.config import command_line
+    from accelerando.base.processes import command_line
 
     monkeypatch.chdir(tmp_path)
     if not ON_GPU:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import TEXT, launch, make_rows, weights, write_json
 
-from lib.errors import UserError
+from accelerando.base.errors import UserError
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from lib.batches import TrainBatches, deal, epoch_order, evaluation_batches
-from lib.collate import collate_text
+from accelerando.data.collate import collate_text
+from accelerando.data.order import deal, epoch_order
+from accelerando.train.batches import TrainBatches, evaluation_batches
 
 SIZES = [1, 2, 5, 31, 32, 33, 255, 257, 1000, 9001]
 
@@ -135,7 +136,7 @@ def test_no_slots_where_addresses_are_limited() -> None:
     import subprocess
     import sys
 
-    program = "from lib.slots import slots_for; print(slots_for(2, 2, False) is not None)"
+    program = "from accelerando.train.shared_memory import slots_for; print(slots_for(2, 2, False) is not None)"
     for limit, expected in (("unlimited", "True"), ("30000000", "False")):
         done = subprocess.run(["bash", "-c", f"ulimit -v {limit}; exec {sys.executable} -c '{program}'"],
                               capture_output=True, text=True, cwd=ROOT)  # fmt: skip

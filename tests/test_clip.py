@@ -104,10 +104,10 @@ def test_it_learns_and_shows_the_base_model_beside(tuned: Path) -> None:
 def test_what_was_saved_opens_and_scores_what_the_log_says(tuned: Path, pair_set: Path) -> None:
     from transformers import AutoProcessor, CLIPModel
 
-    from lib.augment import ImageTransform, normalise
-    from lib.metrics import retrieval_metrics
-    from lib.pairs import make_gallery
-    from lib.shards import ShardPairs, list_shards
+    from accelerando.data.pairs import make_gallery
+    from accelerando.data.shards import ShardPairs, list_shards
+    from accelerando.data.transforms import ImageTransform, normalise
+    from accelerando.report.metrics import retrieval_metrics
 
     model, report = CLIPModel.from_pretrained(tuned / "best", output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
@@ -137,8 +137,8 @@ def test_the_same_pixels_as_the_processor(pair_set: Path, tiny_clip_folder: Path
     from PIL import Image
     from transformers import AutoProcessor
 
-    from lib.augment import ImageTransform, normalise
-    from lib.shards import ShardPairs, list_shards
+    from accelerando.data.shards import ShardPairs, list_shards
+    from accelerando.data.transforms import ImageTransform, normalise
 
     images = AutoProcessor.from_pretrained(tiny_clip_folder).image_processor
     pairs = ShardPairs(list_shards(str(pair_set / "test")), pair_set / "cache")
@@ -235,7 +235,7 @@ def test_a_bias_of_the_loss_alone_comes_back_with_its_weights(clip_here) -> None
 
 
 def test_nan_counts_against_a_model() -> None:
-    from lib.metrics import right_ranks, zero_shot_metrics
+    from accelerando.report.metrics import right_ranks, zero_shot_metrics
 
     nan = np.full((3, 2), np.nan, np.float32)
     order = np.arange(3)
@@ -288,7 +288,7 @@ def test_wise_ft_mixes_old_and_new(clip_here, tiny_clip_folder: Path) -> None:
 
 
 def test_a_micro_batch_size_is_found(clip_here, baseline: bytes, monkeypatch) -> None:
-    import lib.autotune
+    import accelerando.train.autotune
 
     run = clip_here("--scenario", "full", "--max_steps", "3", "--micro_batch_size", "0", name="auto")
     (line,) = [row for row in (run / "logs" / "train.log").read_text().splitlines() if "Micro-batch size" in row]
@@ -300,11 +300,11 @@ def test_a_micro_batch_size_is_found(clip_here, baseline: bytes, monkeypatch) ->
             assert torch.allclose(tensor, expected[name], atol=2e-4), name
     # A run that goes on keeps what was found, though the machine may answer otherwise by then.
     with monkeypatch.context() as patch:
-        patch.setattr(lib.autotune, "find_micro_batch_size", None)
+        patch.setattr(accelerando.train.autotune, "find_micro_batch_size", None)
         clip_here("--scenario", "full", "--max_steps", "4", "--micro_batch_size", "0", "--resume", name="auto")
-    monkeypatch.setattr(lib.autotune, "free_memory", lambda: 1.0)
+    monkeypatch.setattr(accelerando.train.autotune, "free_memory", lambda: 1.0)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1, 1))
-    from lib.errors import UserError
+    from accelerando.base.errors import UserError
 
     with pytest.raises(UserError, match="not even one sample fits"):
         clip_here("--micro_batch_size", "0", name="none")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import CLIP, launch, write_shard
 
-from lib.errors import UserError
+from accelerando.base.errors import UserError
 
 
 def cut(path: Path, share: float) -> Path:

@@ -11,7 +11,7 @@ from conftest import CLIP, kill, launch, start, weights
 from test_remote import KEY, SECRET, Server, s3  # noqa: F401  (a fixture)
 from test_resume import numbers, wait_for_step
 
-import lib.remote
+import accelerando.data.remote
 
 FLAGS = (
     "--epochs", "3", "--save_every", "3", "--s3_bucket", "bucket", "--run_name", "run", "--enable_s3_checkpoints",
@@ -98,7 +98,7 @@ def test_an_upload_that_fails_is_named_and_training_goes_on(bucket_args, s3: Ser
 def test_what_is_wrong_with_a_bucket_is_one_line(kind, parts, bucket_args, s3: Server, tmp_path, monkeypatch) -> None:  # noqa: F811
     import conftest
 
-    monkeypatch.setattr(lib.remote, "TRIES", 2)
+    monkeypatch.setattr(accelerando.data.remote, "TRIES", 2)
     flags = {
         "no bucket": ["--s3_bucket", "nowhere"],
         "nothing there": ["--s3_prefix", "data/other", "--s3_validation_prefix", "data/val"],

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from conftest import make_clip
 
-from lib.batches import TrainBatches
-from lib.clips import (
+from accelerando.base.errors import UserError
+from accelerando.data.collate import ClipCollate
+from accelerando.data.keypoints import ClipAugmentation, normalise_by_body
+from accelerando.data.sign_clips import (
     ClipTable,
     TrainingClips,
     balanced_rows,
@@ -19,10 +21,8 @@ from lib.clips import (
     pack_clips,
     read_clip,
 )
-from lib.collate import ClipCollate
-from lib.errors import UserError
-from lib.keypoints import ClipAugmentation, normalise_by_body
-from lib.sign_labels import read_labels
+from accelerando.data.sign_labels import read_labels
+from accelerando.train.batches import TrainBatches
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_packed_is_what_the_files_hold(sign_set: Path, tmp_path: Path, table: Cl
 
 
 def test_a_second_run_opens_no_clip_and_a_changed_one_is_noticed(sign_set: Path, tmp_path: Path, monkeypatch) -> None:
-    import lib.clips
+    import accelerando.data.sign_clips
 
     folder = tmp_path / "clips"
     folder.mkdir()
@@ -58,8 +58,10 @@ def test_a_second_run_opens_no_clip_and_a_changed_one_is_noticed(sign_set: Path,
         np.savez(folder / f"{name}.npz", **make_clip(np.random.default_rng(len(name)), 1))
     (folder / "labels.csv").write_text("file,gloss,cat\na,0,0\nb,1,0\n")
     labels, opened = read_labels(folder / "labels.csv"), []
-    real = lib.clips.read_clip
-    monkeypatch.setattr(lib.clips, "read_clip", lambda path, *rest: opened.append(path.stem) or real(path, *rest))
+    real = accelerando.data.sign_clips.read_clip
+    monkeypatch.setattr(
+        accelerando.data.sign_clips, "read_clip", lambda path, *rest: opened.append(path.stem) or real(path, *rest)
+    )
     first = pack_clips(labels, folder, "X", "body", tmp_path / "cache")
     assert sorted(opened) == ["a", "b"]
     again = pack_clips(labels, folder, "X", "body", tmp_path / "cache")

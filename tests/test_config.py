@@ -9,8 +9,8 @@ from typing import Literal
 import pytest
 import yaml
 
-from lib.config import grouped, parse_args, sections, to_yaml
-from lib.errors import UserError
+from accelerando.base.config import grouped, parse_args, sections, to_yaml
+from accelerando.base.errors import UserError
 
 
 @dataclass

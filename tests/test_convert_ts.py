@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from lib.errors import UserError
 from tools import convert_ts
+
+from accelerando.base.errors import UserError
 
 HEADER = "#comment\n@problemName Made\n@dimensions 3\n@classLabel true 1.0 wave 3\n@data\n"
 

@@ -19,7 +19,7 @@ import pytest
 from conftest import IMAGE, ROOT, TEXT, launch, run_in_this_process, start, weights
 from sklearn.metrics import accuracy_score, f1_score
 
-from lib.errors import Stopped, UserError
+from accelerando.base.errors import Stopped, UserError
 
 TOOL = ROOT / "tools" / "cross_validate.py"
 METRICS = ("accuracy", "f1_macro", "loss")
@@ -444,7 +444,7 @@ def test_the_launcher_of_several_ends_with_the_scripts_code_and_without_a_traceb
 
 
 def test_a_wrong_flag_of_the_launcher_is_one_line(tool) -> None:
-    tool.patch.setattr("lib.checkpoint.signal_when_parent_dies", lambda number: None)
+    tool.patch.setattr("accelerando.base.processes.signal_when_parent_dies", lambda number: None)
     tool.patch.setattr(signal, "signal", lambda number, handler: None)
     with pytest.raises(UserError, match=r"^accelerate launch: unrecognized arguments: --num_proceses$"):
         tool.module.launch(["--num_proceses", "2", str(IMAGE)])
@@ -457,8 +457,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.checkpoint import StopSignal
-from lib.config import command_line, parse_args, to_yaml
+from accelerando.train.checkpoint import StopSignal
+from accelerando.base.config import command_line, parse_args, to_yaml
 
 
 @dataclass

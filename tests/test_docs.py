@@ -28,7 +28,7 @@ def blocks(path: Path, language: str) -> list[str]:
 def known_flags() -> set[str]:
     import importlib.util
 
-    from lib.config import COMMON_ALIASES, sections
+    from accelerando.base.config import COMMON_ALIASES, sections
 
     flags = set(COMMON_ALIASES)
     for program in PROGRAMS:
@@ -67,7 +67,7 @@ def test_every_path_in_the_docs_exists() -> None:
 def test_every_field_has_its_line_of_help() -> None:
     import importlib.util
 
-    from lib.config import sections
+    from accelerando.base.config import sections
 
     for program in PROGRAMS:
         if "benchmarks" in str(program):
@@ -112,7 +112,7 @@ def test_every_launch_config_is_one_that_accelerate_takes() -> None:
 def test_every_recipe_parses() -> None:
     import importlib.util
 
-    from lib.config import parse_args
+    from accelerando.base.config import parse_args
 
     found = 0
     for script, stem in ((TEXT, "text"), (CLIP, "clip"), (SIGN, "sign"), (IMAGE, "image")):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lib.dropout import CpuDropout, speed_up_dropout
+from accelerando.models.cpu import CpuDropout, speed_up_dropout
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5, 0.93])

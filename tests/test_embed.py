@@ -19,9 +19,9 @@ import torch
 from conftest import ROOT, launch
 from PIL import Image
 
-from lib.errors import UserError
-from lib.lora import attach_lora
-from lib.models.clip import make_clip_model, make_preprocessing
+from accelerando.base.errors import UserError
+from accelerando.models.clip import make_clip_model, make_preprocessing
+from accelerando.train.lora import attach_lora
 
 TOOL = ROOT / "tools" / "embed.py"
 CAPTIONS = ["a red chair", "two green tables by the wall", "a lamp", "blue sofa, three seats", "a chair"]
@@ -385,7 +385,7 @@ def test_siglips_square_is_its_own(run, tmp_path, photos) -> None:
     """SigLIP's processor resizes to a square instead of cutting, and wants captions of full length."""
     from transformers import SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
-    from lib.models.clip import Preprocessing
+    from accelerando.models.clip import Preprocessing
 
     torch.manual_seed(0)
     tokenizer = make_preprocessing(CAPTIONS, 120, SIDE, 16).tokenizer

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import IMAGE, ROOT, launch, run_in_this_process
-
-from lib.errors import errors_in_one_line
 from tools import evaluate, predict
+
+from accelerando.base.errors import errors_in_one_line
 
 METRICS = ("accuracy", "f1_macro", "f1_weighted", "precision_macro", "recall_weighted")
 

@@ -23,7 +23,7 @@ import torch
 from conftest import ROOT, kill, launch, start
 from PIL import Image
 
-from lib.errors import UserError
+from accelerando.base.errors import UserError
 
 TOOL = ROOT / "tools" / "extract_features.py"
 CODECS = {".mp4": "libx264", ".mov": "libx264", ".avi": "mjpeg", ".mkv": "ffv1", ".webm": "libvpx"}
@@ -395,11 +395,11 @@ def test_damaged_videos_are_named_and_the_others_done(stub, tmp_path, capsys) ->
 
 def test_decoding_does_not_run_far_ahead(stub, tool, tmp_path, monkeypatch) -> None:
     """Nothing grows with the length of a video but its features."""
-    from lib import augment
+    from accelerando.data import decode
 
     for name in "ab":
         write_frames(tmp_path / "in" / name, 40)
-    decode, extract, lock = augment.decode_image, tool.extract, threading.Lock()
+    original, extract, lock = decode.decode_image, tool.extract, threading.Lock()
     ahead, most = 0, 0
 
     def counted(file: bytes) -> torch.Tensor:
@@ -407,7 +407,7 @@ def test_decoding_does_not_run_far_ahead(stub, tool, tmp_path, monkeypatch) -> N
         with lock:
             ahead += 1
             most = max(most, ahead)
-        return decode(file)
+        return original(file)
 
     def slow(model: Any, frames: torch.Tensor, *rest: Any) -> np.ndarray:
         nonlocal ahead
@@ -416,7 +416,7 @@ def test_decoding_does_not_run_far_ahead(stub, tool, tmp_path, monkeypatch) -> N
             ahead -= len(frames)
         return extract(model, frames, *rest)
 
-    monkeypatch.setattr(augment, "decode_image", counted)
+    monkeypatch.setattr(decode, "decode_image", counted)
     monkeypatch.setattr(tool, "extract", slow)
     found = stub("in", "--batch_size", "2", "--num_workers", "2")
     assert numbers(found["a"]["X2048"]) == numbers(found["b"]["X2048"]) == [min(n, 31) for n in range(40)]

@@ -14,7 +14,7 @@ from conftest import IMAGE, history, launch, weights
 from PIL import Image
 from safetensors.torch import load_file
 
-from lib.errors import UserError
+from accelerando.base.errors import UserError
 
 
 def results(run: Path) -> dict:
@@ -135,7 +135,7 @@ def test_a_model_of_transformers_gets_a_new_head_and_keeps_its_normalisation(ima
 def test_nets_of_timm_train_freeze_and_open(net: str, image_here) -> None:
     from transformers import AutoModelForImageClassification
 
-    import lib.models.vision  # noqa: F401  (registers the class with transformers)
+    import accelerando.models.vision  # noqa: F401  (registers the class with transformers)
 
     base = ("--model_name", "None", "--architecture", f"timm/{net}", "--image_size", "160", "--max_steps", "2")
     whole = load_file(image_here(*base, name="whole") / "last" / "model.safetensors")
@@ -168,7 +168,7 @@ def test_weights_of_another_model_are_refused(tiny_vit: Path, tiny_resnet: Path)
     from accelerate import Accelerator
     from transformers import ViTForImageClassification
 
-    from lib.checkpoint import load_trained_weights
+    from accelerando.train.weights import load_trained_weights
 
     accelerator, model = Accelerator(cpu=True), ViTForImageClassification.from_pretrained(tiny_vit)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

@@ -16,8 +16,8 @@ import torch
 from conftest import IMAGE, launch
 from PIL import Image
 
-from lib.errors import UserError
-from lib.models.vision import make_net
+from accelerando.base.errors import UserError
+from accelerando.models.vision import make_net
 
 
 def picture(seed: int = 0) -> bytes:

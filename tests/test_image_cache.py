@@ -18,11 +18,12 @@ import pytest
 import torch
 from PIL import Image
 
-import lib.image_cache
-from lib.errors import UserError
-from lib.folders import ImageFiles
-from lib.image_cache import CachedImages, cached_images
-from lib.images import EvaluationImages, ImageAugmentation, TrainingImages, evaluation_side
+import accelerando.data.image_cache
+from accelerando.base.errors import UserError
+from accelerando.data.decode import evaluation_side
+from accelerando.data.folders import ImageFiles
+from accelerando.data.image_cache import CachedImages, cached_images
+from accelerando.data.images import EvaluationImages, ImageAugmentation, TrainingImages
 
 SIZE = 32
 SIDE = evaluation_side(SIZE)  # 37
@@ -114,8 +115,10 @@ def test_a_larger_side_keeps_more_detail_and_evaluation_as_it_is(files: ImageFil
 
 def test_made_once_and_again_when_a_picture_changes(files: ImageFiles, tmp_path: Path, monkeypatch) -> None:
     read = []
-    shrink = lib.image_cache._shrink
-    monkeypatch.setattr(lib.image_cache, "_shrink", lambda side, path: read.append(path) or shrink(side, path))
+    shrink = accelerando.data.image_cache._shrink
+    monkeypatch.setattr(
+        accelerando.data.image_cache, "_shrink", lambda side, path: read.append(path) or shrink(side, path)
+    )
     first = make(files, tmp_path)
     assert len(read) == len(set(read)) == 10
     # Other splits of the same pictures, as other folds have them, share it.
@@ -168,8 +171,10 @@ def test_a_damaged_cache_is_made_again(damage: str, files: ImageFiles, tmp_path:
 
 def test_of_several_at_once_one_makes_it(files: ImageFiles, tmp_path: Path, monkeypatch) -> None:
     read = []
-    shrink = lib.image_cache._shrink
-    monkeypatch.setattr(lib.image_cache, "_shrink", lambda side, path: read.append(path) or shrink(side, path))
+    shrink = accelerando.data.image_cache._shrink
+    monkeypatch.setattr(
+        accelerando.data.image_cache, "_shrink", lambda side, path: read.append(path) or shrink(side, path)
+    )
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: make(files, tmp_path), range(4)))
     assert len(read) == 10
@@ -180,9 +185,11 @@ def test_of_several_at_once_one_makes_it(files: ImageFiles, tmp_path: Path, monk
 def test_a_killed_one_leaves_nothing_that_is_taken_for_whole(files: ImageFiles, tmp_path: Path, monkeypatch) -> None:
     child = os.fork()
     if not child:
-        picture = lib.image_cache.Picture(np.ones((37, 50, 3), np.uint8), (74, 100))
+        picture = accelerando.data.decode.Picture(np.ones((37, 50, 3), np.uint8), (74, 100))
         calls = iter([picture, picture])
-        lib.image_cache._shrink = lambda side, path: next(calls, None) or os.kill(os.getpid(), signal.SIGKILL)
+        accelerando.data.image_cache._shrink = lambda side, path: (
+            next(calls, None) or os.kill(os.getpid(), signal.SIGKILL)
+        )
         make(files, tmp_path)
         os._exit(0)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -210,7 +217,7 @@ def test_unreadable_pictures_are_those_without_a_cache(files: ImageFiles, tmp_pa
 
 def test_several_processes_make_the_same(files: ImageFiles, tmp_path: Path, monkeypatch) -> None:
     one = make(files, tmp_path).cache
-    monkeypatch.setattr(lib.image_cache, "FEW", 2)
+    monkeypatch.setattr(accelerando.data.image_cache, "FEW", 2)
     other = cached_images({"all": files}, SIDE, tmp_path / "other", workers=2)["all"].cache
     for name in ("pixels.bin", "starts.npy", "shapes.npy"):
         assert (one / name).read_bytes() == (other / name).read_bytes()
@@ -241,8 +248,8 @@ def test_what_will_be_large_is_said_beforehand(files: ImageFiles, tmp_path: Path
     caplog.set_level(logging.INFO)
     logging.getLogger("accelerando").propagate = True
     paths = [str(files.path(row)) for row in range(10)]
-    expected = lib.image_cache.expected_size(paths, SIDE)
-    monkeypatch.setattr(lib.image_cache, "LARGE", 1000)
+    expected = accelerando.data.image_cache.expected_size(paths, SIDE)
+    monkeypatch.setattr(accelerando.data.image_cache, "LARGE", 1000)
     cached = make(files, tmp_path)
     assert expected == pytest.approx((cached.cache / "pixels.bin").stat().st_size, rel=0.05)
     said = [record.message for record in caplog.records]
@@ -251,4 +258,4 @@ def test_what_will_be_large_is_said_beforehand(files: ImageFiles, tmp_path: Path
     buffer = io.BytesIO()
     photo(740, 740).save(buffer, "JPEG")
     files.path(0).write_bytes(buffer.getvalue())
-    assert lib.image_cache.expected_size(paths[:1], SIDE) == pytest.approx(37 * 37 * 3)
+    assert accelerando.data.image_cache.expected_size(paths[:1], SIDE) == pytest.approx(37 * 37 * 3)

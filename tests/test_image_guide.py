@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import history, weights
 
-from lib.config import parse_args
-from lib.errors import UserError
+from accelerando.base.config import parse_args
+from accelerando.base.errors import UserError
 
 CONFIG = """
 data:

@@ -11,23 +11,20 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification
 
-from lib.augment import decode_image, normalise, resize
-from lib.errors import UserError
-from lib.folders import ImageFiles, read_class_map, read_index
-from lib.images import (
+from accelerando.base.errors import UserError
+from accelerando.data.decode import decode, decode_crop, decode_for_evaluation, decode_image, resize, upper_part
+from accelerando.data.folders import ImageFiles, read_class_map, read_index
+from accelerando.data.images import (
     EvaluationImages,
     ImageAugmentation,
     TrainingImages,
     crop_box,
     cut_mix,
-    decode,
-    decode_crop,
-    decode_for_evaluation,
     mix_up,
-    upper_part,
     write_image_processor,
 )
-from lib.models.vision import VisionNet, VisionNetConfig, load_pretrained, make_net
+from accelerando.data.transforms import normalise
+from accelerando.models.vision import VisionNet, VisionNetConfig, load_pretrained, make_net
 
 
 def jpeg(height: int, width: int, seed: int = 0, mode: str = "RGB", **options: object) -> bytes:
@@ -207,8 +204,9 @@ def test_a_sample_depends_on_seed_epoch_and_row_alone(files) -> None:
 
 
 def test_a_picture_that_is_drawn_again_is_changed_in_another_way(files) -> None:
-    from lib.batches import TrainBatches, number_repeats
-    from lib.collate import ImageCollate
+    from accelerando.data.collate import ImageCollate
+    from accelerando.data.order import number_repeats
+    from accelerando.train.batches import TrainBatches
 
     order = np.array([3, 1, 3, 0, 1, 3])
     assert number_repeats(order, 10).tolist() == [3, 1, 13, 0, 11, 23]

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lib.keypoints import LEFT_HAND, MIRROR, RIGHT_HAND, WIDTH, ClipAugmentation, normalise_by_body, time_warp
+from accelerando.data.keypoints import (
+    LEFT_HAND,
+    MIRROR,
+    RIGHT_HAND,
+    WIDTH,
+    ClipAugmentation,
+    normalise_by_body,
+    time_warp,
+)
 
 
 def clip(length: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

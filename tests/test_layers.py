@@ -9,9 +9,9 @@ import torch
 from conftest import IMAGE, launch, weights
 from safetensors.torch import load_file
 
-from lib.layers import layers_of, train_from, train_mode
-from lib.models.vision import VisionNet, VisionNetConfig
-from lib.optim import make_optimizer, make_scheduler, parameter_groups
+from accelerando.models.vision import VisionNet, VisionNetConfig
+from accelerando.train.layerwise import layers_of, train_from, train_mode
+from accelerando.train.optim import make_optimizer, make_scheduler, parameter_groups
 
 
 def net(architecture: str) -> VisionNet:

@@ -12,8 +12,8 @@ from clip_gradients import BATCH, embed, make_pairs, tiny_clip
 from conftest import ROOT, launch
 from safetensors.torch import load_file
 
-from lib.batches import deal
-from lib.losses import Pairs, backward_contrastive, clamp_logit_scale, contrastive_loss
+from accelerando.data.order import deal
+from accelerando.train.losses import Pairs, backward_contrastive, clamp_logit_scale, contrastive_loss
 
 WORKER = ROOT / "tests" / "clip_gradients.py"
 
@@ -157,11 +157,11 @@ def test_duplicates_are_no_negatives_unless_asked(loss: str, same: str) -> None:
 
 
 def test_rows_in_pieces_add_up(monkeypatch, accelerator) -> None:
-    import lib.losses
+    import accelerando.train.losses
 
     values = []
     for chunk in (1024, 7):
-        monkeypatch.setattr(lib.losses, "CHUNK", chunk)
+        monkeypatch.setattr(accelerando.train.losses, "CHUNK", chunk)
         batch = [make_pairs(torch.float64)]
         values.append(float(backward_contrastive(accelerator, tiny_clip(torch.float64, "full"), batch, embed)))
     assert values[0] == pytest.approx(values[1], rel=1e-12)

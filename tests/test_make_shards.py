@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, launch
 
-from lib.errors import UserError
+from accelerando.base.errors import UserError
 
 TOOL = ROOT / "tools" / "make_shards.py"
 COLORS = ["red", "blaugrün", "深紅", "orange 🛋"]

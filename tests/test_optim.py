@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from lib.errors import UserError
-from lib.optim import make_optimizer, make_scheduler, parameter_groups
+from accelerando.base.errors import UserError
+from accelerando.train.optim import make_optimizer, make_scheduler, parameter_groups
 
 
 def net() -> torch.nn.Module:

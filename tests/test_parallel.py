@@ -59,7 +59,7 @@ def test_the_same_curve_the_same_counts_and_the_same_model(three_runs: dict[str,
 def test_what_was_saved_opens_with_from_pretrained(three_runs: dict[str, Path]) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    import lib.models.text_cnn  # noqa: F401  (registers the CNN)
+    import accelerando.models.text_cnn  # noqa: F401  (registers the CNN)
 
     for run in three_runs.values():
         model, report = AutoModelForSequenceClassification.from_pretrained(run / "best", output_loading_info=True)
@@ -99,7 +99,7 @@ def test_one_of_several_processes_ends_without_tearing_the_interpreter_down() ->
     """A thread of gloo that wants the interpreter while it is torn down would abort a run that went well."""
     code = """
 import atexit
-from lib.errors import UserError, errors_in_one_line
+from accelerando.base.errors import UserError, errors_in_one_line
 class Late:
     def __del__(self): print("torn down")
 late = Late()

@@ -15,12 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tools import predict
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
-from lib.errors import errors_in_one_line
-from lib.models.text_cnn import TextCnnConfig, TextCnnForSequenceClassification
-from lib.tokenizer import train_tokenizer
-from tools import predict
+from accelerando.base.errors import errors_in_one_line
+from accelerando.data.tokenizer import train_tokenizer
+from accelerando.models.text_cnn import TextCnnConfig, TextCnnForSequenceClassification
 
 ROOT = Path(__file__).parent.parent
 LABELS = {0: "sport", 1: "space", 2: "Küche"}

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from tools import predict
 from transformers import (
     AutoImageProcessor,
     ResNetConfig,
@@ -25,12 +26,13 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from lib import answers
-from lib.augment import normalise
-from lib.errors import errors_in_one_line
-from lib.images import decode_for_evaluation, write_image_processor
-from lib.models.vision import VisionNet, VisionNetConfig
-from tools import predict
+from accelerando.base import processes
+from accelerando.base.errors import errors_in_one_line
+from accelerando.data.decode import decode_for_evaluation
+from accelerando.data.images import write_image_processor
+from accelerando.data.transforms import normalise
+from accelerando.inference import inputs, saved
+from accelerando.models.vision import VisionNet, VisionNetConfig
 
 LABELS = {0: "chair", 1: "Küche", 2: "lamp"}
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -164,7 +166,7 @@ def test_another_processor_is_used_as_it_is(run_folder: Path, photos: Path, tiny
 def test_a_net_of_torchvision_is_known(photos: Path, call, tmp_path: Path) -> None:
     VisionNet(VisionNetConfig(architecture="shufflenet_v2_x0_5", id2label=LABELS)).save_pretrained(tmp_path)
     write_image_processor(tmp_path, 32, MEAN, STD)
-    assert answers.evaluation_size(json.loads((tmp_path / "preprocessor_config.json").read_text())) == 32
+    assert saved.evaluation_size(json.loads((tmp_path / "preprocessor_config.json").read_text())) == 32
     code, out, _ = call(tmp_path, photos / "a.gif")
     assert code == 0 and set(objects(out)[0]["scores"]) == set(LABELS.values())
 
@@ -215,7 +217,7 @@ def server(photos: Path):
             name = self.path.strip("/")
             if name == "silent":
                 held.wait(10)
-            lengths = {"cut": len(picture) + 5, "large": answers.MOST_BYTES + 1}
+            lengths = {"cut": len(picture) + 5, "large": inputs.MOST_BYTES + 1}
             moved = {"moved": "/a%20b.gif", "ftp": "ftp://localhost/a.gif", "round": "/round"}
             self.send_response(404 if name == "none" else 302 if name in moved else 200)
             if name in moved:
@@ -243,8 +245,8 @@ def server(photos: Path):
 
 
 def test_lists_and_urls(run_folder: Path, photos: Path, server: str, call, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(answers, "PATIENCE", 0.5)
-    monkeypatch.setattr(answers, "MOST_BYTES", answers.MOST_BYTES)
+    monkeypatch.setattr(inputs, "PATIENCE", 0.5)
+    monkeypatch.setattr(inputs, "MOST_BYTES", inputs.MOST_BYTES)
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     lines = {
@@ -268,7 +270,7 @@ def test_lists_and_urls(run_folder: Path, photos: Path, server: str, call, tmp_p
     one = f"{photos / 'a.gif'}\n".encode()
     assert call(run_folder, stdin=one) == call(run_folder, photos / "a.gif")
     assert call(run_folder, f"{server}/moved")[0] == 0
-    monkeypatch.setattr(answers, "MOST_BYTES", 10**6)  # a server that says no length and does not end
+    monkeypatch.setattr(inputs, "MOST_BYTES", 10**6)  # a server that says no length and does not end
     code, out, err = call(run_folder, photos / "a.gif", f"{server}/endless")
     assert code == 1 and "larger than 1 MB" in err
 
@@ -282,14 +284,14 @@ def test_threads_stay_a_bounded_way_ahead() -> None:
             yield number
 
     before = threading.active_count()
-    results = answers.map_ahead(lambda number: number * number, source(), 4, 10)
+    results = processes.map_ahead(lambda number: number * number, source(), 4, 10)
     for number in range(500):
         assert next(results) == (number, number * number)
         assert len(taken) <= number + 11
     results.close()
     assert threading.active_count() == before
     with pytest.raises(ZeroDivisionError):
-        list(answers.map_ahead(lambda number: 1 // (number - 5), iter(range(100)), 3, 4))
+        list(processes.map_ahead(lambda number: 1 // (number - 5), iter(range(100)), 3, 4))
     assert threading.active_count() == before
 
 

@@ -12,11 +12,12 @@ from conftest import IMAGE, launch, weights
 from safetensors.torch import load_file
 from test_resume import kill_and_resume
 
-from lib.batches import TrainBatches, poisson_rows
-from lib.errors import UserError
-from lib.models.vision import VisionNet, VisionNetConfig
-from lib.privacy import clip_and_add, epsilon_of, make_valid, noise_for, start_privacy, steps_within
-from lib.run import TrainState
+from accelerando.base.errors import UserError
+from accelerando.data.order import poisson_rows
+from accelerando.models.vision import VisionNet, VisionNetConfig
+from accelerando.train.batches import TrainBatches
+from accelerando.train.privacy import clip_and_add, epsilon_of, make_valid, noise_for, start_privacy, steps_within
+from accelerando.train.state import TrainState
 
 NET = ("--trainer_type", "dp", "--noise_seed", "5")
 
@@ -198,7 +199,7 @@ def test_wrong_gradients_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_batch_norms_are_replaced_and_take_the_factors_of_a_file(tmp_path: Path) -> None:
-    from lib.models.vision import load_pretrained, make_net
+    from accelerando.models.vision import load_pretrained, make_net
 
     source = make_net("resnet18", 3)
     torch.nn.init.uniform_(source.layer1[0].bn1.weight)

@@ -24,23 +24,25 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from lib import remote
-from lib.checkpoint import what_is_wrong
-from lib.errors import UserError
-from lib.remote import (
+from accelerando.base.errors import UserError
+from accelerando.data import remote
+from accelerando.data.remote import (
     FileCache,
     RangeReader,
     RemoteFile,
-    fetch_checkpoint,
     fetch_file,
     is_remote,
     list_remote,
+    without_credentials,
+)
+from accelerando.data.shards import ShardPairs, list_shards
+from accelerando.train.checkpoint import what_is_wrong
+from accelerando.train.remote_checkpoints import (
+    fetch_checkpoint,
     newest_remote_checkpoint,
     prune_remote,
     upload_checkpoint,
-    without_credentials,
 )
-from lib.shards import ShardPairs, list_shards
 
 KEY, SECRET = "TESTKEYTESTKEY00", "not/so+secret/wordsJKLM"
 
@@ -745,7 +747,7 @@ def test_a_damaged_remote_checkpoint_falls_back(s3: Server, tmp_path: Path) -> N
     ("before", "words"), [("", "no bucket nobucket"), ("import sys; sys.modules['s3fs'] = None", "pip install s3fs")]
 )
 def test_a_program_ends_with_one_line_and_exit_code_2(s3: Server, before: str, words: str) -> None:
-    code = f"{before}\nfrom lib.errors import errors_in_one_line\nfrom lib.remote import list_remote\n"
+    code = f"{before}\nfrom accelerando.base.errors import errors_in_one_line\nfrom accelerando.data.remote import list_remote\n"
     code += "with errors_in_one_line(): list_remote('s3://nobucket/x')"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)

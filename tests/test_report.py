@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lib import plots, report
-from lib.plots import Curve
+from accelerando.report import page as report
+from accelerando.report import plots
+from accelerando.report.plots import Curve
 
 NASTY = '<script>alert("x")</script>'
 VOID = {"meta", "img", "br", "link", "input"}
@@ -227,7 +228,7 @@ def test_thumbnails_show_what_the_model_saw() -> None:
     """What is transparent stands on white; a palette does not stop it."""
     from PIL import Image
 
-    from lib.results import thumbnail
+    from accelerando.data.decode import thumbnail
 
     for mode, colour in (("RGBA", (0, 0, 0, 0)), ("LA", (0, 0)), ("RGB", (255, 255, 255)), ("P", 0)):
         buffer = io.BytesIO()

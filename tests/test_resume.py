@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import TEXT, history, kill, launch, start, weights
 
-from lib.errors import UserError
+from accelerando.base.errors import UserError
 
 # Dropout is on, windows are ragged, saves and evaluations fall inside epochs and on different steps.
 FLAGS = (

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lib.saliency import SIDE, add_pictures, heat_maps, overlay
+from accelerando.report.saliency import SIDE, add_pictures, heat_maps, overlay
 
 
 class Net(nn.Module):
@@ -62,7 +62,7 @@ def assert_same(before: list, after: list) -> None:
 
 
 def vision_net(architecture: str, classes: int = 3) -> nn.Module:
-    from lib.models.vision import VisionNet, VisionNetConfig
+    from accelerando.models.vision import VisionNet, VisionNetConfig
 
     torch.manual_seed(0)
     return VisionNet(VisionNetConfig(architecture=architecture, num_labels=classes))
@@ -154,7 +154,7 @@ def test_of_a_vit_it_is_the_rollout_of_its_attention() -> None:
 
 @pytest.mark.parametrize("mask", [None, "allowed", "added"])
 def test_attention_that_is_kept_is_torchs_own(mask: str | None) -> None:
-    from lib.saliency import _attention_kept
+    from accelerando.report.saliency import _attention_kept
 
     fused, kept = functional.scaled_dot_product_attention, []
     query, key, value = torch.randn(3, 2, 4, 5, 8)
@@ -330,8 +330,8 @@ def set_of(folder: Path, count: int = 10) -> tuple[object, dict, list[dict]]:
     import pyarrow as pa
     from PIL import Image
 
-    from lib.folders import ImageFiles
-    from lib.images import EvaluationImages
+    from accelerando.data.folders import ImageFiles
+    from accelerando.data.images import EvaluationImages
 
     rng = np.random.default_rng(0)
     formats = {"a.jpg": "RGB", "b.png": "RGBA", "c.png": "P", "d.webp": "RGB", "e.tif": "L", "f.bmp": "RGB"}

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import SIGN, history, launch, make_clip, weights
 
-from lib.errors import UserError
+from accelerando.base.errors import UserError
 
 GRU = ("--model", "iv3_gru")
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModel
 
-from lib.errors import UserError
-from lib.models.sign import CHANGE_SCALE, SignGru, SignGruConfig, SignTransformer, SignTransformerConfig
+from accelerando.base.errors import UserError
+from accelerando.models.sign import CHANGE_SCALE, SignGru, SignGruConfig, SignTransformer, SignTransformerConfig
 
 NAMES = {"gloss_names": list("abcde"), "cat_names": ["x", "y"]}
 SMALL = {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, **NAMES}

@@ -50,7 +50,7 @@ def three_runs(request, sign_args, tmp_path_factory) -> dict[str, Path]:
 def test_one_process_ddp_and_fsdp_agree(three_runs: dict[str, Path]) -> None:
     from transformers import AutoModel
 
-    import lib.models.sign  # noqa: F401  (registers the models)
+    import accelerando.models.sign  # noqa: F401  (registers the models)
 
     reference = history(three_runs["one"], "train")
     trained = load_file(three_runs["one"] / "last" / "model.safetensors")

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, launch, start
 
-from lib.errors import UserError
-from lib.folders import read_class_folders, read_class_map, read_index
+from accelerando.base.errors import UserError
+from accelerando.data.folders import read_class_folders, read_class_map, read_index
 
 TOOL = ROOT / "tools" / "split_folds.py"
 
@@ -110,7 +110,7 @@ def sides(splits: Path) -> dict[str, int]:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_each_class_has_its_share_to_within_one(seed: int) -> None:
-    from lib.splits import deal_folds
+    from accelerando.data.splits import deal_folds
 
     rng = np.random.default_rng(seed)
     folds, share = int(rng.integers(2, 11)), float(rng.choice([0, 0.1, 0.15, 0.25]))
@@ -268,7 +268,7 @@ def test_digits_and_plain_pictures_do_not_collapse() -> None:
     from PIL import Image
     from sklearn.datasets import load_digits
 
-    from lib.duplicates import duplicate_groups, fingerprint
+    from accelerando.data.duplicates import duplicate_groups, fingerprint
 
     def pixels(image, side: int) -> np.ndarray:
         return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC).convert("RGB"))
@@ -294,7 +294,7 @@ def test_digits_and_plain_pictures_do_not_collapse() -> None:
 
 
 def test_every_near_pair_is_found_once() -> None:
-    from lib.duplicates import near_pairs
+    from accelerando.data.duplicates import near_pairs
 
     rng = np.random.default_rng(1)
     hashes = rng.integers(0, 2**64, 200, dtype=np.uint64)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, launch
 
-from lib.errors import UserError
+from accelerando.base.errors import UserError
 
 TOOL = ROOT / "tools" / "split_labels.py"
 SIDES = ("train", "val", "test")

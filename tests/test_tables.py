@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, launch, make_rows, write_json
 
-from lib.errors import UserError
-from lib.tables import encode_labels, label_names, read_text_table, stratified_split
+from accelerando.base.errors import UserError
+from accelerando.data.splits import stratified_split
+from accelerando.data.tables import encode_labels, label_names, read_text_table
 
 ODD = ["NA", "null", "123", "a,b", 'say "hi"', "two\nlines", "tab\there", "naïve 😀", "  padded ", "-1"]
 
@@ -191,7 +192,7 @@ def test_a_stratified_split_is_fair_and_repeatable(seed: int) -> None:
 def test_tokenised_text_is_kept_and_kept_apart(tmp_path: Path, tiny_bert: Path) -> None:
     from transformers import AutoTokenizer
 
-    from lib.tokens import tokenize_table
+    from accelerando.data.tokens import tokenize_table
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_bert)
     table = read_text_table(str(write_json(tmp_path / "a.json", make_rows(70, 1))))

@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from lib.errors import UserError
-from lib.models.text_cnn import TextCnnConfig, TextCnnForSequenceClassification
+from accelerando.base.errors import UserError
+from accelerando.models.text_cnn import TextCnnConfig, TextCnnForSequenceClassification
 
 ROOT = Path(__file__).parent.parent
 SMALL = {"vocab_size": 50, "embed_size": 8, "num_filters": 6, "num_labels": 3}

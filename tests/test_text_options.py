@@ -12,7 +12,7 @@ import yaml
 from conftest import history, make_rows, weights, write_json
 from safetensors.torch import load_file
 
-from lib.errors import UserError
+from accelerando.base.errors import UserError
 
 NO_DROPOUT = ("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0")
 CNN = ("--architecture", "cnn", "--vocab_size", "300", "--embed_size", "16", "--num_filters", "8", "--lr", "1e-2")
@@ -344,7 +344,7 @@ def test_the_saved_config_repeats_the_run(train_here) -> None:
 
 
 def test_an_existing_run_is_not_overwritten_unasked(train_here) -> None:
-    from lib.errors import UserError
+    from accelerando.base.errors import UserError
 
     first = weights(train_here("--max_steps", "2", name="same") / "last")
     with pytest.raises(UserError, match="--overwrite"):
@@ -408,7 +408,7 @@ def test_a_setting_that_nothing_reads_is_named(train_here) -> None:
 def test_deterministic_kernels_are_asked_for_on_a_gpu(train_here, monkeypatch) -> None:
     import torch
 
-    from lib.run import choose_deterministic_kernels
+    from accelerando.train.accelerator import choose_deterministic_kernels
 
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     log = (train_here("--deterministic", "--max_steps", "1") / "logs" / "train.log").read_text()

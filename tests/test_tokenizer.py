@@ -1,4 +1,4 @@
-"""lib/tokenizer.py: the same file in every process, round trips, pairs, odd texts, small sets."""
+"""data/tokenizer.py: the same file in every process, round trips, pairs, odd texts, small sets."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import pyarrow as pa
 import pytest
 from transformers import AutoTokenizer
 
-from lib.errors import UserError
-from lib.tokenizer import CHUNK, SPECIAL_TOKENS, train_tokenizer
+from accelerando.base.errors import UserError
+from accelerando.data.tokenizer import CHUNK, SPECIAL_TOKENS, train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCäöüßéèñ.,!?'-0123456789中文字кот😀🤖"
@@ -40,7 +40,7 @@ def file_of(tokenizer: Any) -> str:
 HASHES = """
 import hashlib, sys
 from pathlib import Path
-from lib.tokenizer import train_tokenizer
+from accelerando.data.tokenizer import train_tokenizer
 from tests.test_tokenizer import KINDS, made_up
 for kind in KINDS:
     train_tokenizer(made_up(), kind, 900, max_length=32).save_pretrained(sys.argv[1] + kind)
@@ -100,7 +100,7 @@ import sys
 from transformers import AutoTokenizer
 for folder in sys.argv[1:]:
     print(AutoTokenizer.from_pretrained(folder)("one two"))
-import lib.models.text_cnn
+import accelerando.models.text_cnn
 for folder in sys.argv[1:]:
     print(AutoTokenizer.from_pretrained(folder)("one two"))
 """

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, launch
 
-from lib.errors import UserError
-from lib.sign_labels import KINDS, Labels, inspect_clip, label_problems, read_labels
+from accelerando.base.errors import UserError
+from accelerando.data.sign_labels import KINDS, Labels, inspect_clip, label_problems, read_labels
 
 TOOL = ROOT / "tools" / "validate_npz.py"
 META = {"dims_per_frame": 156, "keypoints_total": 78, "order": "pose25,left_hand21,right_hand21,face11"}

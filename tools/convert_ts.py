@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from lib.config import parse_args
-from lib.errors import UserError, errors_in_one_line
+from accelerando.base.config import parse_args
+from accelerando.base.errors import UserError, errors_in_one_line
 
 if TYPE_CHECKING:
     import numpy as np

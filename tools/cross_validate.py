@@ -36,8 +36,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from lib.config import COMMON_ALIASES, command_line, grouped, parse_args, read_yaml
-from lib.errors import Stopped, UserError, errors_in_one_line, first_line
+from accelerando.base.config import COMMON_ALIASES, grouped, parse_args, read_yaml
+from accelerando.base.errors import Stopped, UserError, errors_in_one_line, first_line
+from accelerando.base.processes import command_line
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -83,7 +84,7 @@ def split_words(words: list[str]) -> tuple[list[str], list[str], Path, list[str]
     Raises:
         UserError: no script, one that is not there, or a flag that picks a fold where it cannot.
     """
-    from lib.tables import similar_file
+    from accelerando.data.tables import similar_file
 
     at = next((number for number, word in enumerate(words) if word.endswith(".py")), None)
     if at is None:
@@ -163,7 +164,7 @@ def read_folds(data: Path) -> dict[int, dict[str, set[str]]]:
     Raises:
         UserError: there are no folds, or they do not part the pictures: each that is not test is validated on once.
     """
-    from lib.folders import read_class_map, read_index
+    from accelerando.data.folders import read_class_map, read_index
 
     splits = data / "splits"
     again = f"python tools/split_folds.py --raw_data {data / 'raw'} --folds 5"
@@ -243,7 +244,7 @@ def state_of(fold: Fold, overwrite: bool) -> str:
     Raises:
         UserError: the run was made with other settings, or is none.
     """
-    from lib.run import is_unused
+    from accelerando.base.files import is_unused
 
     directory = fold.directory
     if is_unused(directory):
@@ -292,7 +293,7 @@ def launch(words: list[str]) -> int:
     from accelerate.commands import launch as launcher
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    from lib.checkpoint import signal_when_parent_dies
+    from accelerando.base.processes import signal_when_parent_dies
 
     # The script saves and leaves when it is told to stop: the launcher must outlive it. A handler, unlike SIG_IGN, is
     # not inherited by the script. Should our parent be killed, this process ends at once and Linux tells the script.
@@ -411,7 +412,7 @@ def read_predictions(fold: Fold, split: str, label_names: list[str]) -> Predicti
     """
     import numpy as np
 
-    from lib.tables import csv_records
+    from accelerando.data.tables import csv_records
 
     path = fold.directory / f"predictions_{split}.csv"
     again = f"remove {fold.directory}, and the same command trains this fold again"
@@ -435,10 +436,10 @@ def read_predictions(fold: Fold, split: str, label_names: list[str]) -> Predicti
 
 
 def score(found: Predictions) -> dict[str, float]:
-    """The metrics of :func:`lib.metrics.classification_metrics`; the loss is the plain cross-entropy."""
+    """The metrics of :func:`report.metrics.classification_metrics`; the loss is the plain cross-entropy."""
     import numpy as np
 
-    from lib.metrics import classification_metrics
+    from accelerando.report.metrics import classification_metrics
 
     logits = np.log(np.maximum(found.chances, LEAST))
     return classification_metrics(found.labels, logits, -logits[np.arange(len(logits)), found.labels])
@@ -476,7 +477,7 @@ def out_of_fold(parts: list[tuple[Fold, Predictions]]) -> Predictions:
 
 def mean_and_deviation(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Mean and sample standard deviation (n - 1; None of one fold) of each metric of each split over the folds."""
-    from lib.results import METRICS
+    from accelerando.report.results import METRICS
 
     mean: dict[str, Any] = {}
     deviation: dict[str, Any] = {}
@@ -518,9 +519,9 @@ def write_result(
     draft: Path, folds: list[Fold], rows: list[dict[str, Any]], label_names: list[str], title: str
 ) -> None:
     """Writes all files of the result into the new folder ``draft``; ``rows``: of the folds, for ``results.json``."""
-    from lib.metrics import confusion_matrix, report_text
-    from lib.plots import plot_confusion
-    from lib.results import write_predictions
+    from accelerando.report.metrics import confusion_matrix, report_text
+    from accelerando.report.plots import plot_confusion
+    from accelerando.report.predictions import write_predictions
 
     draft.mkdir(parents=True)
     found = {split: [(fold, read_predictions(fold, split, label_names)) for fold in folds]
@@ -564,8 +565,8 @@ def write_page(
     path: Path, title: str, counts: str, args: Any, results: dict[str, Any], matrix: np.ndarray, notes: list[str]
 ) -> None:
     """``report.html``: the figures, the folds, and what the ensemble (without a test set: all folds) confuses."""
-    from lib import report
-    from lib.metrics import per_class
+    from accelerando.report import page
+    from accelerando.report.metrics import per_class
 
     last = "test" if "ensemble" in results else "validation"
     mean, deviation = results["mean"][last]["accuracy"], results["std"][last]["accuracy"]
@@ -581,16 +582,16 @@ def write_page(
     header = ["", *(f"{split} {name}" for split in results["mean"] for name in SHOWN.values())]
     values, names = per_class(matrix), results["label_names"]
     blocks = [
-        report.headline(tiles),
-        report.table(header, [(name, *numbers) for name, numbers in table_rows(results)], title="Folds",
+        page.headline(tiles),
+        page.table(header, [(name, *numbers) for name, numbers in table_rows(results)], title="Folds",
                      note="; ".join(" ".join(note.split()) for note in notes[:-1])),
-        report.confusion(matrix, names, title=f"Confusion matrix, {last}, {who}"),
-        report.per_class(names, values["precision"], values["recall"], values["f1"], values["support"],
+        page.confusion(matrix, names, title=f"Confusion matrix, {last}, {who}"),
+        page.per_class(names, values["precision"], values["recall"], values["f1"], values["support"],
                          title=f"Per class, {last}, {who}"),
-        report.command(command_line()),
-        report.settings(grouped(args), title="Settings of all folds"),
+        page.command(command_line()),
+        page.settings(grouped(args), title="Settings of all folds"),
     ]  # fmt: skip
-    report.write_report(path, title, counts, blocks)
+    page.write_report(path, title, counts, blocks)
 
 
 def rows_of(folds: list[Fold]) -> tuple[list[dict[str, Any]], list[str]]:
@@ -692,7 +693,7 @@ def main() -> None:
     rows, label_names = rows_of(folds)
     summary, report = target / "summary.txt", target / "report.html"
     if not (summary.is_file() and report.is_file() and read_results(target).get("folds") == rows):
-        from lib.checkpoint import whole_folder
+        from accelerando.base.files import whole_folder
 
         try:
             with whole_folder(target) as draft:

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from lib.config import check_ranges, parse_args
-from lib.errors import UserError, errors_in_one_line, first_line
+from accelerando.base.config import check_ranges, parse_args
+from accelerando.base.errors import UserError, errors_in_one_line, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,8 +132,8 @@ def open_sources(args: Args) -> list[Any]:
     Raises:
         UserError: something is missing or broken, or there is nothing of what ``--parts`` asks for.
     """
-    from lib.pairs import open_pairs
-    from lib.tokens import cache_folder
+    from accelerando.base.files import cache_folder
+    from accelerando.data.pairs import open_pairs
 
     sources: list[Any] = []
     if args.input is not None:
@@ -169,7 +169,7 @@ def key_of(source: Any) -> Callable[[int], str]:
     """A function from row to key; for shards to be asked row by row, since it keeps the names of one shard."""
     import numpy as np
 
-    from lib.folders import TablePairs
+    from accelerando.data.folders import TablePairs
 
     if isinstance(source, Files):
         return source.key
@@ -199,7 +199,7 @@ class Samples:
         return len(self.source)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        from lib.pairs import read_caption
+        from accelerando.data.pairs import read_caption
 
         sample: dict[str, Any] = {"valid": 1.0, "image_id": 0, "text_id": 0, "words": None}
         try:
@@ -222,7 +222,7 @@ class Samples:
 class SampleCollate:
     """``faults`` [B] (None where a sample is sound); of the b sound ones ``captions`` [b] and what ``pairs`` makes."""
 
-    pairs: Any  # lib.collate.PairCollate
+    pairs: Any  # data.collate.PairCollate
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         sound = [sample for sample in samples if "fault" not in sample]
@@ -265,14 +265,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def load_model(args: Args) -> tuple[Any, Any]:
-    """The model on its device, whose forward embeds, and its :class:`lib.models.clip.Preprocessing`.
+    """The model on its device, whose forward embeds, and its :class:`models.clip.Preprocessing`.
 
     Raises:
         UserError: no such model, or one of another kind; an adapter for another base model.
     """
     from transformers.utils import logging
 
-    from lib.models.clip import embed_in_forward, open_clip_model, open_preprocessing
+    from accelerando.models.clip import embed_in_forward, open_clip_model, open_preprocessing
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -288,7 +288,7 @@ def load_model(args: Args) -> tuple[Any, Any]:
 
 def make_transform(processor: Any, size: int) -> Callable[[bytes], torch.Tensor]:
     """From a file to uint8 [3, size, size], or to float32 [3, H, W] where the processor does it in its own way."""
-    from lib.augment import ImageTransform
+    from accelerando.data.transforms import ImageTransform
 
     like_clip = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 3,
                  "rescale_factor": 1 / 255}  # fmt: skip
@@ -308,7 +308,7 @@ class OwnTransform:
     def __call__(self, file: bytes) -> torch.Tensor:
         from PIL import Image
 
-        from lib.augment import decode_image
+        from accelerando.data.decode import decode_image
 
         picture = Image.fromarray(decode_image(file).permute(1, 2, 0).numpy())
         return self.processor(images=[picture], return_tensors="pt")["pixel_values"][0]
@@ -323,7 +323,7 @@ def embed(model: Any, batch: dict[str, Any], processor: Any, amp: str) -> dict[s
     import numpy as np
     import torch
 
-    from lib.augment import normalise
+    from accelerando.data.transforms import normalise
 
     device, inputs = model.logit_scale.device, {}
     for name in ("pixel_values", "input_ids", "attention_mask"):
@@ -348,7 +348,7 @@ def embedded(
     """Batch by batch, in the order of the source: the rows that can be read, and a line for each that cannot."""
     import numpy as np
 
-    from lib.batches import Plan, make_loader
+    from accelerando.train.batches import Plan, make_loader
 
     transform = make_transform(preprocessing.image_processor, preprocessing.image_size)
     samples = Samples(source, transform, chosen_parts(source, args.parts))
@@ -365,7 +365,9 @@ def embedded(
             table = make_table(schema, sound, batch["captions"], found)
             yield table, [f"{key}: {fault}" for key, fault in rows if fault is not None]
     except UserError as error:  # a worker's comes with its traceback before it
-        raise UserError(str(error).strip().splitlines()[-1].removeprefix("lib.errors.UserError: ")) from None
+        raise UserError(
+            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        ) from None
 
 
 # ----------------------------------------------------------------------------------------------------------- output
@@ -464,8 +466,8 @@ def main() -> None:
     args = parse_args(Args, {})
     check_args(args)
 
-    from lib.collate import PairCollate
-    from lib.run import progress_bar, quiet_libraries
+    from accelerando.base.log import progress_bar, quiet_libraries
+    from accelerando.data.collate import PairCollate
 
     quiet_libraries()
     sources = open_sources(args)

@@ -28,25 +28,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from lib.answers import (
-    choose_device,
-    image_answers,
-    model_folder,
-    open_image_model,
-    open_output,
-    printable,
-    read_json,
-    task_of,
-    told,
-)
-from lib.config import check_ranges, command_line, parse_args, read_yaml
-from lib.errors import UserError, errors_in_one_line
+from accelerando.base.config import check_ranges, parse_args, read_yaml
+from accelerando.base.errors import UserError, errors_in_one_line
+from accelerando.base.processes import command_line
+from accelerando.inference.answers import image_answers, told
+from accelerando.inference.inputs import open_output, printable
+from accelerando.inference.saved import choose_device, model_folder, open_image_model, read_json, task_of
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from lib.folders import ImageFiles
+    from accelerando.data.folders import ImageFiles
 
 Runs = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
 OURS = ("results.json", "classification_report.txt", "confusion.png", "predictions.csv", "report.html")
@@ -134,7 +127,7 @@ def own_pictures(run: Classifier, split: str | None, data_dir: str | None) -> Pi
     """
     import numpy as np
 
-    from lib.folders import read_splits
+    from accelerando.data.folders import read_splits
 
     if not run.settings.get("data_dir"):
         raise UserError(f"{run.name}: no config.yaml that names its pictures; score others with --data")
@@ -171,7 +164,7 @@ def class_pictures(runs: list[Classifier], folder: Path) -> list[Pictures]:
     import numpy as np
     import pyarrow as pa
 
-    from lib.folders import ImageFiles, class_folders
+    from accelerando.data.folders import ImageFiles, class_folders
 
     left_out: list[str] = []
     if (folder / "splits").is_dir() and (folder / "raw").is_dir():
@@ -198,7 +191,7 @@ def _renumbered(files: ImageFiles, class_names: list[str], run: Classifier) -> I
     """``files``, whose classes are numbered as in ``class_names``, with the numbers that the model has for them."""
     import numpy as np
 
-    from lib.folders import ImageFiles
+    from accelerando.data.folders import ImageFiles
 
     numbers = np.array([run.label_names.index(name) for name in class_names])
     return ImageFiles(files.folder, files.names, numbers[files.classes])
@@ -252,7 +245,7 @@ def precision(asked: str | None, trained: str | bool | None, device: torch.devic
     Raises:
         UserError: fp16 was asked for on a CPU.
     """
-    from lib.run import computes_bf16
+    from accelerando.train.accelerator import computes_bf16
 
     fast = {"bf16": computes_bf16(), "fp16": device.type != "cpu"}
     if asked is not None:
@@ -293,7 +286,7 @@ def ensemble(runs: list[Classifier], pictures: list[Pictures], scores: list[Scor
     """The mean of the runs' probabilities, as logits, for the classes in the order of the first run."""
     import numpy as np
 
-    from lib.results import probabilities
+    from accelerando.report.predictions import probabilities
 
     first = scores[0]
     order = [[run.label_names.index(name) for name in runs[0].label_names] for run in runs]
@@ -324,7 +317,7 @@ def check_same_pictures(runs: list[Classifier], pictures: list[Pictures]) -> Non
 
 def warn_of_other_pictures(run: Classifier, pictures: Pictures, found: Score) -> None:
     """Says so where these are not the pictures that the run itself scored: some may be of those it was trained on."""
-    from lib.tables import csv_records
+    from accelerando.data.tables import csv_records
 
     path = run.folder.parent / f"predictions_{pictures.split}.csv"
     if pictures.split == "data" or not path.is_file():
@@ -344,7 +337,7 @@ def results_of(
     runs: list[Classifier], pictures: Pictures, scores: list[Score], together: Score | None
 ) -> dict[str, Any]:
     """What ``results.json`` holds: the metrics of each run under ``runs``, and those of the ``ensemble``."""
-    from lib.metrics import classification_metrics, confusion_matrix
+    from accelerando.report.metrics import classification_metrics, confusion_matrix
 
     def metrics(found: Score) -> dict[str, float]:
         return {**classification_metrics(found.labels, found.logits, found.losses), "count": len(found.rows)}
@@ -381,7 +374,7 @@ def table_text(results: dict[str, Any]) -> str:
     """The result on one screen: what was scored, the metrics, and what one should know of them."""
     import textwrap
 
-    from lib.results import metrics_table
+    from accelerando.report.results import metrics_table
 
     names = list(results["runs"])
     several = len(names) > 1
@@ -400,10 +393,10 @@ def write_results(folder: Path, pictures: Pictures, results: dict[str, Any], las
     of ``last``, which is the ensemble where there are several runs."""
     import numpy as np
 
-    from lib.metrics import report_text
-    from lib.plots import plot_confusion
-    from lib.results import probabilities, write_predictions
-    from lib.run import write_text
+    from accelerando.base.files import write_text
+    from accelerando.report.metrics import report_text
+    from accelerando.report.plots import plot_confusion
+    from accelerando.report.predictions import probabilities, write_predictions
 
     folder.mkdir(parents=True)
     names, matrix = results["label_names"], np.array(results["confusion_matrix"])
@@ -419,9 +412,11 @@ def write_page(path: Path, pictures: Pictures, results: dict[str, Any], last: Sc
     """``report.html``: the figures, the confusion matrix, each class, and the worst mistakes as pictures."""
     import numpy as np
 
-    from lib import report
-    from lib.metrics import per_class
-    from lib.results import METRICS, thumbnail, worst_mistakes
+    from accelerando.data.decode import thumbnail
+    from accelerando.report import page
+    from accelerando.report.metrics import per_class
+    from accelerando.report.predictions import worst_mistakes
+    from accelerando.report.results import METRICS
 
     names, matrix = results["label_names"], np.array(results["confusion_matrix"])
     worst = worst_mistakes({"labels": last.labels, "logits": last.logits}, names)
@@ -437,15 +432,15 @@ def write_page(path: Path, pictures: Pictures, results: dict[str, Any], last: Sc
     ]
     values = per_class(matrix)
     blocks = [
-        report.headline(tiles),
-        report.table(["metric", *columns], [(name, *(column[name] for column in columns.values())) for name in METRICS],
+        page.headline(tiles),
+        page.table(["metric", *columns], [(name, *(column[name] for column in columns.values())) for name in METRICS],
                      title="Metrics"),
-        report.confusion(matrix, names, title=f"Confusion matrix, {who}"),
-        report.per_class(names, *(values[name] for name in ("precision", "recall", "f1", "support"))),
-        report.mistakes(worst),
-        report.command(results["command"], title="Repeat it"),
+        page.confusion(matrix, names, title=f"Confusion matrix, {who}"),
+        page.per_class(names, *(values[name] for name in ("precision", "recall", "f1", "support"))),
+        page.mistakes(worst),
+        page.command(results["command"], title="Repeat it"),
     ]  # fmt: skip
-    report.write_report(path, f"Evaluation of {', '.join(results['runs'])}", described(results), blocks)
+    page.write_report(path, f"Evaluation of {', '.join(results['runs'])}", described(results), blocks)
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -477,8 +472,8 @@ def main() -> None:
     args = parse_args(Args, {"eval_batch_size": "batch_size"})
     check_args(args)
 
-    from lib.checkpoint import whole_folder
-    from lib.run import quiet_libraries
+    from accelerando.base.files import whole_folder
+    from accelerando.base.log import quiet_libraries
 
     quiet_libraries()
     runs = [read_classifier(name) for name in args.runs]

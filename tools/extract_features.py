@@ -43,8 +43,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from lib.config import check_ranges, parse_args
-from lib.errors import UserError, errors_in_one_line, first_line
+from accelerando.base.config import check_ranges, parse_args
+from accelerando.base.errors import UserError, errors_in_one_line, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,7 +144,7 @@ def folder_frames(clip: Clip, rate: Fraction) -> Iterator[Frame]:
     Raises:
         ValueError, OSError: two series of numbers, or a picture that cannot be read.
     """
-    from lib.augment import decode_image
+    from accelerando.data.decode import decode_image
 
     files = sorted((*key, entry.name) for entry in os.scandir(clip.source) if (key := frame_number(entry.name)))
     for one, two in itertools.pairwise(files):
@@ -429,7 +429,7 @@ def extract(model: torch.nn.Module, frames: torch.Tensor, device: torch.device, 
     import numpy as np
     import torch
 
-    from lib.augment import normalise
+    from accelerando.data.transforms import normalise
 
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
         pixels = normalise(frames.to(device), MEAN, STD).contiguous(memory_format=torch.channels_last)
@@ -553,7 +553,7 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from lib.run import progress_bar, quiet_libraries
+    from accelerando.base.log import progress_bar, quiet_libraries
 
     quiet_libraries()
     weights = None if args.random_weights else find_weights(args)

@@ -35,9 +35,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.config import check_ranges, flat, parse_args
-from lib.errors import UserError, errors_in_one_line, first_line
-from lib.workers import map_in_processes, watched
+from accelerando.base.config import check_ranges, flat, parse_args
+from accelerando.base.errors import UserError, errors_in_one_line, first_line
+from accelerando.base.log import watched
+from accelerando.base.processes import map_in_processes
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
@@ -172,7 +173,7 @@ def read_rows(args: Args, left_out: LeftOut) -> list[Row]:
 
 
 def _table_rows(args: Args, columns: list[str], left_out: LeftOut) -> Iterator[Row]:
-    from lib.tables import SUFFIXES, csv_records, json_records, similar_file
+    from accelerando.data.tables import SUFFIXES, csv_records, json_records, similar_file
 
     table = Path(args.captions or "")
     suffix = table.suffix.lower()
@@ -213,7 +214,7 @@ def _table_rows(args: Args, columns: list[str], left_out: LeftOut) -> Iterator[R
 def _parquet_records(table: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
 
-    from lib.tables import read_parquet
+    from accelerando.data.tables import read_parquet
 
     content = read_parquet(table)
     for name in columns:

@@ -29,24 +29,20 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from lib.answers import (
+from accelerando.base.config import check_ranges, parse_args, sections
+from accelerando.base.errors import UserError, errors_in_one_line, first_line
+from accelerando.data.tokenizer import VOCABULARY_FILES
+from accelerando.inference.answers import image_answers, told
+from accelerando.inference.inputs import is_url, open_output, pictures_in, printable
+from accelerando.inference.saved import (
     choose_device,
-    image_answers,
-    is_url,
     model_folder,
     open_image_model,
-    open_output,
     open_saved,
-    pictures_in,
-    printable,
     read_json,
     scores_of,
     task_of,
-    told,
 )
-from lib.config import check_ranges, parse_args, sections
-from lib.errors import UserError, errors_in_one_line, first_line
-from lib.tokenizer import VOCABULARY_FILES
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +108,7 @@ def load_text_model(
 
     logging.set_verbosity_error()
     if config.get("model_type") == "text_cnn":
-        import lib.models.text_cnn  # noqa: F401  (makes the auto classes know it)
+        import accelerando.models.text_cnn  # noqa: F401  (makes the auto classes know it)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
@@ -138,7 +134,7 @@ def predict_chunk(
     import numpy as np
     import torch
 
-    from lib.collate import collate_text
+    from accelerando.data.collate import collate_text
 
     tokenizer, config = loaded.tokenizer, loaded.model.config
     encoded = tokenizer(texts, pairs, truncation=True, max_length=loaded.max_length, return_attention_mask=False)
@@ -243,7 +239,7 @@ def _length_limit(tokenizer: Any, config: Any, asked: int | None, pairs: bool) -
 
 
 def _table_chunks(args: Args) -> tuple[int, Iterator[tuple[list[str], list[str] | None]]]:
-    from lib.tables import read_text_table
+    from accelerando.data.tables import read_text_table
 
     table = read_text_table(
         args.file, text_column=args.text_column, text_pair_column=args.text_pair_column, require_labels=False
@@ -315,9 +311,9 @@ def predict_clips(args: Args, folder: Path, config: dict[str, Any]) -> None:
     from tqdm.auto import tqdm
     from transformers import AutoModel
 
-    import lib.models.sign  # noqa: F401  (makes the auto classes know it)
-    from lib.clips import normalise, read_clip
-    from lib.collate import ClipCollate
+    import accelerando.models.sign  # noqa: F401  (makes the auto classes know it)
+    from accelerando.data.collate import ClipCollate
+    from accelerando.data.sign_clips import normalise, read_clip
 
     paths = clip_paths(args)
     device = choose_device(args.device)
@@ -405,7 +401,7 @@ def predict_pictures(args: Args, folder: Path, config: dict[str, Any]) -> None:
 
     import csv
 
-    from lib.results import prediction_header, prediction_rows
+    from accelerando.report.predictions import prediction_header, prediction_rows
 
     answers = image_answers(opened, _chain(first, names), batch_size, args.num_workers, args.tta, ahead=ahead)
     read, unread = 0, 0
@@ -505,7 +501,7 @@ def check(args: Args) -> None:
 
 def check_task(args: Args, task: str, folder: Path) -> None:
     """UserError for what a model of this task does not read: pictures for one of texts, flags of another task."""
-    from lib.folders import PICTURES
+    from accelerando.data.folders import PICTURES
 
     owner = {"texts": "text", "pictures": "image"}
     defaults = {field.name: field.default for field in fields(Args)}

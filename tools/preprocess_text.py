@@ -18,8 +18,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.config import parse_args
-from lib.errors import UserError, errors_in_one_line
+from accelerando.base.config import parse_args
+from accelerando.base.errors import UserError, errors_in_one_line
 
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "val": "validation", "dev": "validation",
           "valid": "validation", "test": "test"}  # fmt: skip
@@ -69,7 +69,7 @@ def read_folder(args: Args, dropped: Counter) -> dict[str, list[Row]]:
     """The cleaned rows of each split; "" holds what is still to be split."""
     from tqdm import tqdm
 
-    from lib.tables import SUFFIXES, read_text_table
+    from accelerando.data.tables import SUFFIXES, read_text_table
 
     folder = Path(args.input_dir)
     if not folder.is_dir():
@@ -126,7 +126,7 @@ def split_rest(rows: dict[str, list[Row]], args: Args) -> dict[str, list[Row]]:
     """Deals the rows without a split of their own to the splits that are missing."""
     import numpy as np
 
-    from lib.tables import stratified_split
+    from accelerando.data.splits import stratified_split
 
     rest = rows.pop("", [])
     if rest and "train" in rows:

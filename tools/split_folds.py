@@ -29,14 +29,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.config import Alias, check_ranges, parse_args
-from lib.errors import UserError, errors_in_one_line, first_line
-from lib.workers import map_in_processes, watched
+from accelerando.base.config import Alias, check_ranges, parse_args
+from accelerando.base.errors import UserError, errors_in_one_line, first_line
+from accelerando.base.log import watched
+from accelerando.base.processes import map_in_processes
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from lib.duplicates import Fingerprint
+    from accelerando.data.duplicates import Fingerprint
 
 ALIASES: dict[str, Alias] = {
     "k": "folds", "num_folds": "folds", "n_folds": "folds", "n_splits": "folds", "test_size": "test_fraction",
@@ -74,7 +75,7 @@ def find_images(raw: Path, left_out: Callable[[str, str], None]) -> dict[str, li
     Raises:
         UserError: no folder, no class folders, one alone, an empty one, or sides instead of classes.
     """
-    from lib.folders import class_folders
+    from accelerando.data.folders import class_folders
 
     if (raw / "raw").is_dir() and (raw / "splits").is_dir():
         raise UserError(f"--raw_data {raw}: holds raw and splits; did you mean {raw / 'raw'}?")
@@ -101,7 +102,7 @@ def read_groups(path: Path, raw: Path, images: list[str]) -> np.ndarray:
     """
     import numpy as np
 
-    from lib.tables import csv_records, similar_file
+    from accelerando.data.tables import csv_records, similar_file
 
     if not path.is_file():
         raise UserError(f"--groups {path}: {'is a folder' if path.is_dir() else 'no such file'}{similar_file(path)}")
@@ -127,8 +128,8 @@ def read_print(path: str) -> Fingerprint | str:
     """What is kept of an image file to find its copies, or why it cannot be used; what a worker runs."""
     import warnings
 
-    from lib.augment import decode_pixels
-    from lib.duplicates import fingerprint
+    from accelerando.data.decode import decode_pixels
+    from accelerando.data.duplicates import fingerprint
 
     try:
         data = Path(path).read_bytes()
@@ -175,7 +176,7 @@ def joined(*partitions: np.ndarray) -> np.ndarray:
     """Groups of what is together in any of the partitions, int [n] each: a group is named by its first row."""
     import numpy as np
 
-    from lib.duplicates import join_pairs
+    from accelerando.data.duplicates import join_pairs
 
     links = [np.unique(group, return_index=True, return_inverse=True)[1:] for group in partitions]
     pairs = (pair for first, group in links for pair in enumerate(first[group].tolist()))
@@ -315,9 +316,9 @@ def main() -> None:
 
     import numpy as np
 
-    from lib.checkpoint import whole_folder
-    from lib.duplicates import duplicate_groups
-    from lib.splits import deal_folds
+    from accelerando.base.files import whole_folder
+    from accelerando.data.duplicates import duplicate_groups
+    from accelerando.data.splits import deal_folds
 
     names = list(found)
     class_of = {image: number for number, name in enumerate(names) for image in found[name]}

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lib.config import check_ranges, parse_args
-from lib.errors import UserError, errors_in_one_line
+from accelerando.base.config import check_ranges, parse_args
+from accelerando.base.errors import UserError, errors_in_one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,7 +86,7 @@ def read_groups(args: Args) -> np.ndarray:
     """
     import numpy as np
 
-    from lib.sign_labels import label_records
+    from accelerando.data.sign_labels import label_records
 
     words = []
     for where, row in label_records(Path(args.labels)):
@@ -146,8 +146,8 @@ def main() -> None:
 
     import numpy as np
 
-    from lib.sign_labels import label_records, read_labels
-    from lib.splits import deal_groups
+    from accelerando.data.sign_labels import label_records, read_labels
+    from accelerando.data.splits import deal_groups
 
     labels = read_labels(args.labels)
     rows = [row for _, row in label_records(Path(args.labels))]

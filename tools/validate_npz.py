@@ -27,12 +27,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from lib.config import Alias, check_ranges, parse_args
-from lib.errors import UserError, errors_in_one_line
-from lib.workers import map_in_processes
+from accelerando.base.config import Alias, check_ranges, parse_args
+from accelerando.base.errors import UserError, errors_in_one_line
+from accelerando.base.processes import map_in_processes
 
 if TYPE_CHECKING:
-    from lib.sign_labels import Clip, Problem
+    from accelerando.data.sign_labels import Clip, Problem
 
 ALIASES: dict[str, Alias] = {
     "labels_val_csv": "labels", "labels_csv": "labels", "labels_train_csv": "train_labels",
@@ -64,7 +64,7 @@ class Args:
 
 
 def inspect_all(folder: Path, names: list[str], workers: int | None, what: str, **settings: Any) -> Iterator[Clip]:
-    """:func:`lib.sign_labels.inspect_clip` of each clip, in order, by ``workers`` processes.
+    """:func:`data.sign_labels.inspect_clip` of each clip, in order, by ``workers`` processes.
 
     Raises:
         UserError: a worker was killed.
@@ -82,7 +82,7 @@ def inspect_all(folder: Path, names: list[str], workers: int | None, what: str, 
 
 def inspect_one(folder: Path, name: str, settings: dict[str, Any]) -> Clip:
     """One clip; what a worker runs."""
-    from lib.sign_labels import inspect_clip
+    from accelerando.data.sign_labels import inspect_clip
 
     return inspect_clip(folder / f"{name}.npz", f"{name}.npz", **settings)
 
@@ -93,7 +93,7 @@ def same_clips(
     """Clips whose frames are those of a training clip."""
     import numpy as np
 
-    from lib.sign_labels import make_problem
+    from accelerando.data.sign_labels import make_problem
 
     settings = {"key": args.kp_key, "frames_only": True}
     trained = inspect_all(train_folder, train_names, args.num_workers, "comparing", **settings)
@@ -117,7 +117,7 @@ def same_clips(
 
 def table(problems: list[Problem], width: int) -> str:
     """Problems by kind, errors first: how many, what it is, the first one in full, the names of some others."""
-    from lib.sign_labels import KINDS
+    from accelerando.data.sign_labels import KINDS
 
     groups: dict[tuple[str, str], list[Problem]] = {}
     for problem in sorted(problems, key=lambda problem: problem.severity):  # "error" before "warning"
@@ -207,7 +207,7 @@ def main() -> None:
     args = parse_args(Args, ALIASES)
     check_arguments(args)
 
-    from lib.sign_labels import label_problems, list_clips, read_labels
+    from accelerando.data.sign_labels import label_problems, list_clips, read_labels
 
     folder, train_folder = Path(args.folder), Path(args.train_folder or args.folder)
     labels = read_labels(args.labels) if args.labels else None

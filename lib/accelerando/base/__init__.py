@@ -1,0 +1,1 @@
+"""Errors, settings, log, files, processes and random states."""

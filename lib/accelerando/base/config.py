@@ -1,0 +1,436 @@
+"""Dataclass, YAML and command line are one thing: default < YAML (``--config``) < command line.
+
+A script's ``Args`` is a flat dataclass. Each field has its help in a comment on the same line; a comment line of the
+form ``# -- data --`` starts a section, which groups ``--help`` and the saved ``config.yaml``::
+
+    @dataclass
+    class Args:
+        # -- training --
+        lr: float = 2e-5  # peak learning rate
+
+YAML keys pass through the same parser as flags, so an unknown key or a bad value fails the same way.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import math
+import os
+import re
+import sys
+import typing
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from accelerando.base.errors import UserError, is_main_rank
+
+T = TypeVar("T")
+
+# An alias is another name for a field, or a field with a translation of the values: {"true": "fp16"}.
+Alias = str | tuple[str, dict[str, str]]
+
+# Spellings that the five guides and Hugging Face's own arguments use for the shared vocabulary.
+COMMON_ALIASES: dict[str, Alias] = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "num_epochs": "epochs",
+    "max_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+    "max_grad_norm": "grad_clip",
+    "fp16": ("amp", {"true": "fp16", "false": "no"}),
+    "bf16": ("amp", {"true": "bf16", "false": "no"}),
+    "mixed_precision": ("amp", {"true": "fp16", "false": "no"}),
+    "no_mixed_precision": ("amp", {"true": "no"}),
+    "scheduler_type": "scheduler",
+    "lr_scheduler_type": "scheduler",
+    "step_size": "scheduler_step_size",
+    "gamma": "scheduler_factor",
+    "optim": "optimizer",
+    "warmup_ratio": "warmup_steps",
+    "logging_steps": "log_every",
+    "eval_steps": "eval_every",
+    "save_steps": "save_every",
+    "save_total_limit": "keep_checkpoints",
+    "early_stopping_patience": "early_stop",
+    "early_stopping_threshold": "early_stop_min_delta",
+    "dataloader_num_workers": "num_workers",
+    "torch_compile": "compile_model",
+    "resume_from_checkpoint": "resume",
+    "hub_model_id": "hub_repo_id",
+    "use_wandb": ("report_to", {"true": "wandb", "false": "none"}),
+    "use_mlflow": ("report_to", {"true": "mlflow", "false": "none"}),
+    "project_name": "wandb_project",
+    "wandb.project": "wandb_project",
+    "wandb.entity": "wandb_entity",
+    "wandb.name": "wandb_name",
+    "wandb.tags": "wandb_tags",
+    "wandb.notes": "wandb_notes",
+}
+
+# What a flag means that stands without a value.
+BARE = {"resume": "auto", "amp": "auto"}
+
+# What `accelerate launch` decides, and how.
+LAUNCH_FLAGS: dict[str, str] = {
+    "distributed_mode": "accelerate launch --config_file accelerate_configs/{mode}.yaml {script}",
+    "enable_parallel": "accelerate launch --config_file accelerate_configs/multi_gpu.yaml {script}",
+    "device": "accelerate launch --config_file accelerate_configs/{device}.yaml {script}",
+}
+
+
+def parse_args(cls: type[T], aliases: dict[str, Alias] | None = None, argv: list[str] | None = None) -> T:
+    """The filled ``cls`` from ``argv`` (``sys.argv[1:]`` by default) and the YAML files it names with ``--config``.
+
+    Raises:
+        UserError: an unknown flag or key (with a suggestion), a value that does not parse, a broken YAML file.
+    """
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    table = {**COMMON_ALIASES, **(aliases or {})}
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    # An alias may stand for another one: per_device_train_batch_size -> batch_size -> micro_batch_size.
+    table = {
+        name: table.get(target, target) if isinstance(target, str) and target not in known else target
+        for name, target in table.items()
+    }
+    table = {name: target for name, target in table.items() if _target(target) in known}
+    if any(token in ("-h", "--help") for token in argv):
+        try:
+            _print_help(cls, table)
+            sys.stdout.flush()
+        except BrokenPipeError:  # `--help | head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0)
+
+    argv = _canonical_argv(argv, known, table)
+    from_yaml: list[str] = []
+    for path in _values_of(argv, "--config") + _config_of_resumed_run(argv, known):
+        from_yaml += _yaml_argv(Path(path), known, table)
+
+    args, message = _run_parser(cls, from_yaml + argv)
+    if message is None:
+        return args
+    # Which of the two holds the mistake: a parse of the command line alone tells.
+    _, alone = _run_parser(cls, argv)
+    raise UserError(message if alone == message or not from_yaml else f"{_values_of(argv, '--config')[-1]}: {message}")
+
+
+def sections(cls: type) -> dict[str, list[tuple[str, str]]]:
+    """Section heading -> [(field, help), ...], read from the comments in the source of ``cls``."""
+    found: dict[str, list[tuple[str, str]]] = {"": []}
+    heading = ""
+    for line in inspect.getsource(cls).splitlines():
+        if match := re.match(r"\s*# -- (.+?) --\s*$", line):
+            heading = match[1]
+            found[heading] = []
+        elif match := re.match(r"\s+(\w+)\s*:[^#]*(?:#\s*(.*))?$", line):
+            found[heading].append((match[1], (match[2] or "").strip()))
+    fields = {field.name for field in dataclasses.fields(cls)}
+    return {name: kept for name, rows in found.items() if (kept := [row for row in rows if row[0] in fields])}
+
+
+def grouped(args: Any) -> dict[str, dict[str, Any]]:
+    """``args`` by section, tuples as lists: what ``config.yaml`` holds. Says nothing of where it was read from."""
+    values = dataclasses.asdict(args)
+    return {
+        heading: {name: _plain(values[name]) for name, _ in rows if name not in ("config", "resume", "overwrite")}
+        for heading, rows in sections(type(args)).items()
+    }
+
+
+def flat(args: Any) -> dict[str, Any]:
+    """``args`` as one level of plain values, for trackers."""
+    return {name: value for group in grouped(args).values() for name, value in group.items()}
+
+
+# Settings of all scripts, with the least and the largest value; None is always fine.
+RANGES: dict[str, tuple[float, float]] = {
+    "adam_beta1": (0, 0.999999), "adam_beta2": (0, 0.999999), "batch_size": (1, 2**30), "early_stop": (1, 2**30),
+    "early_stop_min_delta": (0, math.inf), "epochs": (1, 2**30), "eval_batch_size": (1, 2**30),
+    "eval_every": (0, 2**40), "gradient_accumulation_steps": (1, 2**30), "grad_clip": (1e-12, math.inf),
+    "keep_checkpoints": (1, 2**30), "log_every": (1, 2**40), "lora_alpha": (1e-12, math.inf),
+    "lora_dropout": (0, 0.999999), "lora_r": (1, 2**20), "lr": (0, math.inf), "max_length": (3, 2**20),
+    "max_steps": (1, 2**40), "momentum": (0, 0.999999), "num_workers": (0, 1024), "save_every": (0, 2**40),
+    "scheduler_factor": (0, 0.999999), "scheduler_step_size": (1, 2**30), "warmup_steps": (0, 2**40),
+    "weight_decay": (0, 1e6),
+}  # fmt: skip
+
+
+def check_ranges(args: Any, **others: tuple[float, float]) -> None:
+    """UserError for a number outside of ``RANGES``, or of ``others`` that this script alone has."""
+    for name, (low, high) in {**RANGES, **others}.items():
+        value = getattr(args, name, None)
+        if value is not None and not low <= value <= high:
+            limit = f"at least {low:g}" if high > 2**19 else f"between {low:g} and {high:g}"
+            raise UserError(f"--{name} {value}: {limit}")
+
+
+def without_effect(args: Any, used: dict[str, bool]) -> list[str]:
+    """Settings that were changed and that nothing reads, because the part they belong to is not in use.
+
+    A line of help that begins with ``cnn:`` says whom the setting belongs to; ``used`` says, for each such word of this
+    script alone, whether this run has it.
+    """
+    used = {
+        "wandb": "wandb" in args.report_to,
+        "mlflow": "mlflow" in args.report_to,
+        "sgd": args.optimizer == "sgd",
+        "plateau": args.scheduler == "plateau",
+        "step": args.scheduler == "step",
+        "plateau, step": args.scheduler in ("plateau", "step"),
+        **used,
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    return [
+        f"--{name} has no effect here ({text})"
+        for rows in sections(type(args)).values()
+        for name, text in rows
+        if not used.get(text.partition(":")[0], True) and getattr(args, name) != defaults[name]
+    ]
+
+
+def to_yaml(args: Any) -> str:
+    """``args`` as YAML grouped by section; ``--config`` of it repeats the run."""
+    import yaml
+
+    return yaml.safe_dump(grouped(args), sort_keys=False, allow_unicode=True, width=100)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; UserError names file and line where it is broken."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: broken YAML ({getattr(error, 'problem', error)})") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found a {type(content).__name__}")
+    return content
+
+
+def _target(alias: Alias) -> str:
+    return alias if isinstance(alias, str) else alias[0]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _is_bool(field: dataclasses.Field) -> bool:
+    return field.type in (bool, "bool")
+
+
+def _canonical_argv(argv: list[str], known: dict[str, dataclasses.Field], table: dict[str, Alias]) -> list[str]:
+    """Flags in one spelling: underscores, aliases resolved, ``--a=b`` split, ``--flag true``, ``--resume`` alone."""
+    result: list[str] = []
+    position = 0
+    while position < len(argv):
+        token = argv[position]
+        position += 1
+        if token == "--":  # what follows is positional, whatever it looks like
+            return result + argv[position:]
+        if not token.startswith("--"):
+            result.append(token)
+            continue
+        flag, equals, value = token.partition("=")
+        name = flag[2:].replace("-", "_")
+        follows = position < len(argv) and not argv[position].startswith("--")
+        if name in LAUNCH_FLAGS and name not in known and name not in table:
+            raise UserError(_launch_answer(flag, value or (argv[position] if follows else "")))
+        alias = table.get(name) if name not in known else None
+        if isinstance(alias, tuple):
+            if not equals and follows:
+                value = argv[position]
+                position += 1
+            _add_translated(result, alias, value or "true")
+            continue
+        name = alias or name
+        negated = name.removeprefix("no_")
+        if name in known and _is_bool(known[name]):
+            if not equals and follows and argv[position].lower() in ("true", "false", "yes", "no"):
+                value = argv[position]
+                position += 1
+            result.append("--" + name if value.lower() in ("", "true", "yes", "1") else "--no_" + name)
+        elif name in known and known[name].type == "bool | None":
+            if not equals:
+                value = argv[position] if follows else "true"
+                position += follows
+            result += ["--" + name, value.capitalize()]
+        elif name in known:
+            if equals and value.startswith("-"):
+                result.append(f"--{name}={value}")  # a text that looks like a flag stays a value
+                continue
+            result.append("--" + name)
+            if equals:
+                result.append(value)
+            elif name in BARE and not follows:
+                result.append(BARE[name])
+        elif negated in known and "bool" in str(known[negated].type):
+            result += ["--no_" + negated] if _is_bool(known[negated]) else ["--" + negated, "False"]
+        else:
+            raise UserError(f"unknown flag {flag}{_suggestion(name, known, table, '--')}")
+    return result
+
+
+def _launch_answer(flag: str, value: str) -> str:
+    mode = {"ddp": "multi_gpu", "fsdp": "fsdp", "none": "single_gpu"}.get(value, "multi_gpu")
+    device = "cpu" if value == "cpu" else "single_gpu"
+    line = LAUNCH_FLAGS[flag[2:].replace("-", "_")].format(mode=mode, device=device, script=sys.argv[0])
+    if value.startswith("cuda:"):
+        line = f"CUDA_VISIBLE_DEVICES={value[5:]} {line}"
+    return f"{flag} is decided by the launcher: {line} ..."
+
+
+def _add_translated(argv: list[str], alias: tuple[str, dict[str, str]], value: str) -> None:
+    """Adds the flag an alias stands for. "false" yields to any other word on the field; trackers add up."""
+    flag, word = "--" + alias[0], alias[1].get(value.lower(), value)
+    if value.lower() == "false":
+        argv[:0] = [flag, word]
+    elif alias[0] == "report_to" and flag in argv:
+        argv.insert(argv.index(flag) + 1, word)
+    else:
+        argv += [flag, word]
+
+
+def _suggestion(name: str, known: dict[str, Any], table: dict[str, Alias], prefix: str) -> str:
+    close = difflib.get_close_matches(name, [*known, *table], n=1, cutoff=0.6)
+    return f": did you mean {prefix}{close[0]}?" if close else "; --help lists them all"
+
+
+def _values_of(argv: list[str], flag: str) -> list[str]:
+    values: list[str] = []
+    for position, token in enumerate(argv):
+        if token == flag:
+            for value in argv[position + 1 :]:
+                if value.startswith("--"):
+                    break
+                values.append(value)
+    return values
+
+
+def _config_of_resumed_run(argv: list[str], known: dict[str, Any]) -> list[str]:
+    """``--resume runs/x`` without ``--config`` starts from the configuration of that run."""
+    resumed = _values_of(argv, "--resume") if "resume" in known else []
+    if not resumed or resumed[0] == "auto" or _values_of(argv, "--config"):
+        return []
+    path = Path(resumed[0])
+    for folder in (path, *path.parents[:2]):
+        if (folder / "config.yaml").is_file():
+            return [str(folder / "config.yaml")]
+    return []
+
+
+def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str, Alias]) -> list[str]:
+    """The flags a YAML file stands for; keys may be grouped in sections of any name."""
+    pairs: list[tuple[str, str, Any]] = []  # (the last two keys with a dot, key, value)
+
+    def collect(mapping: dict[Any, Any], section: str) -> None:
+        for key, value in mapping.items():
+            if isinstance(value, dict):  # no setting is a mapping, whatever its section is called
+                collect(value, f"{key}.")
+            elif value is not None or key in known or key in table:  # nothing else: a heading without settings
+                pairs.append((f"{section}{key}", str(key), value))
+
+    collect(read_yaml(path), "")
+    argv: list[str] = []
+    for dotted, key, value in pairs:
+        name = key.replace("-", "_")
+        alias = table.get(dotted) or (table.get(name) if name not in known else None)
+        if isinstance(alias, tuple):
+            _add_translated(argv, alias, str(value))
+            continue
+        name = alias or name
+        if name not in known:
+            raise UserError(f"{path}: unknown key {dotted!r}{_suggestion(name, known, table, '')}")
+        if name in BARE and isinstance(value, bool):  # YAML takes a bare `no` for false
+            argv += ["--" + name, BARE[name] if value else {"amp": "no"}.get(name, "None")]
+            continue
+        if _is_bool(known[name]):
+            if not isinstance(value, bool):
+                raise UserError(f"{path}: {dotted} is true or false, not {value!r}")
+            argv.append("--" + name if value else "--no_" + name)
+        elif isinstance(value, list):
+            argv += ["--" + name, *map(str, value)]
+        elif str(value).startswith("-"):
+            argv.append(f"--{name}={value}")
+        else:
+            argv += ["--" + name, str(value)]
+    return argv
+
+
+def _with_sections(cls: type) -> tuple[type, dict[str, str]]:
+    """A nested twin of ``cls`` (one inner dataclass a section), from which tyro makes its groups and help."""
+    import tyro
+
+    hints = typing.get_type_hints(cls, include_extras=True)
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    outer, home = [], {}
+    for heading, rows in sections(cls).items():
+        key = re.sub(r"\W+", "_", heading or "options")
+        inner = []
+        for name, text in rows:
+            home[name] = key
+            default = {
+                "default": fields[name].default,
+                "default_factory": fields[name].default_factory,
+            }
+            default = {k: v for k, v in default.items() if v is not dataclasses.MISSING}
+            inner.append((name, Annotated[hints[name], tyro.conf.arg(help=text)], dataclasses.field(**default)))
+        outer.append((key, dataclasses.make_dataclass(key, inner)))
+    return dataclasses.make_dataclass(cls.__name__, outer), home
+
+
+def _run_parser(cls: type[T], argv: list[str]) -> tuple[T | None, str | None]:
+    import tyro
+
+    nested, home = _with_sections(cls)
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            parsed = tyro.cli(nested, args=argv, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+    except SystemExit:
+        return None, _one_line(printed.getvalue())
+    return cls(**{name: getattr(getattr(parsed, key), name) for name, key in home.items()}), None
+
+
+def _one_line(box: str) -> str:
+    """The message of tyro's framed error: what stands between the title and the next rule."""
+    lines = [line.strip(" │\t") for line in box.splitlines() if line.strip()]
+    rules = [number for number, line in enumerate(lines) if line and set(line) <= set("-─")]
+    start = 1 if lines and lines[0].startswith("╭") else (rules[0] + 1 if rules else 0)
+    end = next((number for number in rules if number > start), len(lines))
+    message = " ".join(lines[start:end])
+    return message.removeprefix("Error parsing ") or "bad arguments; --help lists them all"
+
+
+def _print_help(cls: type, table: dict[str, Alias]) -> None:
+    import tyro
+
+    if not is_main_rank():
+        return
+    nested, _ = _with_sections(cls)
+    text = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip()
+    with contextlib.suppress(SystemExit):
+        tyro.cli(nested, args=["--help"], config=(tyro.conf.OmitArgPrefixes,), description=text, use_underscores=True)
+    spelled = [f"--{name} = --{_target(alias)}" for name, alias in sorted(table.items()) if "." not in name]
+    if spelled:
+        import textwrap
+
+        width = min(100, max(40, int(os.environ.get("COLUMNS", "80"))))
+        print("Other spellings, dashes or underscores alike:")
+        print(textwrap.fill(", ".join(spelled), width, initial_indent="  ", subsequent_indent="  "))

@@ -1,0 +1,147 @@
+"""The logger, its lines in the terminal and in a file, and progress bars."""
+
+from __future__ import annotations
+
+import logging
+import logging.handlers
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from accelerando.base.errors import is_main_rank
+
+if TYPE_CHECKING:
+    pass
+
+
+T = TypeVar("T")
+
+
+def watched(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
+    """``items`` with a bar on a terminal; elsewhere a line at the start and every half minute."""
+
+    bar = progress_bar(total, 0, f" {unit}", what)
+    said = -math.inf
+    with bar:
+        for number, item in enumerate(items):
+            if bar.disable and time.monotonic() - said > 30:
+                print(f"{what}: {number:,} of {total:,} {unit}", flush=True)
+                said = time.monotonic()
+            yield item
+            bar.update()
+
+
+log = logging.getLogger("accelerando")
+
+
+SUCCESS = 25
+
+
+COLOURS = {"WARNING": "33", "ERROR": "31", "SUCCESS": "32"}  # ANSI codes: yellow, red, green
+
+
+class _LineFormatter(logging.Formatter):
+    """``2026-01-31 12:00:00 | INFO     | ...``; with colours on a terminal."""
+
+    def __init__(self, colour: bool) -> None:
+        super().__init__("%(asctime)s | %(levelname)-8s | %(message)s", "%Y-%m-%d %H:%M:%S")
+        self.colour = colour
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        if not self.colour:
+            return line
+        stamp, level, message = line.split(" | ", 2)
+        code = COLOURS.get(record.levelname)
+        message = f"\033[{code}m{message}\033[0m" if code else message
+        if not code:
+            message = re.sub(r"\b(epoch \S+)", "\033[33m\\1\033[0m", message, flags=re.IGNORECASE)
+            message = re.sub(r"^(train)\b", "\033[34m\\1\033[0m", message)
+            message = re.sub(r"^(validation|test)\b", "\033[35m\\1\033[0m", message)
+            message = re.sub(r"((?:loss|accuracy) +)(\d\S*)", "\\1\033[33m\\2\033[0m", message)
+        return f"\033[36m{stamp}\033[0m | {level} | {message}"
+
+
+class _ConsoleHandler(logging.StreamHandler):
+    """Writes above a progress bar instead of into it; ``only_file`` records stay out of the terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "only_file", False):
+            return
+        if "tqdm" in sys.modules:
+            from tqdm import tqdm
+
+            with tqdm.external_write_mode(file=sys.stderr):
+                super().emit(record)
+        else:
+            super().emit(record)
+
+
+def start_log() -> None:
+    """Console output on the main process; lines are kept for the file that :func:`attach_log_file` opens later."""
+    quiet_libraries()
+    for handler in log.handlers[:]:
+        log.removeHandler(handler)
+    log.propagate = False
+    logging.raiseExceptions = False  # a full disk is reported once, by the save that fails, not by each line
+    log.setLevel(logging.INFO if is_main_rank() else logging.CRITICAL)
+    if not is_main_rank():
+        return
+    console = _ConsoleHandler(sys.stdout)
+    console.setFormatter(_LineFormatter(colour=on_terminal()))
+    log.addHandler(console)
+    log.addHandler(logging.handlers.MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False))
+
+
+def attach_log_file(path: Path) -> None:
+    """Opens ``path`` and writes into it what was logged so far."""
+    file = logging.FileHandler(path, encoding="utf-8")
+    file.setFormatter(_LineFormatter(colour=False))
+    for handler in log.handlers[:]:
+        if isinstance(handler, logging.handlers.MemoryHandler):
+            for record in handler.buffer:
+                file.handle(record)
+            log.removeHandler(handler)
+    log.addHandler(file)
+
+
+def success(message: str, *values: Any) -> None:
+    """A line about something that went well."""
+    log.log(SUCCESS, message, *values)
+
+
+def on_terminal() -> bool:
+    """True when a person watches: colours and progress bars; otherwise plain lines."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def quiet_libraries() -> None:
+    """Keeps the console for what the user can act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+    warnings.filterwarnings("ignore", message=".*implicitly creating a replicated DTensor.*")
+    warnings.filterwarnings("ignore", message=".*Paged optimizers are not supported on CPU.*")
+    warnings.filterwarnings("ignore", message=".*TensorFloat32 tensor cores.*")  # float32 was asked for
+    warnings.filterwarnings("ignore", message=".*Full backward hook is firing.*")  # Opacus' hooks at the first layer
+    for name in ("transformers", "datasets", "peft", "bitsandbytes", "torch.distributed", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def progress_bar(total: int, initial: int, unit: str, description: str = "") -> Any:
+    """A bar on a terminal, nothing elsewhere; shown when it takes longer than two seconds."""
+    from tqdm import tqdm
+
+    hidden = not (is_main_rank() and on_terminal())
+    return tqdm(
+        total=total, initial=initial, unit=unit, desc=description, disable=hidden, delay=2, leave=False, ncols=80,
+        file=sys.stderr, dynamic_ncols=True,
+    )  # fmt: skip

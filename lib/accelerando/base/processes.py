@@ -1,0 +1,167 @@
+"""A function over many items in worker processes, in order, with a bar."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from accelerando.base.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+    from accelerate import Accelerator
+
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def map_in_processes(function: Callable[[T], R], items: Sequence[T], workers: int, chunk: int = 64) -> Iterator[R]:
+    """``function`` of each item, in order; workers are given ``chunk`` items at a time. 0 workers: this process.
+
+    Raises:
+        UserError: a worker was killed.
+    """
+    if workers == 0 or len(items) < 2:
+        yield from map(function, items)
+        return
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from concurrent.futures.process import BrokenProcessPool
+
+    chunk = min(chunk, max(1, len(items) // (4 * workers)))
+    chunks = [items[start : start + chunk] for start in range(0, len(items), chunk)]
+    pool = ProcessPoolExecutor(
+        min(workers, len(chunks)),
+        multiprocessing.get_context("spawn"),  # a fork of a process with threads may hang
+        signal.signal,
+        (signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is the main process's
+    )
+    others = set(multiprocessing.active_children())
+    pending: deque = deque()  # bounded: results wait for nobody
+    try:
+        for part in chunks:
+            # Ctrl-C comes after a worker was started, not amid it; the worker inherits that it is held back.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                pending.append(pool.submit(_each, function, part))
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if len(pending) > 4 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a worker was killed, most likely for memory: give fewer --num_workers") from None
+    except BaseException:
+        # Nobody waits for what is half done, and a second Ctrl-C leaves no worker behind that the exit would wait for.
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _each(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    return list(map(function, items))
+
+
+@functools.cache
+def command_line() -> str:
+    """The command that started this process as it was typed, ``accelerate launch`` included."""
+    return shlex.join(launcher_command() or ["python", *sys.argv])
+
+
+@functools.cache
+def launcher_command() -> tuple[str, ...]:
+    """The words of the ``accelerate launch`` or ``torchrun`` that is this process's parent; empty where it is not."""
+    with contextlib.suppress(OSError):
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
+        for position, word in enumerate(parent):
+            if Path(word).name in ("accelerate", "accelerate-launch", "torchrun", "torch.distributed.run"):
+                return (Path(word).name, *parent[position + 1 :])
+    return ()
+
+
+@contextlib.contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """The main process does the work of the block; the others do it after, finding it cached."""
+    if not accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+    yield
+    if accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+
+
+def gather_objects(accelerator: Accelerator, item: Any) -> list[Any]:
+    """``item`` of every process, in order, on every process."""
+    if accelerator.num_processes == 1:
+        return [item]
+    from accelerate.utils import gather_object
+
+    return gather_object([item])
+
+
+def signal_when_parent_dies(number: int) -> None:
+    """Has Linux send this process a signal when its parent ends, however that happens."""
+    import ctypes
+    import sys
+
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+
+
+def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int) -> Iterator[tuple[T, R]]:
+    """(item, ``function(item)``) in order, computed by ``threads`` threads at most ``ahead`` items before they are
+    taken. An exception of ``function`` is raised in its place.
+
+    The threads end with the iterator, or, where one waits for a server, with the process.
+    """
+    from concurrent.futures import Future
+    from queue import SimpleQueue
+
+    tasks: SimpleQueue[tuple[T, Future[R]] | None] = SimpleQueue()
+    stopped = threading.Event()
+
+    def work() -> None:
+        while (task := tasks.get()) is not None and not stopped.is_set():
+            item, future = task
+            try:
+                future.set_result(function(item))
+            except BaseException as error:
+                future.set_exception(error)
+
+    workers = [threading.Thread(target=work, daemon=True) for _ in range(threads)]
+    pending: deque[tuple[T, Future[R]]] = deque()
+    try:
+        for worker in workers:
+            worker.start()
+        for item in items:
+            pending.append((item, Future()))
+            tasks.put(pending[-1])
+            if len(pending) > ahead:
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        stopped.set()
+        for _ in workers:
+            tasks.put(None)
+        # A thread amid torch's code would disturb the end of the process; one that waits for a server does not.
+        deadline = time.monotonic() + 2
+        for worker in workers:
+            if worker.ident is not None:
+                worker.join(max(0.0, deadline - time.monotonic()))

@@ -1,0 +1,1 @@
+"""From files to batches: readers, orders, splits, transforms, collate functions."""

@@ -1,0 +1,261 @@
+"""Images in folders: a folder for each class, index files of folds, or beside a table of captions."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerando.base.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+# What is read; .heic is here so that such files are named as unreadable and not taken for notes.
+PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".ppm",
+            ".pgm")  # fmt: skip
+LeftOut = Callable[[str, str], None]  # takes a file or folder, and why
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """n picture files in ``folder``: ``names`` relative to it (Arrow strings, with slashes), ``classes`` int64 [n]."""
+
+    folder: Path
+    names: pa.Array
+    classes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def path(self, row: int) -> Path:
+        """The file of a row."""
+        return self.folder / self.names[row].as_py()
+
+
+def class_folders(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
+    """Class -> its pictures in ``folder/<class>``, at any depth, relative to ``folder`` with slashes; both sorted.
+
+    Raises:
+        UserError: no such folder, no class folders in it, or a class folder without a picture.
+    """
+    if not folder.is_dir():
+        near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        close = difflib.get_close_matches(folder.name, near, n=1)
+        hint = f"; did you mean {folder.with_name(close[0])}?" if close else ""
+        raise UserError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}{hint}")
+    found: dict[str, list[str]] = {}
+    beside = ""
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith((".", "__MACOSX")):
+            left_out(path.name, "hidden")
+        elif path.is_dir():
+            others: list[tuple[str, str]] = []
+            found[path.name] = _pictures(folder, path, lambda name, why, others=others: others.append((name, why)))
+            for other in others:
+                left_out(*other)
+            if not found[path.name]:
+                hint = f"; left out are {len(others):,}, such as {others[0][0]} ({others[0][1]})" if others else ""
+                raise UserError(f"{path}: no picture in this class folder: fill it or move it away{hint}")
+        else:
+            beside = beside or (path.name if path.name.lower().endswith(PICTURES) else "")
+            left_out(path.name, "lies beside the class folders")
+    if not found:
+        what = f"its pictures (such as {beside}) lie in no class folder" if beside else "no class folders in it"
+        raise UserError(f"{folder}: {what}; it should look like {folder.name}/ants/1.jpg, {folder.name}/bees/2.jpg")
+    return found
+
+
+def _pictures(folder: Path, top: Path, left_out: LeftOut) -> list[str]:
+    found, seen = [], set()
+    for place, folders, files in os.walk(top, followlinks=True):
+        here = Path(place).relative_to(folder)
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in [name for name in folders if name.startswith((".", "__MACOSX"))]:
+            left_out((here / name).as_posix(), "hidden")
+            folders.remove(name)
+        folders.sort()
+        for name in sorted(files):
+            path = (here / name).as_posix()
+            if name.startswith("."):
+                left_out(path, "hidden")
+            elif name.lower().endswith(".gif"):
+                left_out(path, "a GIF, which are left out (torchvision does so too); save it as PNG if it is wanted")
+            elif not name.lower().endswith(PICTURES):
+                left_out(path, "no picture by its name")
+            elif re.search(r"[\r\n\ud800-\udfff]", path):
+                left_out(path, "line breaks or bytes in its name that are not UTF-8; rename it")
+            else:
+                found.append(path)
+    return sorted(found)
+
+
+def read_class_map(splits: Path) -> dict[str, int]:
+    """Class name -> number from 0 on, from ``classes.json``, which all folds share.
+
+    Raises:
+        UserError: there are no splits yet (with the command that makes them), or the file is broken.
+    """
+    path = splits / "classes.json"
+    again = f"python tools/split_folds.py --raw_data {splits.parent / 'raw'} --folds 5"
+    if not path.is_file():
+        what = f"{path}: no such file" if splits.is_dir() else f"{splits}: no splits yet"
+        raise UserError(f"{what}; {again}{' --overwrite' if splits.is_dir() else ''} makes them")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: broken ({error}); {again} --overwrite makes it anew") from None
+    numbers = list(content.values()) if isinstance(content, dict) else []
+    if not numbers or any(type(number) is not int for number in numbers) or sorted(numbers) != [*range(len(numbers))]:
+        raise UserError(
+            f'{path}: expected {{"ants": 0, "bees": 1}}, each number once; {again} --overwrite makes it anew'
+        )
+    return dict(sorted(content.items(), key=lambda item: item[1]))
+
+
+def read_index(path: Path, class_map: dict[str, int], folder: Path | None = None) -> ImageFiles:
+    """The pictures that an index file names, a line each: ``raw/ants/0013035.jpg`` is of class ants.
+
+    Args:
+        path: such as ``data/x/splits/fold_0_train.txt``.
+        class_map: of :func:`read_class_map`.
+        folder: what the lines are relative to; by default the one that holds the splits, ``data/x``.
+
+    Raises:
+        UserError: no such index file, an empty one, a line that names no picture of a class, a picture that is not
+            there or named before, or a class that is not in ``class_map``.
+    """
+    folder = folder or path.absolute().parent.parent
+    try:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    except FileNotFoundError:
+        there = sorted(other.name for other in path.parent.glob("fold_*_train.txt"))
+        hint = f"there are folds 0 to {len(there) - 1}" if there else "tools/split_folds.py makes it"
+        raise UserError(f"{path}: no such file; {hint}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    names: dict[str, int] = {}  # -> line
+    classes = []
+    for number, line in enumerate(lines, 1):
+        name = line.rstrip("\r")
+        if not name.strip():
+            continue
+        parts = name.split("/")
+        if len(parts) < 3 or "" in parts or ".." in parts:
+            raise UserError(f"{path}: line {number}: {name!r:.80} is not of the form raw/<class>/<file>")
+        if parts[1] not in class_map:
+            listed = ", ".join(list(class_map)[:8]) + (", ..." if len(class_map) > 8 else "")
+            raise UserError(f"{path}: line {number}: class {parts[1]!r} is not in classes.json, which has {listed}")
+        if name in names:
+            raise UserError(f"{path}: line {number}: {name} is in line {names[name]} already")
+        if not (folder / name).is_file():
+            raise UserError(f"{path}: line {number}: {folder / name} is not there; split again if files were moved")
+        names[name] = number
+        classes.append(class_map[parts[1]])
+    if not names:
+        raise UserError(f"{path}: no picture in it")
+    return _image_files(folder, names, classes)
+
+
+def read_class_folders(data: Path, left_out: LeftOut | None = None) -> tuple[dict[str, int], dict[str, ImageFiles]]:
+    """Class map, and side -> pictures, of ``train/<class>/*`` and ``val/<class>/*`` (``test/`` too, if it is there).
+
+    Classes are numbered by name in ``train``; another side may lack some of them. ``left_out`` is told of files that
+    are no pictures.
+
+    Raises:
+        UserError: a side is missing or has no class folders, a class folder is empty, or ``train`` lacks a class.
+    """
+    class_map: dict[str, int] = {}
+    sides: dict[str, ImageFiles] = {}
+    for side in ("train", "val", "test"):
+        if side == "test" and not (data / side).exists():
+            continue
+
+        def tell(name: str, why: str, side: str = side) -> None:
+            if left_out is not None:
+                left_out(f"{side}/{name}", why)
+
+        found = class_folders(data / side, tell)
+        class_map = class_map or {name: number for number, name in enumerate(found)}
+        if unknown := [name for name in found if name not in class_map]:
+            raise UserError(f"{data / side / unknown[0]}: {data / 'train'} has no such class, so none is trained")
+        classes = [class_map[name] for name, files in found.items() for _ in files]
+        sides[side] = _image_files(data, (f"{side}/{file}" for files in found.values() for file in files), classes)
+    return class_map, sides
+
+
+def read_splits(
+    data: Path, fold: int, left_out: LeftOut | None = None, wanted: Sequence[str] = ("train", "validation", "test")
+) -> tuple[dict[str, int], dict[str, ImageFiles]]:
+    """Class map, and split -> pictures, of a folder with ``splits/`` (of ``fold``) or with ``train/`` and ``val/``.
+
+    Splits that are not ``wanted`` are not read where there are index files; a test split is there or not.
+
+    Raises:
+        UserError: there are neither (with the command that splits), or they are broken; see :func:`read_index` and
+            :func:`read_class_folders`.
+    """
+    index = data / "splits"
+    if index.is_dir() or not (data / "train").is_dir():
+        class_map = read_class_map(index)
+        names = {"train": f"fold_{fold}_train.txt", "validation": f"fold_{fold}_val.txt", "test": "test.txt"}
+        there = [split for split in wanted if split != "test" or (index / names["test"]).exists()]
+        return class_map, {split: read_index(index / names[split], class_map) for split in there}
+    class_map, sides = read_class_folders(data, left_out)
+    return class_map, {"validation" if side == "val" else side: files for side, files in sides.items()}
+
+
+def _image_files(folder: Path, names: Iterable[str], classes: list[int]) -> ImageFiles:
+    import numpy as np
+    import pyarrow as pa
+
+    return ImageFiles(folder, pa.array(names, pa.large_string()), np.array(classes, np.int64))
+
+
+class TablePairs:
+    """Image files in a folder and a table that names them, one caption a row; an image may have several rows.
+
+    Raises:
+        UserError: the table cannot be read, or names an image that is not there (with its row).
+    """
+
+    def __init__(self, table: str, folder: Path, image_column: str = "image", caption_column: str = "caption") -> None:
+        from accelerando.data.tables import read_text_table
+
+        rows = read_text_table(
+            table, text_column=caption_column, text_pair_column=image_column, label_column="", require_labels=False
+        )
+        self.table, self.folder, self.captions, self.names = table, folder, rows.texts, rows.pairs
+        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        for row, name in enumerate(self.names.to_pylist()):
+            if name not in there:
+                close = difflib.get_close_matches(name, there, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise UserError(f"{table}: row {row + 1}: no image {name} in {folder}{hint}")
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def read(self, row: int) -> tuple[bytes, bytes]:
+        """The image file and the caption of a row."""
+        return (self.folder / self.names[row].as_py()).read_bytes(), self.captions[row].as_py().encode()
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        """The row's other columns are not read: an empty dict."""
+        return {}
+
+    def where(self, row: int) -> str:
+        """Table, row and image of a row, for a message."""
+        return f"{self.table}: row {row + 1}: {self.folder / self.names[row].as_py()}"

@@ -1,0 +1,263 @@
+"""Pictures of classes: decoded at the scale that is needed, cropped, augmented and mixed, from (seed, epoch, row)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerando.data.decode import colours_together, decode_crop, decode_for_evaluation, evaluation_side, is_no_picture
+
+if TYPE_CHECKING:
+    from accelerando.data.decode import Source
+
+import math
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from accelerando.base.errors import first_line
+from accelerando.base.rng import random_state_of
+from accelerando.data.decode import decode_pixels
+from accelerando.data.image_cache import CachedImages
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+    from accelerando.data.folders import ImageFiles
+
+PolicyName = Literal["none", "randaugment", "trivialaugment"]
+
+
+@dataclass(frozen=True)
+class ImageAugmentation:
+    """Random changes of a training picture, drawn anew for each picture and epoch.
+
+    ``crop_scale``: the smallest share of its area that is cut out, at 3:4 to 4:3 (Szegedy et al. 2014); 1: what
+    evaluation sees. ``flip``: probability of a left-right mirror. ``policy``: RandAugment (Cubuk et al. 2019,
+    arXiv:1909.13719) or TrivialAugmentWide (Müller and Hutter 2021, arXiv:2103.10158). ``erasing``: probability that a
+    rectangle is filled with the mean (Zhong et al. 2017, arXiv:1708.04896).
+    """
+
+    crop_scale: float = 0.08
+    flip: float = 0.5
+    policy: PolicyName = "none"
+    erasing: float = 0.0
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+
+    def __call__(self, source: Source, size: int, seed: tuple[int, ...], sound: bool = False) -> torch.Tensor:
+        """uint8 [3, size, size] of a picture; ``seed`` is (seed, epoch, row). ValueError or OSError: it is none.
+
+        ``sound``: see :func:`decode_crop`.
+        """
+        rng = np.random.default_rng(list(seed))
+        if self.crop_scale < 1:
+            pixels = decode_crop(source, size, lambda *sides: crop_box(*sides, self.crop_scale, rng), sound)
+        else:
+            pixels = decode_for_evaluation(source, size)
+        if rng.random() < self.flip:
+            pixels = pixels.flip(-1)
+        if self.policy != "none" or self.erasing:
+            with random_state_of(seed):
+                pixels = self._policy(pixels)
+        return colours_together(pixels)
+
+    @cached_property
+    def _policy(self) -> Any:
+        from torchvision.transforms import v2
+
+        steps: list[Any] = []
+        if self.policy != "none":
+            steps.append(v2.RandAugment() if self.policy == "randaugment" else v2.TrivialAugmentWide())
+        if self.erasing:
+            steps.append(v2.RandomErasing(self.erasing, value=[round(255 * value) for value in self.mean]))
+        return v2.Compose(steps)
+
+
+@dataclass
+class TrainingImages:
+    """The pictures of ``files`` as each epoch changes them; a map-style data set that is told the epoch.
+
+    A sample has ``pixel_values`` uint8 [3, S, S], ``label``, ``other_label`` and ``share``: the label counts by
+    ``share``, the other one by the rest. They differ where two pictures are mixed: by MixUp (Zhang et al. 2017,
+    arXiv:1710.09412) or CutMix (Yun et al. 2019, arXiv:1905.04899), with shares from Beta(alpha, alpha); where both are
+    on, each takes half of the pictures. The other picture is drawn from all of them, so that neither batches nor
+    processes matter. ``valid`` is 0 for a file that cannot be read. ``sizes``: the side S, or the sides that the epochs
+    go through.
+    """
+
+    files: ImageFiles
+    augmentation: ImageAugmentation
+    sizes: tuple[int, ...]
+    epochs: int = 1
+    seed: int = 0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    balanced: bool = False
+    # Of each row, whether its file was once decoded in full without complaint; the workers share what they found.
+    _sound: np.ndarray = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._sound = np.frombuffer(mmap.mmap(-1, max(1, len(self.files))), np.bool_)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def size_in(self, epoch: int) -> int:
+        """The side of the pictures of ``epoch``: each of ``sizes`` gets an equal share of the epochs."""
+        return self.sizes[min(len(self.sizes) - 1, epoch * len(self.sizes) // max(1, self.epochs))]
+
+    def at(self, row: int, epoch: int, draw: int = 0) -> dict[str, Any]:
+        """The sample as ``epoch`` changes it, each ``draw`` of it in another way."""
+        seed = (self.seed, epoch, row, *([3, draw] if draw else []))
+        size, label = self.size_in(epoch), int(self.files.classes[row])
+        pixels = self._pixels(row, size, seed)
+        sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
+        if pixels is None:
+            return sample | {"pixel_values": nothing(size)}
+        if self.mixup or self.cutmix:
+            rng = np.random.default_rng([*seed, 1])
+            other = int(rng.integers(len(self)))
+            cut = self.cutmix > 0 and (not self.mixup or rng.random() < 0.5)
+            second = self._pixels(other, size, (*seed, 2))
+            if second is not None:
+                alpha = self.cutmix if cut else self.mixup
+                pixels, share = (cut_mix if cut else mix_up)(pixels, second, float(rng.beta(alpha, alpha)), rng)
+                sample |= {"other_label": int(self.files.classes[other]), "share": share}
+        return sample | {"pixel_values": pixels}
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """The rows of an epoch, int64 [n]; ``balanced``: every class equally often."""
+        from accelerando.data.order import balanced_rows, epoch_order
+
+        rows = balanced_rows(self.files.classes, seed, epoch) if self.balanced else np.arange(len(self))
+        return rows[epoch_order(len(rows), seed, epoch)]
+
+    def problem(self, row: int) -> str:
+        """Which file a row is and why it cannot be read."""
+        return why_unreadable(self.files, row)
+
+    def _pixels(self, row: int, size: int, seed: tuple[int, ...]) -> torch.Tensor | None:
+        sound = bool(self._sound[row])
+        pixels = read_or_none(self.files, row, lambda source: self.augmentation(source, size, seed, sound))
+        self._sound[row] = pixels is not None
+        return pixels
+
+
+@dataclass
+class EvaluationImages:
+    """The pictures of ``files`` as they are evaluated: resized, and the middle cut out.
+
+    A cache is read where it was made for this size, and the files otherwise: the pixels are the same.
+    """
+
+    files: ImageFiles
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        label = int(self.files.classes[row])
+        shorter = evaluation_side(self.size)
+        pixels = read_or_none(self.files, row, lambda source: decode_for_evaluation(source, self.size), shorter)
+        sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
+        return sample | {"pixel_values": nothing(self.size) if pixels is None else pixels}
+
+    def problem(self, row: int) -> str:
+        """Which file a row is and why it cannot be read."""
+        return why_unreadable(self.files, row)
+
+
+def read_or_none(
+    files: ImageFiles, row: int, decoded: Callable[[Source], torch.Tensor], side: int | None = None
+) -> torch.Tensor | None:
+    """What ``decoded`` makes of the picture of a row; None where it is no picture. OSError: the disk's own.
+
+    Of a cache, what it holds is read, and with ``side`` only if it was made for just that side.
+    """
+    try:
+        if isinstance(files, CachedImages) and side in (None, files.side):
+            picture = files.picture(row)
+            return None if picture is None else decoded(picture)
+        return decoded(files.path(row).read_bytes())
+    except (ValueError, OSError) as error:
+        if not is_no_picture(error):
+            raise
+        return None
+
+
+def nothing(size: int) -> torch.Tensor:
+    """What stands in a batch for a picture that cannot be read, uint8 [3, size, size]; it does not count."""
+    import torch
+
+    return torch.zeros(3, size, size, dtype=torch.uint8)
+
+
+def why_unreadable(files: ImageFiles, row: int) -> str:
+    """Which file a row is and why it cannot be read."""
+    path = files.path(row)
+    try:
+        decode_pixels(path.read_bytes())
+    except (ValueError, OSError) as error:
+        return f"{path}: {' '.join(first_line(error).split())}"
+    return f"{path}: now it can be read"
+
+
+def write_image_processor(folder: Path, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Writes what makes ``AutoImageProcessor`` do with a picture what evaluation does here."""
+    from transformers import CLIPImageProcessor
+
+    CLIPImageProcessor(
+        size={"shortest_edge": evaluation_side(size)}, crop_size=size, resample=2, image_mean=list(mean),
+        image_std=list(std),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------- decoding
+
+
+# ------------------------------------------------------------------------------------------------- random decisions
+
+
+def crop_box(height: int, width: int, least: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a part with ``least`` to 1 of the area and a shape between 3:4 and 4:3.
+
+    After ten misses the largest part of such a shape, from the middle, as torchvision does.
+    """
+    for _ in range(10):
+        area = height * width * rng.uniform(least, 1)
+        shape = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        part_width, part_height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        if 0 < part_width <= width and 0 < part_height <= height:
+            top = int(rng.integers(height - part_height + 1))
+            return top, int(rng.integers(width - part_width + 1)), part_height, part_width
+    part_width = min(width, round(height * 4 / 3))
+    part_height = min(height, round(width * 4 / 3))
+    return (height - part_height) // 2, (width - part_width) // 2, part_height, part_width
+
+
+def mix_up(
+    one: torch.Tensor, other: torch.Tensor, share: float, rng: np.random.Generator
+) -> tuple[torch.Tensor, float]:
+    """``share`` of ``one`` and the rest of ``other``, uint8 [3, S, S], and the share."""
+    import torch
+
+    return torch.lerp(other.float(), one.float(), share).round_().to(torch.uint8), share
+
+
+def cut_mix(
+    one: torch.Tensor, other: torch.Tensor, share: float, rng: np.random.Generator
+) -> tuple[torch.Tensor, float]:
+    """``one`` with a rectangle of ``other``, uint8 [3, S, S], and the share of its area that is left of ``one``."""
+    size = one.shape[-1]
+    side = round(size * math.sqrt(1 - share))
+    middle = rng.integers(0, size, 2)
+    (top, bottom), (left, right) = (np.clip([at - side // 2, at - side // 2 + side], 0, size).tolist() for at in middle)
+    mixed = one.clone()
+    mixed[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / size**2

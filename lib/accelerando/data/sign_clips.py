@@ -1,0 +1,301 @@
+"""Clips of signing: NPZ files of keypoints or features, read once and kept packed, so that an epoch opens no file."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from accelerando.base.errors import UserError, first_line
+from accelerando.data.keypoints import NUM_POINTS, WIDTH, ClipAugmentation, NormalisationName, normalise_by_body
+from accelerando.data.order import balanced_rows, epoch_order
+
+if TYPE_CHECKING:
+    from accelerando.data.sign_labels import Labels
+
+READERS = 8  # threads that open files
+CHUNK = 512  # clips that are in memory at once while packing
+
+
+@dataclass(frozen=True)
+class ClipTable:
+    """Packed frames of n clips; a map-style data set of ``{"frames", ("mask"), "gloss", "cat"}``.
+
+    ``frames`` float32 [N, D] and ``mask`` bool [N, 78] (None for features) are memory-mapped; clip i is ``lengths[i]``
+    frames from ``starts[i]`` on, both int64 [n]. ``gloss`` and ``cat`` int64 [n], ``occluded`` bool [n] or None,
+    ``names`` of the files.
+    """
+
+    frames: np.ndarray
+    mask: np.ndarray | None
+    starts: np.ndarray
+    lengths: np.ndarray
+    names: list[str]
+    gloss: np.ndarray
+    cat: np.ndarray
+    occluded: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def width(self) -> int:
+        """Numbers in a frame."""
+        return self.frames.shape[1]
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        start = self.starts[row]
+        part = slice(start, start + self.lengths[row])
+        sample = {"frames": self.frames[part], "gloss": self.gloss[row], "cat": self.cat[row]}
+        return sample if self.mask is None else sample | {"mask": self.mask[part]}
+
+    def take(self, rows: np.ndarray) -> ClipTable:
+        """The clips ``rows`` [m]; their frames are not copied."""
+        return replace(
+            self, starts=self.starts[rows], lengths=self.lengths[rows], names=[self.names[row] for row in rows],
+            gloss=self.gloss[rows], cat=self.cat[rows], occluded=None if self.occluded is None else self.occluded[rows],
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingClips:
+    """Clips as each epoch changes and orders them; both depend on (seed, epoch) alone.
+
+    ``balanced``: every gloss is drawn equally often, so an epoch has some clips twice and others not at all;
+    ``buckets``: clips of a like length stand together.
+    """
+
+    clips: ClipTable
+    augmentation: ClipAugmentation
+    seed: int = 0
+    balanced: bool = False
+    buckets: bool = True
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def at(self, row: int, epoch: int, draw: int = 0) -> dict[str, Any]:
+        """The clip as ``epoch`` changes it, each ``draw`` of it in another way."""
+        sample = self.clips[row]
+        if not self.augmentation.is_on:
+            return sample
+        rng = np.random.default_rng([self.seed, epoch, row, *([draw] if draw else [])])
+        frames, mask = self.augmentation(sample["frames"], sample.get("mask"), rng)
+        sample["frames"] = frames
+        return sample if mask is None else sample | {"mask": mask}
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """The clips of an epoch in their order, int64 [n]."""
+        rows = balanced_rows(self.clips.gloss, seed, epoch) if self.balanced else np.arange(len(self))
+        lengths = self.clips.lengths[rows] if self.buckets else None
+        return rows[epoch_order(len(rows), seed, epoch, lengths)]
+
+
+# -------------------------------------------------------------------------------------------------- reading, packing
+
+
+def read_clip(path: Path, key: str, width: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Frames float32 [T, D] under ``key`` and the mask bool [T, 78] of a clip (None where it has none).
+
+    Nothing in the file is unpickled.
+
+    Raises:
+        UserError: no such file, no NPZ, no such key, other than ``width`` columns, no frames, values not finite.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if key not in arrays.files:
+                raise UserError(f"{path}: no {key!r} in it, only {', '.join(arrays.files)}: name the key to read")
+            frames = arrays[key]
+            mask = arrays["mask"] if "mask" in arrays.files else None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, but the labels name it") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
+        raise UserError(f"{path}: not a readable NPZ file ({first_line(error)})") from None
+    if frames.ndim != 2 or not np.issubdtype(frames.dtype, np.number):
+        raise UserError(f"{path}: {key} is {frames.dtype} {list(frames.shape)}; expected numbers [T, {width or 'D'}]")
+    if width is not None and frames.shape[1] != width:
+        raise UserError(f"{path}: {key} has {frames.shape[1]} numbers a frame, the others {width}")
+    if not len(frames):
+        raise UserError(f"{path}: {key} has no frames")
+    frames = frames.astype(np.float32)
+    if not np.isfinite(frames).all():
+        raise UserError(f"{path}: {key} has values that are not finite; tools/validate_npz.py lists such files")
+    if mask is not None and (mask.shape != (len(frames), NUM_POINTS) or frames.shape[1] != WIDTH):
+        mask = None  # of other keypoints than these
+    return frames, None if mask is None else mask.astype(bool)
+
+
+def normalise(
+    frames: np.ndarray, mask: np.ndarray | None, normalisation: NormalisationName
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Frames and mask of a clip as the model takes them; "standard" is left to the model, which knows the channels."""
+    return normalise_by_body(frames, mask) if normalisation == "body" else (frames, mask)
+
+
+def pack_clips(
+    labels: Labels, folder: Path, key: str, normalisation: NormalisationName, cache: Path, what: str = ""
+) -> ClipTable:
+    """Reads the clips that ``labels`` lists, or maps what an earlier run kept under ``cache`` for the same files.
+
+    Safe with several processes: each one writes a folder of its own and the first to finish wins.
+
+    Raises:
+        UserError: a clip that cannot be read, or that has another width than the first one.
+    """
+    paths = [folder / f"{name}.npz" for name in labels.files]
+    target = cache / "clips" / _fingerprint(paths, key, normalisation)
+    if not (target / "offsets.npy").is_file():
+        _write(target, paths, key, normalisation, what)
+    facts = json.loads((target / "facts.json").read_text(encoding="utf-8"))
+    offsets = np.load(target / "offsets.npy", allow_pickle=False)
+
+    def mapped(name: str, dtype: Any, width: int) -> np.ndarray:
+        return np.asarray(np.memmap(target / f"{name}.bin", dtype=dtype, mode="r", shape=(int(offsets[-1]), width)))
+
+    return ClipTable(
+        frames=mapped("frames", np.float32, facts["width"]),
+        mask=mapped("mask", np.bool_, NUM_POINTS) if facts["mask"] else None,
+        starts=offsets[:-1],
+        lengths=np.diff(offsets),
+        names=labels.files,
+        gloss=labels.gloss,
+        cat=labels.cat,
+        occluded=labels.occluded,
+    )
+
+
+def channel_statistics(clips: ClipTable) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each channel over all frames, float64 [D] each; a constant channel has 1."""
+    total, squares, count = 0.0, 0.0, 0
+    for row in range(len(clips)):
+        frames = clips[row]["frames"].astype(np.float64)
+        total, squares, count = total + frames.sum(axis=0), squares + (frames**2).sum(axis=0), count + len(frames)
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return mean, np.where(deviation > 1e-6, deviation, 1.0)
+
+
+def _fingerprint(paths: list[Path], key: str, normalisation: str) -> str:
+    digest = hashlib.sha256(json.dumps([key, normalisation, 1]).encode())
+    for path in paths:
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file, but the labels name it") from None
+        digest.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:32]
+
+
+def _write(target: Path, paths: list[Path], key: str, normalisation: NormalisationName, what: str) -> None:
+    from accelerando.base.log import progress_bar
+
+    draft = target.with_name(f"{target.name}.{os.getpid()}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--cache_dir {target.parent.parent}: {error.strerror}; name a folder to write to") from None
+    lengths, width, has_mask = [], None, None
+    try:
+        with (
+            open(draft / "frames.bin", "wb") as frames_file,
+            open(draft / "mask.bin", "wb") as mask_file,
+            progress_bar(len(paths), 0, " clips", f"reading {what}".strip()) as bar,
+        ):
+            for path, (frames, mask) in zip(paths, _read_all(paths, key), strict=True):
+                width = width or frames.shape[1]
+                if frames.shape[1] != width:
+                    raise UserError(f"{path}: {key} has {frames.shape[1]} numbers a frame, the others {width}")
+                if normalisation == "body" and width != WIDTH:
+                    hint = f"not the {WIDTH} of a body: --normalisation standard"
+                    raise UserError(f"{path}: {key} has {width} numbers a frame, {hint}")
+                frames, mask = normalise(frames, mask, normalisation)
+                has_mask = mask is not None if has_mask is None else has_mask
+                if has_mask != (mask is not None):
+                    raise UserError(f"{path}: not all clips have a mask: tools/validate_npz.py lists them")
+                lengths.append(len(frames))
+                np.ascontiguousarray(frames).tofile(frames_file)
+                if mask is not None:
+                    np.ascontiguousarray(mask).tofile(mask_file)
+                bar.update()
+        (draft / "facts.json").write_text(json.dumps({"width": width, "mask": bool(has_mask)}), encoding="utf-8")
+        np.save(draft / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), allow_pickle=False)
+        draft.rename(target)
+    except OSError:
+        if not target.is_dir():  # otherwise another process was first
+            raise
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _read_all(paths: list[Path], key: str) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """The clips in order, opened by several threads, a bounded number ahead."""
+    with ThreadPoolExecutor(READERS) as pool:
+        for start in range(0, len(paths), CHUNK):
+            yield from pool.map(lambda path: read_clip(path, key), paths[start : start + CHUNK])
+
+
+def class_names(
+    splits: dict[str, ClipTable], folder: Path, named: str | None, num_gloss: int | None, num_cat: int | None
+) -> dict[str, list[str]]:
+    """The names of the classes ``gloss`` and ``cat``, as many as were asked for or as the labels have.
+
+    They come from the file ``named`` (columns gloss, label, cat, category), or from a ``gloss_names.csv`` in ``folder``
+    or beside it; without one the numbers themselves are the names.
+
+    Raises:
+        UserError: the file lacks a column.
+    """
+    counts = {
+        "gloss": num_gloss or 1 + max(int(clips.gloss.max()) for clips in splits.values()),
+        "cat": num_cat or 1 + max(int(clips.cat.max()) for clips in splits.values()),
+    }
+    names = {head: [str(number) for number in range(count)] for head, count in counts.items()}
+    candidates = [Path(named)] if named else [folder / "gloss_names.csv", folder.absolute().parent / "gloss_names.csv"]
+    path = next((path for path in candidates if named or path.is_file()), None)
+    if path is None:
+        return names
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"--names_csv {path}: {error.strerror}") from None
+    for head, number, column in (("gloss", "gloss", "label"), ("cat", "cat", "category")):
+        for line, row in enumerate(rows, start=2):
+            if row.get(column) is None or not str(row.get(number, "")).strip().isdigit():
+                raise UserError(f"{path}, line {line}: expected the columns gloss, label, cat and category")
+            if int(row[number]) < counts[head]:
+                names[head][int(row[number])] = row[column]
+    return names
+
+
+def made_up_clips(width: int, num_gloss: int, num_cat: int, seed: int) -> dict[str, ClipTable]:
+    """Clips of noise around a curve of each gloss's own, for a smoke test: 64 to train, 16 to validate, 16 to test."""
+    rng = np.random.default_rng(seed)
+    curves = rng.standard_normal((num_gloss, 2, width)).astype(np.float32)
+    splits = {}
+    for split, count in (("train", 64), ("validation", 16), ("test", 16)):
+        lengths = rng.integers(20, 60, count)
+        gloss = np.arange(count) % num_gloss
+        frames = []
+        for length, number in zip(lengths, gloss, strict=True):
+            share = np.linspace(0, 1, length, dtype=np.float32)[:, None]
+            curve = curves[number, 0] * (1 - share) + curves[number, 1] * share
+            frames.append(curve + 0.3 * rng.standard_normal((length, width), dtype=np.float32))
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        frames = np.concatenate(frames)
+        mask = np.ones((len(frames), NUM_POINTS), bool) if width == WIDTH else None
+        names = [f"made_up_{number}" for number in range(count)]
+        splits[split] = ClipTable(frames, mask, starts, lengths, names, gloss, gloss % num_cat)
+    return splits

@@ -1,0 +1,338 @@
+"""Labelled text from a JSON list, JSON lines, CSV, TSV, Parquet or a `datasets` name, packed as Arrow columns.
+
+Whatever is wrong with a row is said in one line with its file and number; data/README.md describes the formats.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from accelerando.base.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+CHUNK = 65_536  # rows held as Python objects at a time
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """n rows: ``texts`` (and ``pairs``) as Arrow strings, ``labels`` as Arrow strings or int64, either may be None."""
+
+    texts: pa.ChunkedArray
+    pairs: pa.ChunkedArray | None
+    labels: pa.ChunkedArray | None
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: np.ndarray) -> TextTable:
+        """The given rows, in that order."""
+        import pyarrow as pa
+
+        index = pa.array(rows)
+        columns = [None if column is None else column.take(index) for column in (self.texts, self.pairs, self.labels)]
+        return TextTable(*columns, self.source)
+
+
+def read_text_table(
+    source: str,
+    *,
+    split: str = "train",
+    text_column: str = "text",
+    text_pair_column: str | None = None,
+    label_column: str = "label",
+    require_labels: bool = True,
+    allow_blank: bool = False,
+) -> TextTable:
+    """Reads ``source``: a file, a folder of `datasets`, or ``name`` or ``name:config`` of a set on the Hub.
+
+    ``split`` matters to `datasets` alone; ``allow_blank`` lets empty texts pass. Rows count from 1 in messages.
+
+    Raises:
+        UserError: the file is missing, broken or empty; a column is unknown; a row lacks its text or label.
+    """
+    path = Path(source)
+    columns = [
+        text_column,
+        *([text_pair_column] if text_pair_column else []),
+        *([label_column] if require_labels else []),
+    ]
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        if not path.is_file():
+            raise UserError(f"{source}: {'is a folder' if path.is_dir() else 'no such file'}{similar_file(path)}")
+        if path.stat().st_size == 0:
+            raise UserError(f"{source}: the file is empty")
+    if suffix == ".parquet":
+        table = _select(read_parquet(path), columns, source)
+    elif suffix in SUFFIXES:
+        records = csv_records(path, columns) if suffix in (".csv", ".tsv") else json_records(path)
+        table = _pack(records, columns, label_column if require_labels else None, source)
+        if suffix in (".csv", ".tsv") and require_labels:
+            table = _numbers_from_text(table, label_column)
+    else:
+        table = _select(_read_datasets(source, split), columns, source)
+    if table.num_rows == 0:
+        raise UserError(f"{source}: no rows in it")
+    texts = _check_texts(table[text_column], text_column, source, allow_blank)
+    pairs = _check_texts(table[text_pair_column], text_pair_column, source, True) if text_pair_column else None
+    labels = _check_labels(table[label_column], label_column, source) if require_labels else None
+    return TextTable(texts, pairs, labels, source)
+
+
+def label_names(table: TextTable) -> list[str]:
+    """The labels as names: text sorted as text, whole numbers as numbers."""
+    return [str(label) for label in sorted(table.labels.unique().to_pylist())]
+
+
+def encode_labels(table: TextTable, names: list[str]) -> np.ndarray:
+    """Label numbers, int64 [n], by the position of each row's label in ``names``.
+
+    Raises:
+        UserError: a label that is not in ``names``, with file and row.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    codes = pc.index_in(pc.cast(table.labels, pa.large_string()), value_set=pa.array(names, pa.large_string()))
+    if codes.null_count:
+        row = _first(pc.is_null(codes))
+        known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+        label = str(table.labels[row])
+        raise UserError(f"{table.source}: row {row + 1}: label {label!r} does not occur in the training rows ({known})")
+    return codes.to_numpy().astype(np.int64)
+
+
+# ---------------------------------------------------------------------------------------------------------- readers
+
+
+def json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of a JSON list or of JSON lines."""
+    with open(path, "rb") as file:
+        head = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if path.suffix.lower() == ".json" and not head.startswith(b"{"):
+        try:
+            content = json.loads(path.read_bytes().decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {error.lineno}, column {error.colno}: broken JSON ({error.msg})") from None
+        except (RecursionError, ValueError) as error:  # nested beyond reason, a number of thousands of digits
+            raise UserError(f"{path}: broken JSON ({error})") from None
+        if not isinstance(content, list):
+            raise UserError(f"{path}: expected a list of rows, found a {type(content).__name__}")
+        for number, record in enumerate(content, start=1):
+            yield f"row {number}", record
+        return
+    number = 0
+    for line_number, line in enumerate(_lines(path), start=1):
+        if not line.strip():
+            continue
+        number += 1
+        try:
+            yield f"row {number} (line {line_number})", json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}: line {line_number}, column {error.colno}: broken JSON ({error.msg})") from None
+        except (RecursionError, ValueError) as error:
+            raise UserError(f"{path}: line {line_number}: broken JSON ({error})") from None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: line {number}: not UTF-8 text ({error.reason})") from None
+
+
+def csv_records(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, record) of a CSV or TSV file; UserError where it is broken or lacks one of ``columns``."""
+    reader = csv.reader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    csv.field_size_limit(2**31 - 1)
+    try:
+        header = next(reader, [])
+        missing = [name for name in columns if name not in header]
+        if missing:
+            raise UserError(f"{path}: no column {missing[0]!r}; there are {', '.join(header)}")
+        twice = [name for name in columns if header.count(name) > 1]
+        if twice:
+            raise UserError(f"{path}: two columns are called {twice[0]!r}")
+        number = 0
+        for fields in reader:
+            if not fields:
+                continue
+            number += 1
+            if len(fields) != len(header):
+                where = f"row {number} (line {reader.line_num})"
+                raise UserError(
+                    f"{path}: {where}: {len(fields)} fields under {len(header)} headings; quote a text with a comma"
+                )
+            yield f"row {number} (line {reader.line_num})", dict(zip(header, fields, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{path}: line {reader.line_num}: broken CSV ({error})") from None
+
+
+def read_parquet(path: Path) -> pa.Table:
+    """A Parquet file; UserError where it is not sound."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path}: not a sound Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def _read_datasets(source: str, split: str) -> pa.Table:
+    import datasets
+
+    path, _, config = source.partition(":")
+    if not Path(path).exists() and (
+        similar_file(Path(path)).startswith(":") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
+    ):
+        raise UserError(f"{source}: no such file{similar_file(Path(source))}; files end in {', '.join(SUFFIXES)}")
+    try:
+        if (Path(path) / "dataset_dict.json").is_file() or (Path(path) / "dataset_info.json").is_file():
+            loaded = datasets.load_from_disk(path)
+            loaded = loaded[split] if isinstance(loaded, dict) else loaded
+        else:
+            loaded = datasets.load_dataset(path, config or None, split=split)
+    except Exception as error:  # the Hub client, fsspec and each builder have errors of their own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{source}: neither a file ({', '.join(SUFFIXES)}) nor a set that opens: {reason}") from None
+    table = loaded.with_format("arrow")[:]
+    for name, feature in loaded.features.items():
+        # Class names say more than their numbers.
+        if isinstance(feature, datasets.ClassLabel):
+            import pyarrow as pa
+
+            names = [feature.int2str(value) if value is not None and value >= 0 else None for value in loaded[name]]
+            table = table.set_column(table.schema.get_field_index(name), name, pa.array(names, pa.string()))
+    return table
+
+
+def _pack(records: Iterator[tuple[str, Any]], columns: list[str], label: str | None, source: str) -> pa.Table:
+    """Checks records one by one and packs the wanted columns."""
+    import pyarrow as pa
+
+    pending: dict[str, list[Any]] = {name: [] for name in columns}
+    chunks: dict[str, list[pa.Array]] = {name: [] for name in columns}
+    label_type: type | None = None
+
+    def flush() -> None:
+        for name in columns:
+            kind = pa.int64() if name == label and label_type is int else pa.large_string()
+            try:
+                chunks[name].append(pa.array(pending[name], kind))
+            except OverflowError:
+                raise UserError(f"{source}: a {name} beyond 64 bits; write it as text") from None
+            except UnicodeEncodeError:
+                raise UserError(f"{source}: a {name} holds half a character (a lone surrogate)") from None
+            pending[name].clear()
+
+    for where, record in records:
+        if not isinstance(record, dict):
+            raise UserError(f"{source}: {where}: expected an object with {', '.join(columns)}, found {record!r:.60}")
+        for name in columns:
+            value = record.get(name)
+            if value is None or (isinstance(value, str) and name == label and not value.strip()):
+                there = ", ".join(map(str, record))
+                reason = f"{name} is empty" if name in record else f"no {name!r} (it has {there or 'nothing'})"
+                raise UserError(f"{source}: {where}: {reason}")
+            if name != label and not isinstance(value, str):
+                raise UserError(f"{source}: {where}: {name} is {value!r:.40}, not a text")
+            if name == label and type(value) not in ((int, str) if label_type is None else (label_type,)):
+                wanted = "a name or a whole number" if label_type is None else f"{_KINDS[label_type]} as before"
+                raise UserError(f"{source}: {where}: {name} is {value!r:.40}, not {wanted}")
+            if name == label and label_type is None:
+                label_type = type(value)
+            pending[name].append(value)
+        if len(pending[columns[0]]) == CHUNK:
+            flush()
+    flush()
+    return pa.table({name: pa.chunked_array(chunks[name]) for name in columns})
+
+
+def _numbers_from_text(table: pa.Table, label: str) -> pa.Table:
+    """A CSV knows only text: where every label is a whole number, numbers are what was meant."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    column = table[label]
+    if not len(column) or not pc.all(pc.match_substring_regex(column, r"^(0|-?[1-9]\d{0,17})$")).as_py():
+        return table
+    return table.set_column(table.column_names.index(label), label, pc.cast(column, pa.int64()))
+
+
+_KINDS = {int: "a whole number", str: "a name"}
+
+
+# ----------------------------------------------------------------------------------------------------------- checks
+
+
+def _select(table: pa.Table, columns: list[str], source: str) -> pa.Table:
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise UserError(f"{source}: no column {missing[0]!r}; there are {', '.join(table.column_names)}")
+    return table.select(columns)
+
+
+def _check_texts(column: pa.ChunkedArray, name: str, source: str, may_be_blank: bool) -> pa.ChunkedArray:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+        raise UserError(f"{source}: column {name!r} holds {column.type}, not text")
+    column = pc.cast(column, pa.large_string())
+    empty = pc.is_null(column)
+    if not may_be_blank:
+        empty = pc.or_(empty, pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0), True))
+    if pc.any(empty).as_py():
+        raise UserError(f"{source}: row {_first(empty) + 1}: {name} is empty")
+    return column
+
+
+def _check_labels(column: pa.ChunkedArray, name: str, source: str) -> pa.ChunkedArray:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    if not pa.types.is_integer(kind):
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
+            raise UserError(f"{source}: column {name!r} holds {column.type}: labels are names or whole numbers")
+        return _check_texts(column, name, source, may_be_blank=False)
+    if column.null_count:
+        raise UserError(f"{source}: row {_first(pc.is_null(column)) + 1}: {name} is empty")
+    try:
+        return pc.cast(column, pa.int64())
+    except pa.ArrowInvalid:
+        raise UserError(f"{source}: a {name} beyond 64 bits; write it as text") from None
+
+
+def _first(mask: pa.ChunkedArray) -> int:
+    import pyarrow.compute as pc
+
+    return pc.index(mask, True).as_py()
+
+
+def similar_file(path: Path) -> str:
+    """A hint where the folder has a file of a like name."""
+    if not path.parent.is_dir():
+        return f" (nor a folder {path.parent})"
+    names = [entry.name for entry in path.parent.iterdir() if entry.suffix.lower() in SUFFIXES]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f": did you mean {path.with_name(close[0])}?" if close else ""

@@ -1,0 +1,134 @@
+"""Tokenised text, packed into memory-mapped arrays and cached: a data set of any size costs no Python objects."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from accelerando.base.errors import UserError
+from accelerando.base.files import cache_folder
+
+if TYPE_CHECKING:
+    from accelerando.data.tables import TextTable
+
+CHUNK = 4096  # texts handed to the tokenizer at once
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """Packed token ids of n texts; a map-style data set of ``{"input_ids", ("token_type_ids"), "label"}``.
+
+    ``ids`` int32 [tokens] and ``offsets`` int64 [n + 1] hold the texts back to back; ``types`` uint8 [tokens] is there
+    for pairs of texts; ``labels`` int64 [n] may be None.
+    """
+
+    ids: np.ndarray
+    offsets: np.ndarray
+    types: np.ndarray | None = None
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each text, int64 [n]."""
+        return np.diff(self.offsets)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        part = slice(self.offsets[row], self.offsets[row + 1])
+        sample: dict[str, Any] = {"input_ids": self.ids[part]}
+        if self.types is not None:
+            sample["token_type_ids"] = self.types[part]
+        if self.labels is not None:
+            sample["label"] = self.labels[row]
+        return sample
+
+
+def tokenize_table(
+    table: TextTable, tokenizer: Any, max_length: int, labels: np.ndarray | None = None, cache: Path | None = None
+) -> TokenTable:
+    """Tokenises ``table``, or maps what an earlier run kept under ``cache`` for the same texts and tokenizer.
+
+    Safe with several processes: each one writes a folder of its own and the first to finish wins.
+    """
+    folder = (cache or cache_folder()) / "tokens" / _fingerprint(table, tokenizer, max_length)
+    if not (folder / "offsets.npy").is_file():
+        _write(folder, table, tokenizer, max_length)
+    types = folder / "types.npy"
+    return TokenTable(
+        ids=np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False),
+        offsets=np.load(folder / "offsets.npy", allow_pickle=False),
+        types=np.load(types, mmap_mode="r", allow_pickle=False) if types.is_file() else None,
+        labels=labels,
+    )
+
+
+def _fingerprint(table: TextTable, tokenizer: Any, max_length: int) -> str:
+    digest = hashlib.sha256()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        # Settings of the last call, not of the tokenizer.
+        rules["truncation"] = rules["padding"] = None
+        digest.update(json.dumps(rules).encode())
+    else:
+        digest.update(repr(tokenizer).encode())
+    digest.update(json.dumps([max_length, tokenizer.model_input_names, table.pairs is not None]).encode())
+    for texts, pairs in _chunks(table):
+        digest.update(json.dumps([texts, pairs], ensure_ascii=False).encode())
+    return digest.hexdigest()[:32]
+
+
+def _write(folder: Path, table: TextTable, tokenizer: Any, max_length: int) -> None:
+    from tqdm.auto import tqdm
+
+    draft = folder.with_name(f"{folder.name}.{os.getpid()}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--cache_dir {folder.parent.parent}: {error.strerror}; name a folder to write to") from None
+    lengths: list[np.ndarray] = []
+    has_types = False
+    with open(draft / "ids.bin", "wb") as ids_file, open(draft / "types.bin", "wb") as types_file:
+        progress = tqdm(total=len(table), desc="tokenising", unit=" texts", delay=2, disable=None, leave=False)
+        for texts, pairs in _chunks(table):
+            encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
+            lengths.append(np.array([len(row) for row in encoded["input_ids"]], dtype=np.int64))
+            np.concatenate([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]).tofile(ids_file)
+            if "token_type_ids" in encoded and pairs is not None:
+                has_types = True
+                np.concatenate([np.asarray(row, dtype=np.uint8) for row in encoded["token_type_ids"]]).tofile(
+                    types_file
+                )
+            progress.update(len(texts))
+        progress.close()
+    for name, dtype in (("ids", np.int32), ("types", np.uint8)) if has_types else (("ids", np.int32),):
+        raw = np.memmap(draft / f"{name}.bin", dtype=dtype, mode="r")
+        np.save(draft / f"{name}.npy", raw, allow_pickle=False)
+        del raw
+    (draft / "ids.bin").unlink()
+    (draft / "types.bin").unlink()
+    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+    np.save(draft / "offsets.npy", offsets, allow_pickle=False)
+    try:
+        draft.rename(folder)
+    except OSError:
+        shutil.rmtree(draft)
+        if not folder.is_dir():  # otherwise another process was first
+            raise
+
+
+def _chunks(table: TextTable) -> Iterator[tuple[list[str], list[str] | None]]:
+    for start in range(0, len(table), CHUNK):
+        pairs = table.pairs.slice(start, CHUNK).to_pylist() if table.pairs is not None else None
+        yield table.texts.slice(start, CHUNK).to_pylist(), pairs

@@ -1,0 +1,116 @@
+"""A saved image classifier's answers for many files, in order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerando.base.processes import map_ahead
+from accelerando.inference.inputs import TOLD_EVERY, fault_of, printable, read_picture
+from accelerando.inference.saved import image_logits
+
+if TYPE_CHECKING:
+    from accelerando.inference.saved import ImageModel
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from accelerando.base.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    pass
+    import torch
+
+
+@dataclass
+class Answers:
+    """A batch of pictures in the order they were named: ``faults`` [b], None where one could be read, and the
+    ``logits`` float32 [r, C] of those r."""
+
+    names: list[str]
+    faults: list[str | None]
+    logits: torch.Tensor
+
+
+def image_answers(
+    opened: ImageModel, names: Iterable[str], batch_size: int, threads: int, tta: bool = False, amp: str = "no",
+    ahead: int | None = None,
+) -> Iterator[Answers]:  # fmt: skip
+    """The model's answers for picture files and URLs, in order; memory does not grow with their number.
+
+    ``threads`` read, fetch and decode while the model computes, at most ``ahead`` pictures before it (by default two
+    batches and one for each thread).
+
+    Raises:
+        UserError: pictures of one batch have different shapes, the model does not take them, or gives NaN.
+    """
+    import torch
+
+    def prepared(name: str) -> torch.Tensor | str:
+        try:
+            return opened.prepare(read_picture(name))
+        except Exception as error:  # each of Pillow's decoders has errors of its own
+            return fault_of(error)
+
+    def answer(batch: list[tuple[str, torch.Tensor | str]]) -> Answers:
+        sound = [pixels for _, pixels in batch if not isinstance(pixels, str)]
+        logits = torch.zeros(0, len(opened.label_names))
+        if len({pixels.shape for pixels in sound}) > 1:
+            raise UserError("the model's image processor makes pictures of different shapes; give --batch_size 1")
+        if sound:
+            try:
+                logits = image_logits(opened, torch.stack(sound), tta, amp)
+            except torch.OutOfMemoryError:
+                raise UserError("the GPU's memory does not suffice: give a smaller --batch_size") from None
+            except ValueError as error:  # transformers' way to say it
+                reason = first_line(error)[:200]
+                raise UserError(f"the model does not take what its image processor makes: {reason}") from None
+        found = Answers(
+            [name for name, _ in batch], [pixels if isinstance(pixels, str) else None for _, pixels in batch], logits
+        )
+        if not logits.isfinite().all():
+            bad = int((~logits.isfinite().all(1)).nonzero()[0])
+            read = [name for name, fault in zip(found.names, found.faults, strict=True) if fault is None]
+            raise UserError(f"the model gives NaN for {read[bad]}; its weights are broken")
+        return found
+
+    batch: list[tuple[str, torch.Tensor | str]] = []
+    ahead = 2 * batch_size + threads if ahead is None else ahead
+    with contextlib.closing(map_ahead(prepared, names, threads, ahead)) as pictures:
+        for picture in pictures:
+            batch.append(picture)
+            if len(batch) == batch_size:
+                yield answer(batch)
+                batch = []
+        if batch:
+            yield answer(batch)
+
+
+def told(answers: Iterable[Answers], total: int | None, what: str, hidden: bool = False) -> Iterator[Answers]:
+    """``answers`` with a bar on a terminal, and a line on stderr for each picture that cannot be read.
+
+    Where stderr is no terminal, a line every half minute takes the place of the bar. ``hidden``: neither.
+    """
+    from tqdm import tqdm
+
+    done, started, said = 0, time.monotonic(), time.monotonic()
+    with tqdm(
+        total=total, unit=" pictures", desc=what, delay=2, disable=hidden or None, leave=False, file=sys.stderr
+    ) as bar:
+        for batch in answers:
+            for name, fault in zip(batch.names, batch.faults, strict=True):
+                if fault is not None:
+                    tqdm.write(f"cannot be read: {printable(name)}: {fault}", file=sys.stderr)
+            yield batch
+            done += len(batch.names)
+            bar.update(len(batch.names))
+            now = time.monotonic()
+            if bar.disable and not hidden and now - said > TOLD_EVERY:
+                of_all = f" of {total:,}" if total is not None else ""
+                print(
+                    f"{what}: {done:,}{of_all} pictures, {done / (now - started):,.1f}/s", file=sys.stderr, flush=True
+                )
+                said = now

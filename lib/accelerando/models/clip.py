@@ -1,0 +1,236 @@
+"""CLIP and SigLIP of transformers: opened, or made small and random, and with embeddings as output."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from accelerando.base.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import torch
+
+
+def open_clip_model(name: str, adapter: str | None = None) -> torch.nn.Module:
+    """The model of a folder or Hub name in float32; ``name`` or ``adapter`` may be a LoRA adapter, which is merged.
+
+    Raises:
+        UserError: it cannot be opened, is no model of pairs, or the adapter belongs to another base model.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+
+    if (Path(name) / "adapter_config.json").is_file():
+        if adapter is not None:
+            raise UserError(f"--model_name {name} is an adapter itself: give its base model beside --adapter")
+        adapter, name = name, _base_of(Path(name))
+    try:
+        model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--model_name {name} cannot be opened: {first_line(error)}") from None
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"--model_name {name} lacks weights: {missing[0]} (and {len(missing) - 1} more)")
+    if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
+        raise UserError(f"--model_name {name} is a {model.config.model_type}, not a CLIP or SigLIP model")
+    return model if adapter is None else merge_adapter(model, name, Path(adapter))
+
+
+def merge_adapter(model: torch.nn.Module, name: str, adapter: Path) -> torch.nn.Module:
+    """``model`` with the LoRA adapter of a folder folded into its weights.
+
+    Raises:
+        UserError: no adapter there, or one for another base model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError, safe_open
+
+    file = adapter / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"{adapter}: no adapter (adapter_model.safetensors) in it; a LoRA run has one in best/adapter")
+    try:
+        with safe_open(file, "pt") as tensors:
+            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged ({first_line(error)})") from None
+    own = dict(model.named_parameters())
+    for key, shape in shapes.items():
+        plain = key.removeprefix("base_model.model.")
+        stem, lora, _ = plain.partition(".lora_A")
+        weight = own.get(f"{stem}.weight" if lora else plain)
+        if ".lora_B" in plain:
+            continue
+        if weight is None or (shape[1] != weight.shape[1] if lora else shape != tuple(weight.shape)):
+            raise UserError(
+                f"{adapter} is an adapter for another base model ({_base_of(adapter)}), not for {name}: {stem} differs"
+            )
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
+def _base_of(adapter: Path) -> str:
+    try:
+        return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError):
+        return "unknown"
+
+
+def make_clip_model(
+    tokenizer: Any,
+    image_size: int,
+    patch_size: int,
+    vision_width: int,
+    vision_layers: int,
+    text_width: int,
+    text_layers: int,
+    projection_dim: int,
+    max_length: int,
+    dropout: float,
+) -> torch.nn.Module:
+    """A CLIP with random weights for the vocabulary of ``tokenizer``; heads are 64 wide, or 32 in a narrow tower."""
+    from transformers import CLIPConfig, CLIPModel
+
+    def tower(width: int, layers: int) -> dict[str, Any]:
+        heads = max(1, width // 64 if width >= 384 else width // 32)
+        return {
+            "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
+            "intermediate_size": 4 * width, "attention_dropout": dropout, "projection_dim": projection_dim,
+        }  # fmt: skip
+
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    text = {
+        "vocab_size": len(tokenizer), "max_position_embeddings": max_length, "eos_token_id": end,
+        "bos_token_id": start, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    config = CLIPConfig(
+        text_config={**tower(text_width, text_layers), **text},
+        vision_config={**tower(vision_width, vision_layers), "image_size": image_size, "patch_size": patch_size},
+        projection_dim=projection_dim,
+    )
+    return CLIPModel(config)
+
+
+@dataclass
+class Preprocessing:
+    """What turns pictures and captions into what a model takes, and is saved beside its weights."""
+
+    tokenizer: Any
+    image_processor: Any
+    max_length: int
+    full_length: bool  # SigLIP sees every caption padded to its full length
+
+    @property
+    def square(self) -> bool:
+        """Whether a picture is resized to a square instead of being cut."""
+        return not getattr(self.image_processor, "do_center_crop", False)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side."""
+        processor = self.image_processor
+        size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
+        return (size or processor.size)["height"]
+
+    def save(self, folder: Path) -> None:
+        """Writes both beside the weights, so that ``AutoProcessor`` opens them."""
+        from transformers import CLIPProcessor, SiglipProcessor
+
+        kind = SiglipProcessor if self.full_length else CLIPProcessor
+        kind(image_processor=self.image_processor, tokenizer=self.tokenizer).save_pretrained(folder)
+
+
+def open_preprocessing(name: str, max_length: int | None) -> Preprocessing:
+    """Tokenizer and image processor of a model's folder or Hub name.
+
+    Raises:
+        UserError: they are missing, or ``max_length`` is more than the model has positions.
+    """
+    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
+
+    from accelerando.data.tokenizer import VOCABULARY_FILES
+
+    if (Path(name) / "adapter_config.json").is_file():
+        name = _base_of(Path(name))
+    try:
+        config = AutoConfig.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        images = AutoImageProcessor.from_pretrained(name, backend="pil")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name {name} cannot be opened: {first_line(error)}") from None
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in VOCABULARY_FILES):
+        raise UserError(f"--model_name {name}: no tokenizer in it ({', '.join(VOCABULARY_FILES)})")
+    limit = getattr(getattr(config, "text_config", config), "max_position_embeddings", 77)
+    if max_length is not None and max_length > limit:
+        raise UserError(f"--max_length {max_length} exceeds the {limit} positions of {name}")
+    return Preprocessing(tokenizer, images, max_length or limit, config.model_type.startswith("siglip"))
+
+
+def make_preprocessing(captions: Iterable[str], vocab_size: int, image_size: int, max_length: int) -> Preprocessing:
+    """A WordPiece tokenizer trained on ``captions``, and CLIP's image processing at ``image_size``."""
+    from transformers import CLIPImageProcessorPil
+
+    from accelerando.data.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(captions, "wordpiece", vocab_size, max_length=max_length)
+    side = {"height": image_size, "width": image_size}
+    images = CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=side)
+    return Preprocessing(tokenizer, images, max_length, full_length=False)
+
+
+def make_trainable_scale(model: torch.nn.Module, scale: float | None, bias: float | None) -> None:
+    """Gives the logit scale a shape that FSDP can shard, [1], and the model a ``logit_bias`` where ``bias`` is given.
+
+    ``scale`` (the factor itself, not its logarithm) replaces the model's own. :func:`saved_scale` undoes the shape.
+    """
+    import torch
+
+    model.saved_scale_shape, model.has_own_bias = model.logit_scale.shape, hasattr(model, "logit_bias")
+    value = model.logit_scale.detach().reshape(1) if scale is None else torch.tensor([math.log(scale)])
+    model.logit_scale = torch.nn.Parameter(value.clone().float())
+    if bias is not None and not model.has_own_bias:
+        model.logit_bias = torch.nn.Parameter(torch.tensor([float(bias)]))
+
+
+def saved_scale(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``state`` as ``from_pretrained`` of the model's class expects it: CLIP has a logit scale of shape [], no bias."""
+    if not model.has_own_bias:
+        state = {name: tensor for name, tensor in state.items() if name != "logit_bias"}
+    return {**state, "logit_scale": state["logit_scale"].reshape(model.saved_scale_shape)}
+
+
+def embed_in_forward(model: torch.nn.Module) -> None:
+    """Makes ``model``'s forward :func:`embed_pairs`: FSDP gathers weights, and DDP hooks in, around forward alone."""
+    model.forward = MethodType(embed_pairs, model)
+
+
+def embed_pairs(
+    self: torch.nn.Module,
+    pixel_values: torch.Tensor | None = None,
+    input_ids: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Embeddings of unit length, ``image`` and ``text`` [B, d], of what is given; ``scale`` [1] and perhaps ``bias``.
+
+    They leave the half precision of the towers, so that the loss is computed in full.
+    """
+    import torch
+
+    output = {"scale": self.logit_scale.exp()}
+    if hasattr(self, "logit_bias"):
+        output["bias"] = self.logit_bias * 1
+    if pixel_values is not None:
+        output["image"] = self.get_image_features(pixel_values=pixel_values).pooler_output
+    if input_ids is not None:
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+        output["text"] = self.get_text_features(input_ids=input_ids, **mask).pooler_output
+    for name in ("image", "text"):
+        if name in output:
+            features = output[name].float() if output[name].itemsize < 4 else output[name]
+            output[name] = torch.nn.functional.normalize(features, dim=-1)
+    return output

@@ -1,0 +1,193 @@
+"""Classification metrics as ``evaluate.Metric`` classes that need no network, and the numbers under plain names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def classification_metrics(labels: np.ndarray, logits: np.ndarray, losses: np.ndarray) -> dict[str, float]:
+    """``loss``, ``accuracy`` and precision, recall, F1, each ``_macro`` and ``_weighted``.
+
+    ``labels`` int [n], ``logits`` float [n, C], ``losses`` float [n]. Macro means are over the C classes of the model;
+    a class without samples or predictions counts 0.
+    """
+    metric = _metric_class()(keep_in_memory=True)
+    values = metric.compute(predictions=logits.argmax(axis=1), references=labels, num_labels=logits.shape[1])
+    return {"loss": float(losses.astype(np.float64).mean()), **values}
+
+
+def sign_metrics(found: dict[str, np.ndarray], occluded: np.ndarray | None = None) -> dict[str, float]:
+    """The metrics of the glosses as :func:`classification_metrics` names them, those of the categories as ``cat_...``.
+
+    ``found``: ``gloss`` and ``cat`` int [n], ``gloss_logits`` [n, G], ``cat_logits`` [n, C] and ``losses`` [n]. Also
+    ``gloss_top5`` where there are more than five, and the accuracy of clips that are ``occluded`` [n] or not.
+    """
+    gloss = classification_metrics(found["gloss"], found["gloss_logits"], found["losses"])
+    cat = classification_metrics(found["cat"], found["cat_logits"], found["losses"])
+    values = {"loss": gloss.pop("loss"), "gloss_accuracy": gloss.pop("accuracy")}
+    if found["gloss_logits"].shape[1] > 5:
+        own = np.take_along_axis(found["gloss_logits"], found["gloss"][:, None], axis=1)
+        values["gloss_top5"] = float(((~(found["gloss_logits"] < own)).sum(axis=1) <= 5).mean())
+    values["cat_accuracy"] = cat["accuracy"]
+    values |= {f"gloss_{name}": value for name, value in gloss.items()}
+    values |= {f"cat_{name}": cat[name] for name in ("f1_macro", "f1_weighted")}
+    if occluded is not None:
+        right = found["gloss_logits"].argmax(axis=1) == found["gloss"]
+        for name, rows in (("occluded", occluded), ("visible", ~occluded)):
+            if rows.any():
+                values[f"{name}_accuracy"] = float(right[rows].mean())
+    return values
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:
+    """Counts, int64 [C, C]: rows are the true classes, columns the predicted ones."""
+    flat = np.bincount(labels * num_labels + predictions, minlength=num_labels * num_labels)
+    return flat.reshape(num_labels, num_labels)
+
+
+def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
+    """``precision``, ``recall``, ``f1`` float [C] and ``support`` int [C] from a confusion matrix [C, C]."""
+    hits = np.diag(matrix).astype(np.float64)
+    predicted, support = matrix.sum(axis=0), matrix.sum(axis=1)
+    precision = hits / np.maximum(predicted, 1)
+    recall = hits / np.maximum(support, 1)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-300)
+    return {"precision": precision, "recall": recall, "f1": f1, "support": support}
+
+
+def report_text(matrix: np.ndarray, names: list[str]) -> str:
+    """scikit-learn's classification report, from a confusion matrix, with names that are not cut off."""
+    values = per_class(matrix)
+    total = max(1, int(matrix.sum()))
+    width = max(12, *(len(name) for name in names))
+    lines = [f"{'':{width}}  precision    recall        f1   support", ""]
+    columns = ("precision", "recall", "f1")
+    for row, name in enumerate(names):
+        numbers = "".join(f"{values[column][row]:10.4f}" for column in columns)
+        lines.append(f"{name:{width}} {numbers}{values['support'][row]:10d}")
+    lines.append("")
+    lines.append(f"{'accuracy':{width}} {'':20}{np.trace(matrix) / total:10.4f}{total:10d}")
+    for kind, weights in (("macro", np.ones(len(names))), ("weighted", values["support"])):
+        numbers = "".join(f"{np.average(values[column], weights=weights):10.4f}" for column in columns)
+        lines.append(f"{kind + ' average':{width}} {numbers}{total:10d}")
+    return "\n".join(lines) + "\n"
+
+
+def retrieval_metrics(
+    image: np.ndarray, text: np.ndarray, image_of: np.ndarray, text_of: np.ndarray, at: tuple[int, ...] = (1, 5, 10)
+) -> dict[str, float]:
+    """Recall@k both ways and the median rank, over a full gallery of pictures [I, d] and captions [T, d].
+
+    Pair n says that picture ``image_of[n]`` and caption ``text_of[n]`` belong together; each may be in several pairs.
+    A picture's rank is that of its best caption among all, a caption's that of its best picture. Equal scores count
+    against it. ``recall_mean`` is the mean of all recalls.
+    """
+    ranks = {
+        "image_to_text": right_ranks(image, text, image_of, text_of),
+        "text_to_image": right_ranks(text, image, text_of, image_of),
+    }
+    values = {f"{way}_r{k}": float((rank <= k).mean()) for way, rank in ranks.items() for k in at}
+    values["recall_mean"] = float(np.mean(list(values.values())))
+    return {**values, **{f"{way}_median_rank": float(np.median(rank)) for way, rank in ranks.items()}}
+
+
+def contrastive_metrics(
+    image: np.ndarray, text: np.ndarray, image_of: np.ndarray, text_of: np.ndarray, scale: float, bias: float | None,
+    loss: str, mask_duplicates: bool, batch_size: int,
+) -> dict[str, float]:  # fmt: skip
+    """``loss``: the mean contrastive loss of the pairs in batches of ``batch_size``.
+
+    A contrastive loss depends on the size of the batch and on what is in it, so both are fixed: a seeded order, whole
+    batches alone (or one of all, where there are fewer pairs).
+    """
+    import torch
+
+    from accelerando.train.losses import Pairs, contrastive_loss
+
+    order = np.random.default_rng(0).permutation(len(image_of))
+    size = min(batch_size, len(order))
+    total = 0.0
+    for start in range(0, len(order) - size + 1, size):
+        rows = order[start : start + size]
+        columns = (image[image_of[rows]], text[text_of[rows]], image_of[rows], text_of[rows], np.ones(size, np.float32))
+        pairs = Pairs(*map(torch.from_numpy, columns))
+        factor = torch.tensor(scale, dtype=pairs.image.dtype)
+        total += float(contrastive_loss(pairs, pairs, 0, factor, bias, loss, mask_duplicates))
+    return {"loss": total / (len(order) // size * size)}
+
+
+def zero_shot_metrics(
+    image: np.ndarray, prompts: np.ndarray, classes: np.ndarray, valid: np.ndarray
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy of pictures [I, d] against class embeddings [C, d]; ``classes`` [I], -1: not counted."""
+    counted = valid & (classes >= 0)
+    scores = image[counted] @ prompts.T
+    right = np.take_along_axis(scores, classes[counted, None], axis=1)
+    rank = (~(scores < right)).sum(axis=1)  # nan counts against it
+    values = {"zero_shot_accuracy": float((rank <= 1).mean())}
+    return values | ({"zero_shot_top5": float((rank <= 5).mean())} if len(prompts) > 5 else {})
+
+
+def right_ranks(queries: np.ndarray, gallery: np.ndarray, query_of: np.ndarray, item_of: np.ndarray) -> np.ndarray:
+    """For each query the rank of the best item that belongs to it, int64 [q], from 1; 1,024 queries at a time.
+
+    ``queries`` [q, d] and ``gallery`` [g, d] are compared by their product; pair n says that item ``item_of[n]`` is
+    right for query ``query_of[n]``.
+    """
+    order = np.argsort(query_of, kind="stable")
+    query_of, item_of = query_of[order], item_of[order]
+    ranks = np.zeros(len(queries), np.int64)
+    for start in range(0, len(queries), 1024):
+        scores = queries[start : start + 1024] @ gallery.T
+        first, last = np.searchsorted(query_of, [start, start + len(scores)])
+        right = np.zeros(scores.shape, bool)
+        right[query_of[first:last] - start, item_of[first:last]] = True
+        best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)
+        ranks[start : start + len(scores)] = 1 + (~(scores < best) & ~right).sum(axis=1)  # nan counts against it
+    return ranks
+
+
+def _evaluate_package() -> Any:
+    """Hugging Face's ``evaluate``, also for a program that lies beside a file of that name, as tools/evaluate.py."""
+    import sys
+    from pathlib import Path
+
+    kept = sys.path[:]
+    sys.path[:] = [place for place in kept if not (Path(place) / "evaluate.py").is_file()]
+    try:
+        import evaluate
+    finally:
+        sys.path[:] = kept
+    return evaluate
+
+
+def _metric_class() -> type:
+    """Made on first use: importing ``evaluate`` takes seconds."""
+    import datasets
+
+    evaluate = _evaluate_package()
+
+    class Classification(evaluate.Metric):
+        """Accuracy and macro and weighted precision, recall and F1, from class numbers."""
+
+        def _info(self) -> Any:
+            return evaluate.MetricInfo(
+                description=self.__doc__,
+                citation="",
+                features=datasets.Features(
+                    {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+                ),
+            )
+
+        def _compute(self, predictions: Any, references: Any, num_labels: int) -> dict[str, float]:
+            matrix = confusion_matrix(np.asarray(references), np.asarray(predictions), num_labels)
+            values, support = per_class(matrix), matrix.sum(axis=1)
+            result = {"accuracy": float(np.trace(matrix) / max(1, matrix.sum()))}
+            for name in ("precision", "recall", "f1"):
+                result[f"{name}_macro"] = float(values[name].mean())
+                result[f"{name}_weighted"] = float(np.average(values[name], weights=support))
+            return result
+
+    return Classification

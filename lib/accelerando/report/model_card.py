@@ -1,0 +1,70 @@
+"""The model card that stands beside saved weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+    from accelerando.train.state import Run
+
+
+def write_model_card(
+    folder: Path,
+    run: Run,
+    task: str,
+    base_model: str | None,
+    metrics: dict[str, float],
+    usage: str,
+) -> None:
+    """Writes ``README.md`` with the Hub's metadata: task, base model, measured metrics, how to load, how it was made.
+
+    ``task`` is the Hub's pipeline tag; ``metrics`` are those of the validation rows, if any.
+    """
+    import yaml
+
+    from accelerando.base.config import to_yaml
+    from accelerando.base.processes import command_line
+
+    name = run.directory.name
+    metadata: dict = {"library_name": "transformers", "pipeline_tag": task, "tags": ["accelerando"]}
+    # The Hub takes names of its own as a base model, not folders of somebody's disk.
+    if base_model and not Path(base_model).exists():
+        metadata["base_model"] = base_model
+    measured = ""
+    if metrics:
+        results = [{"type": key, "value": round(value, 6), "name": key} for key, value in metrics.items()]
+        metadata["model-index"] = [
+            {
+                "name": name,
+                "results": [
+                    {"task": {"type": task}, "dataset": {"name": "validation", "type": "custom"}, "metrics": results}
+                ],
+            }
+        ]
+        table = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
+        measured = f"Validation at step {run.state.step}:\n\n| metric | value |\n|---|---:|\n{table}\n\n"
+    card = f"""---
+{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}
+---
+
+# {name}
+
+{measured}## Use
+
+```python
+{usage.strip()}
+```
+
+## Training
+
+```bash
+{command_line()}
+```
+
+```yaml
+{to_yaml(run.args).strip()}
+```
+"""
+    (folder / "README.md").write_text(card, encoding="utf-8")

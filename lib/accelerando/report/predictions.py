@@ -1,0 +1,67 @@
+"""Predictions as tables, and the worst mistakes among them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from accelerando.base.files import write_text
+
+if TYPE_CHECKING:
+    pass
+
+
+def worst_mistakes(score: dict[str, np.ndarray], label_names: list[str], limit: int = 20) -> list[dict[str, Any]]:
+    """The most confident errors: dicts with ``row``, ``true``, ``predicted`` and ``confidence``, the worst first."""
+    chances = probabilities(score["logits"])
+    confidence, predicted = chances.max(axis=1), chances.argmax(axis=1)
+    wrong = np.flatnonzero(predicted != score["labels"])
+    chosen = wrong[np.argsort(-confidence[wrong], kind="stable")][:limit]
+    return [
+        {
+            "row": int(row),
+            "true": label_names[score["labels"][row]],
+            "predicted": label_names[predicted[row]],
+            "confidence": float(confidence[row]),
+        }
+        for row in chosen
+    ]
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the classes, float64 [n, C]."""
+    logits = logits.astype(np.float64)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return odds / odds.sum(axis=1, keepdims=True)
+
+
+def write_predictions(path: Path, files: Sequence[str], label_names: list[str], chances: np.ndarray,
+                      labels: np.ndarray | None = None) -> None:  # fmt: skip
+    """A CSV with a row for each file: ``file``, ``label`` (where ``labels`` [n] are given), ``predicted``,
+    ``confidence``, and the probability of each class as ``p_<class>`` from ``chances`` [n, C]."""
+    import csv
+    import io
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(prediction_header(label_names, labels is not None))
+    writer.writerows(prediction_rows(files, label_names, chances, labels))
+    write_text(path, text.getvalue())
+
+
+def prediction_header(label_names: list[str], labelled: bool = False) -> list[str]:
+    """The columns of :func:`prediction_rows`."""
+    return ["file", *(["label"] if labelled else []), "predicted", "confidence", *(f"p_{name}" for name in label_names)]
+
+
+def prediction_rows(
+    files: Sequence[str], label_names: list[str], chances: np.ndarray, labels: np.ndarray | None = None
+) -> Iterator[list[str]]:
+    """The rows of a CSV of predictions; see :func:`write_predictions`."""
+    for row, (file, best) in enumerate(zip(files, chances.argmax(axis=1).tolist(), strict=True)):
+        label = [label_names[labels[row]]] if labels is not None else []
+        numbers = [f"{value:.6f}" for value in (chances[row, best], *chances[row])]
+        yield [file, *label, label_names[best], *numbers]

@@ -1,0 +1,171 @@
+"""The Accelerator, its precision and seeds, and what it does to a model."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from accelerando.base.errors import UserError
+from accelerando.base.log import log, start_log
+from accelerando.base.processes import launcher_command
+
+if TYPE_CHECKING:
+    pass
+    import torch
+    from accelerate import Accelerator
+
+
+def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, changing: bool = False) -> Accelerator:
+    """The Accelerator (precision from ``amp``, or from the launch config where it is None), with seeds set.
+
+    ``deterministic``: on a GPU, see :func:`choose_deterministic_kernels`; a CPU's are deterministic anyway.
+    ``changing``: which parameters are trained changes during the run, which DDP has to look for in each step.
+
+    "auto" is bf16 where the hardware computes it, else fp16 on a GPU and float32 on a CPU.
+
+    Accumulation stays with the script, so Accelerate divides no loss. Raises UserError for fp16 without a GPU.
+    """
+    start_log()
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # loading and saving weights; ours are shown only on a terminal
+    # Accelerate's launcher sets one thread unless told otherwise; without a GPU that would waste the other cores.
+    told = any(word.startswith("--num_cpu_threads_per_process") for word in launcher_command())
+    if not torch.cuda.is_available() and os.environ.get("OMP_NUM_THREADS") == "1" and not told:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
+    if amp == "auto":
+        amp = "bf16" if computes_bf16() else "fp16" if torch.cuda.is_available() else "no"
+    wanted = amp or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if wanted == "bf16" and not computes_bf16():
+        log.warning("bf16 is many times slower than float32 on this hardware: --amp auto takes what it computes")
+    if wanted == "fp16" and not torch.cuda.is_available():
+        raise UserError("fp16 needs a CUDA GPU: --amp bf16 is the mixed precision of a CPU, --amp no the full one")
+    try:
+        # The others wait while the main process tokenises or writes; ten minutes, the default, can be too short.
+        patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
+        handlers = [patience, DistributedDataParallelKwargs(find_unused_parameters=changing)]
+        accelerator = Accelerator(mixed_precision=amp, gradient_accumulation_steps=1, kwargs_handlers=handlers)
+    except ValueError as error:
+        raise UserError(f"--amp {amp}: {error}") from None
+    if is_sharded(accelerator) and not accelerator.is_fsdp2:
+        raise UserError("FSDP version 1: the launch config needs fsdp_version: 2, see accelerate_configs/fsdp.yaml")
+    if is_sharded(accelerator):
+        # Autocast as under DDP. Accelerate's policy would also cast the outputs, the temperature and the gradients that
+        # are added up to half precision.
+        accelerator.state.fsdp_plugin.mixed_precision_policy = None
+    set_seed(seed)
+    if deterministic and accelerator.device.type == "cuda":
+        choose_deterministic_kernels()
+    return accelerator
+
+
+def choose_deterministic_kernels() -> None:
+    """Has torch use what gives the same bits each time; where there is nothing such, it warns and names the operation.
+
+    Without it, the gradients of convolutions on a GPU differ in the last bits from one run to the next.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a help for finding bugs, which costs time
+
+
+def computes_bf16() -> bool:
+    """Whether GPU or CPU multiply bf16 numbers themselves; others emulate it (a CPU with AVX2 alone: 20 x slower)."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's
+
+
+def seed_processes_apart(seed: int, accelerator: Accelerator) -> None:
+    """After the model is built alike everywhere, each process draws its own dropout masks."""
+    from accelerate.utils import set_seed
+
+    set_seed(seed + 1000 * accelerator.process_index)
+
+
+def choose_sharded_layers(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Under FSDP, names the layer classes that are sharded one by one: the model's own list, less two kinds.
+
+    Accelerate shards the token embedding by itself and fails where a listed layer contains it (BERT), or where a listed
+    class does not occur in this model.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or plugin.transformer_cls_names_to_wrap is not None:
+        return
+    try:
+        embedding = model.get_input_embeddings()
+    except AttributeError:
+        embedding = None
+    except NotImplementedError:  # two towers have no one embedding; Accelerate asks the same and fails
+        embedding = None
+        model.get_input_embeddings = lambda: None
+    usable = {
+        type(module).__name__
+        for module in model.modules()
+        if embedding is None or all(child is not embedding for child in module.modules())
+    }
+    names = getattr(model, "_no_split_modules", None) or []
+    plugin.transformer_cls_names_to_wrap = sorted(set(names) & usable)
+
+
+def describe_processes(accelerator: Accelerator) -> str:
+    """One line on what this runs on."""
+    import torch
+
+    kind = str(accelerator.distributed_type).rsplit(".", 1)[-1].replace("NO", "single process")
+    device = torch.cuda.get_device_name() if accelerator.device.type == "cuda" else str(accelerator.device)
+    number = torch.get_num_threads()
+    threads = f", {number} thread{'s' if number > 1 else ''} each" if accelerator.device.type == "cpu" else ""
+    count = accelerator.num_processes
+    precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    return f"{count} process{'es' if count > 1 else ''} ({kind}) on {device}{threads}, precision {precision}"
+
+
+def peak_memory_mb(accelerator: Accelerator) -> float:
+    """The most memory this process has used, in MB (10^6 bytes): the GPU's where there is one, else resident."""
+    import resource
+
+    if accelerator.device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e6
+    scale = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
+
+
+def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
+    """The model without DDP's and torch.compile's wrappers; FSDP2 wraps nothing, but is brought to its sharded form."""
+    plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+    if is_sharded(accelerator):
+        from torch.distributed.fsdp import FSDPModule
+
+        # An evaluation ends without the backward that frees the root's gathered parameters, and the optimizer knows
+        # only the sharded ones.
+        for module in model.modules():  # a compiled model's root is its wrapper
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    return plain
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """True under FSDP, where a process holds only its part of each parameter."""
+    from accelerate import DistributedType
+
+    return accelerator.distributed_type == DistributedType.FSDP

@@ -1,0 +1,336 @@
+"""The order of samples, and how an optimizer step's samples are dealt to processes and micro-batches.
+
+The order of an epoch is a function of (seed, epoch) alone. It is then cut into *windows*, one for each optimizer step;
+a window is dealt to the processes and their micro-batches so that every sample is used once. A position in the epoch
+is a number of samples, so a run can be resumed on another number of processes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from accelerando.base.errors import UserError
+from accelerando.base.processes import signal_when_parent_dies
+from accelerando.data.order import deal, epoch_order, number_repeats, poisson_rows
+from accelerando.train.shared_memory import slots_for
+
+if TYPE_CHECKING:
+    import torch
+
+    from accelerando.train.shared_memory import InSlot, Slots
+
+
+@dataclass
+class Window:
+    """The micro-batches of one optimizer step on this process; iterate over it once.
+
+    ``num_samples`` counts the samples of the step on all processes, ``position`` those of the epoch after the step.
+    Each batch is a dict of tensors with ``index`` [B] (row numbers) and ``weight`` [B] (1, or 0 where a row only
+    keeps processes in step).
+    """
+
+    num_samples: int
+    position: int
+    num_micro_batches: int
+    _fetch: Callable[[], dict[str, torch.Tensor]]
+
+    def __len__(self) -> int:
+        return self.num_micro_batches
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        for _ in range(self.num_micro_batches):
+            yield self._fetch()
+
+
+@dataclass
+class TrainBatches:
+    """Windows of micro-batches over a map-style ``dataset``, in the order of :func:`epoch_order`.
+
+    ``batch_size`` is per process and micro-batch; ``effective_batch_size`` fixes the samples of an optimizer step over
+    all processes instead of ``gradient_accumulation_steps``. ``lengths`` turns on length buckets; a data set with an
+    ``epoch_order(seed, epoch)`` of its own is read in that order, and one with ``at(row, epoch, draw)`` is told the
+    epoch, and how often its order had the row before.
+    Any number of ``num_workers`` gives the same batches. ``seconds_waited`` adds up the time spent waiting for data.
+    A sample with ``valid`` 0 (it could not be read) gets the weight 0 and its row into ``unreadable``. With a
+    ``poisson_seed`` a step's samples are drawn instead, each with probability ``window_size`` / n (differential
+    privacy's accounting assumes it); positions are then those of windows of equal size.
+    """
+
+    dataset: Sequence[Any]
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]]
+    batch_size: int
+    gradient_accumulation_steps: int = 1
+    seed: int = 0
+    lengths: np.ndarray | None = None
+    num_workers: int = 0
+    num_processes: int = 1
+    process_index: int = 0
+    device: torch.device | str = "cpu"
+    effective_batch_size: int | None = None
+    pin_memory: bool = True  # on a GPU: page-locked batches
+    poisson_seed: int | None = None
+    seconds_waited: float = 0.0
+    unreadable: set[int] = field(default_factory=set, repr=False)
+    _loader: Any = field(default=None, repr=False)
+    _plan: Plan = field(default_factory=lambda: Plan(), repr=False)
+
+    @property
+    def window_size(self) -> int:
+        """Samples of one optimizer step over all processes: the global batch."""
+        return self.effective_batch_size or self.batch_size * self.num_processes * self.gradient_accumulation_steps
+
+    def take_seconds_waited(self) -> float:
+        """Seconds spent waiting for data since the last call."""
+        seconds, self.seconds_waited = self.seconds_waited, 0.0
+        return seconds
+
+    def num_windows(self, position: int = 0) -> int:
+        """Optimizer steps from ``position`` (in samples) to the end of an epoch."""
+        return -(-(len(self.dataset) - position) // self.window_size)
+
+    def windows(self, epoch: int, position: int = 0) -> Iterator[Window]:
+        """The windows of ``epoch`` from ``position`` (samples of it already used) on."""
+        starts = range(position, len(self.dataset), self.window_size)
+        order = None if self.poisson_seed is not None else self._order(epoch)
+        rows = [self._rows_of(order, epoch, start) for start in starts]
+        shares = [deal(part, self.batch_size, self.num_processes, self.process_index) for part in rows]
+        self._plan.epoch = epoch
+        self._plan.batches = [rows for share in shares for rows in share.micro_batches]
+        if hasattr(self.dataset, "prefetch"):
+            self.dataset.prefetch(np.concatenate(rows) % len(self.dataset) if rows else np.zeros(0, np.int64))
+        batches = start_workers(self._make_loader())
+        for start, part, share in zip(starts, rows, shares, strict=True):
+            pending = iter(share.counts)
+            yield Window(
+                num_samples=len(part),
+                position=min(start + self.window_size, len(self.dataset)),
+                num_micro_batches=len(share.counts),
+                _fetch=lambda pending=pending: self._next(batches, next(pending)),
+            )
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if hasattr(self.dataset, "epoch_order"):
+            order = self.dataset.epoch_order(self.seed, epoch)
+            return number_repeats(order, len(self.dataset)) if getattr(self.dataset, "balanced", False) else order
+        return epoch_order(len(self.dataset), self.seed, epoch, self.lengths)
+
+    def _rows_of(self, order: np.ndarray | None, epoch: int, start: int) -> np.ndarray:
+        """The rows of the window that begins at position ``start``."""
+        if order is not None:
+            return order[start : start + self.window_size]
+        total = len(self.dataset)
+        return poisson_rows(total, self.window_size / total, self.poisson_seed, epoch, start)
+
+    def _make_loader(self) -> Any:
+        if self._loader is None:
+            window = self.window_size // (self.batch_size * self.num_processes)  # micro-batches that are wanted at once
+            self._loader = make_loader(
+                self.dataset, self.collate, self._plan, self.num_workers, self.device, min(window, 16), self.pin_memory
+            )
+        return self._loader
+
+    def _next(self, batches: Iterator[dict[str, torch.Tensor]], counts: bool) -> dict[str, torch.Tensor]:
+        started = time.perf_counter()
+        batch = _next_of(batches)
+        batch["weight"] = _weights(batch, counts)
+        if "valid" in batch:
+            batch["weight"] *= batch["valid"]
+            self.unreadable.update(batch["index"][batch["valid"] == 0].tolist())
+        batch = to_device(batch, self.device)
+        self.seconds_waited += time.perf_counter() - started
+        return batch
+
+
+def evaluation_batches(
+    dataset: Sequence[Any],
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    batch_size: int,
+    *,
+    lengths: np.ndarray | None = None,
+    num_workers: int = 0,
+    num_processes: int = 1,
+    process_index: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This process's batches of an evaluation in which every sample is used once over all processes.
+
+    All processes get the same number of batches; what only fills up has ``weight`` 0 (what could not be read keeps 1:
+    see its ``valid``). With ``lengths`` [n] samples are
+    sorted by length, which changes the padding and nothing else. Put the results together with
+    :func:`gather_rows`.
+    """
+    rows = np.arange(len(dataset)) if lengths is None else np.argsort(-np.asarray(lengths), kind="stable")
+    shares = [
+        deal(rows[start : start + batch_size * num_processes], batch_size, num_processes, process_index)
+        for start in range(0, len(rows), batch_size * num_processes)
+    ]
+    plan = Plan([share.micro_batches[0] for share in shares])
+    batches = start_workers(make_loader(dataset, collate, plan, num_workers, device))
+    for share in shares:
+        batch = _next_of(batches)
+        yield to_device({**batch, "weight": _weights(batch, share.counts[0])}, device)
+
+
+def gather_rows(accelerator: Any, num_samples: int, columns: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """Puts per-sample results of all processes into the order of the data set, on every process.
+
+    ``columns`` holds ``index`` [n_local] and ``weight`` [n_local] beside tensors [n_local, ...]; rows of weight 0 are
+    dropped.
+
+    Raises:
+        RuntimeError: a sample is missing or was evaluated twice.
+    """
+    gathered = {}
+    for name, values in columns.items():
+        padded = accelerator.pad_across_processes(values, dim=0, pad_index=0)  # padding has weight 0 as well
+        gathered[name] = (
+            accelerator.gather(padded).float().cpu().numpy()
+            if values.is_floating_point()
+            else (accelerator.gather(padded).cpu().numpy())
+        )
+    keep = gathered.pop("weight") > 0
+    index = gathered.pop("index")[keep]
+    if len(index) != num_samples or len(np.unique(index)) != num_samples:
+        raise RuntimeError(f"{len(index)} results of {len(np.unique(index))} samples gathered for {num_samples}")
+    order = np.argsort(index)
+    return {name: values[keep][order] for name, values in gathered.items()}
+
+
+@dataclass
+class Plan:
+    """The batches of row numbers that a loader reads, and the epoch they are of."""
+
+    batches: list[np.ndarray] = field(default_factory=list)
+    epoch: int = 0
+
+
+class _PlannedBatches:
+    """A batch sampler that reads the plan of the epoch each time it is iterated, so that workers can stay alive."""
+
+    def __init__(self, plan: Plan, num_samples: int) -> None:
+        self.plan, self.num_samples = plan, num_samples
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
+        epoch, total = self.plan.epoch, self.num_samples
+        return ([(row % total, epoch, row // total) for row in rows.tolist()] for rows in self.plan.batches)
+
+    def __len__(self) -> int:
+        return len(self.plan.batches)
+
+
+class _Indexed:
+    """Adds the row number to every sample; it becomes ``index`` in the batch."""
+
+    def __init__(self, dataset: Sequence[Any]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, Any]:
+        row, epoch, draw = place
+        if not hasattr(self.dataset, "at"):
+            return row, self.dataset[row]
+        return row, self.dataset.at(row, epoch, draw) if draw else self.dataset.at(row, epoch)
+
+
+class _CollateIndexed:
+    def __init__(self, collate: Callable[[list[Any]], dict[str, torch.Tensor]], slots: Slots | None) -> None:
+        self.collate, self.slots = collate, slots
+
+    def __call__(self, samples: list[tuple[int, Any]]) -> dict[str, torch.Tensor] | InSlot:
+        import torch
+
+        batch = self.collate([sample for _, sample in samples])
+        batch["index"] = torch.tensor([row for row, _ in samples], dtype=torch.int64)
+        return batch if self.slots is None else self.slots.put(batch)
+
+
+def make_loader(
+    dataset: Sequence[Any],
+    collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+    plan: Plan,
+    num_workers: int,
+    device: torch.device | str,
+    ahead: int = 0,
+    pin_memory: bool = True,
+) -> torch.utils.data.DataLoader:
+    """A DataLoader over the batches of row numbers in ``plan``; it never draws from the global random state.
+
+    Its workers prepare at least two batches each, and ``ahead`` together.
+    """
+    import torch
+
+    pin_memory = pin_memory and torch.device(device).type == "cuda"
+    prefetch = max(2, -(-ahead // num_workers)) if num_workers else None
+    return torch.utils.data.DataLoader(
+        _Indexed(dataset),
+        batch_sampler=_PlannedBatches(plan, len(dataset)),
+        collate_fn=_CollateIndexed(collate, slots_for(num_workers, prefetch, pin_memory) if num_workers else None),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        prefetch_factor=prefetch,
+        pin_memory=pin_memory,
+        # Without a generator of its own, each new iterator would advance the one that dropout uses.
+        generator=torch.Generator().manual_seed(0),
+        worker_init_fn=functools.partial(_start_worker, os.getpid()),
+    )
+
+
+def start_workers(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+    """The loader's iterator; its workers, and every thread of theirs, are born with SIGTERM blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else ())
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start_worker(parent: int, _: int) -> None:
+    # The threads of the tokenizers' pool do not survive the fork; waiting for them would never end.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    # The stop signal is the training process's own affair, also where it is sent to the whole group (timeout, Slurm): a
+    # worker that died of it would end the run before it could save. It ends with its parent, also where that is killed.
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        threading.Thread(target=_leave_when_told_by, args=(parent,), daemon=True).start()
+    signal_when_parent_dies(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def _leave_when_told_by(parent: int) -> None:
+    """Ends this process on a SIGTERM of ``parent``, and on nobody else's."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
+    """The batch with every tensor on ``device``."""
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
+
+
+def _next_of(batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    try:
+        return next(batches)
+    except UserError as error:  # one from a worker carries the worker's traceback in its message
+        raise UserError(
+            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
+        ) from None
+
+
+def _weights(batch: dict[str, torch.Tensor], counts: bool) -> torch.Tensor:
+    import torch
+
+    return torch.full(batch["index"].shape, float(counts), dtype=torch.float32)

@@ -1,0 +1,350 @@
+"""Checkpoints from which a run goes on exactly: written whole or not at all, checked before they are used.
+
+A checkpoint is a folder ``checkpoints/step_000500`` with ``model.safetensors`` and ``optimizer.safetensors`` (whole,
+unsharded tensors under the model's own names, so that they load on any number of processes), ``state.json`` (position,
+schedule, scaler, counters), ``rng.json`` (the random states of every process), ``metrics.jsonl`` (what was recorded),
+``best/`` (the best model of that moment; its weights are hard links, which cost no space until a better one is found)
+and ``manifest.json`` (size and SHA-256 of each file). Nothing in it is pickled. It is written beside its place and
+renamed when it is on the disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerando.base.errors import UserError
+from accelerando.base.files import fresh_draft, sync_files, sync_folder
+from accelerando.base.processes import gather_objects
+from accelerando.base.rng import rng_state, set_rng_state
+from accelerando.train.accelerator import is_sharded, unwrapped
+from accelerando.train.averages import Ema, averaged
+from accelerando.train.weights import contiguous, main_process_writes, model_state, set_model_state
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from accelerando.train.optim import Schedule
+
+MANIFEST = "manifest.json"
+
+
+# ----------------------------------------------------------------------------------------------------------- saving
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    folder: Path,
+    step: int,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    state: dict[str, Any],
+    keep: int,
+    best: Path | None = None,
+    ema: Ema | None = None,
+    history: Sequence[dict[str, Any]] = (),
+) -> Path:
+    """Saves everything exact resume needs as ``folder/step_NNNNNN`` and removes all but the ``keep`` newest.
+
+    To be called on every process. ``state`` holds the run's own counters, as JSON can; ``best`` is the folder of the
+    best model so far, ``history`` what was recorded.
+
+    Raises:
+        UserError: the disk is full or cannot be written; earlier checkpoints are untouched.
+    """
+    tensors, optimizer_rest = _split_tensors(_optimizer_state(accelerator, model, optimizer))
+    weights = model_state(accelerator, model)
+    with averaged(ema):
+        average = {} if ema is None else {name: t.clone() for name, t in model_state(accelerator, model).items()}
+    rng = gather_objects(accelerator, rng_state(accelerator))
+    scaler = getattr(accelerator, "scaler", None)
+    content = {
+        "format": 1,
+        "step": step,
+        "num_processes": accelerator.num_processes,
+        "state": state,
+        "schedule": schedule.state_dict(),
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "optimizer": optimizer_rest,
+    }
+    target = folder / f"step_{step:06d}"
+
+    def write(draft: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file(contiguous(weights), draft / "model.safetensors", metadata={"format": "pt"})
+        save_file(contiguous(tensors), draft / "optimizer.safetensors", metadata={"format": "pt"})
+        if average:
+            save_file(contiguous(average), draft / "ema.safetensors", metadata={"format": "pt"})
+        (draft / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
+        (draft / "rng.json").write_text(json.dumps(rng), encoding="utf-8")
+        (draft / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
+        if best is not None and best.is_dir():
+            _copy_model(best, draft / "best")
+        _write_manifest(draft)
+
+    with main_process_writes(accelerator, f"checkpoint {target}"):
+        if accelerator.is_main_process:
+            _publish(target, write)
+            _prune(folder, keep, newest=target)
+    return target
+
+
+def _publish(target: Path, write: Callable[[Path], None]) -> None:
+    """``write``s into a folder beside ``target``, brings it to the disk and renames it."""
+    draft = fresh_draft(target)
+    try:
+        write(draft)
+        sync_files(draft)
+        if target.exists():  # the same step, saved again after a resume
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            target.rename(old)
+            draft.rename(target)
+            shutil.rmtree(old)
+        else:
+            draft.rename(target)
+        sync_folder(target.parent)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _copy_model(source: Path, target: Path) -> None:
+    """A second name for the weights, which are only ever replaced whole, and a copy of what a person may edit."""
+
+    def link_or_copy(old: str, new: str) -> None:
+        if old.endswith(".safetensors"):
+            with contextlib.suppress(OSError):  # a file system without hard links
+                os.link(old, new)
+                return
+        shutil.copy2(old, new)
+
+    shutil.copytree(source, target, copy_function=link_or_copy)
+
+
+def restore_best(checkpoint: Path, best: Path) -> None:
+    """Puts the best model of the moment of ``checkpoint`` back: ``best`` may be of a later one, or half replaced."""
+    shutil.rmtree(best, ignore_errors=True)
+    if (checkpoint / "best").is_dir():
+        _copy_model(checkpoint / "best", best)
+
+
+def _write_manifest(folder: Path) -> None:
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _prune(folder: Path, keep: int, newest: Path) -> None:
+    for old in [path for path in step_folders(folder) if path != newest][max(0, keep - 1) :]:
+        shutil.rmtree(old, ignore_errors=True)
+    for draft in folder.glob(".step_*"):  # what a killed run left half written
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def step_folders(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder``, newest first."""
+    found = [path for path in folder.glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def what_is_wrong(checkpoint: Path) -> str | None:
+    """None for a complete checkpoint; otherwise what is missing or damaged."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
+            if _sha256(path) != expected["sha256"]:
+                return f"{name} is damaged (its checksum differs)"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is missing or damaged"
+    return None
+
+
+def find_checkpoint(accelerator: Accelerator, folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest complete checkpoint in ``folder`` (or ``folder`` itself), the same on every process.
+
+    A damaged one is passed over with a warning. None where there is none at all.
+
+    Raises:
+        UserError: there are checkpoints and none is complete.
+    """
+    choice: tuple[str | None, list[str]] = (None, [])
+    if accelerator.is_main_process:
+        for old in folder.glob(".step_*.old"):  # killed while a step was saved a second time
+            place = folder / old.name.removeprefix(".").removesuffix(".old")
+            if not place.exists():
+                old.rename(place)
+        candidates = [folder] if (folder / MANIFEST).is_file() else step_folders(folder)
+        damaged = []
+        good = None
+        for path in candidates:
+            problem = what_is_wrong(path)
+            if problem is None:
+                good = str(path)
+                break
+            damaged.append(f"{path}: {problem}")
+        choice = (good, damaged)
+    good, damaged = gather_objects(accelerator, choice)[0]
+    if good is None and damaged:
+        raise UserError(f"no complete checkpoint to resume from ({'; '.join(damaged)}): start again with --overwrite")
+    for line in damaged:
+        warn(f"checkpoint {line}; falling back to {Path(good).name}")
+    return Path(good) if good else None
+
+
+def remove_later_checkpoints(checkpoint: Path, warn: Callable[[str], None]) -> None:
+    """Removes what comes after the ``checkpoint`` a run goes on from: damaged, or of a course that is given up.
+
+    Left there, they would push the new ones out and be found by the next resume.
+    """
+    for path in step_folders(checkpoint.parent):
+        if int(path.name[5:]) > int(checkpoint.name[5:]):
+            warn(f"removed {path}: the run goes on from {checkpoint.name}")
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def load_checkpoint(
+    accelerator: Accelerator,
+    checkpoint: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    ema: Ema | None = None,
+) -> dict[str, Any]:
+    """Loads ``checkpoint`` into all of them, restores this process's random states and returns the saved ``state``.
+
+    Raises:
+        UserError: the checkpoint belongs to another model or another optimizer.
+    """
+    from safetensors.torch import load_file
+
+    content = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    if ema is not None:
+        name = "ema" if (checkpoint / "ema.safetensors").is_file() else "model"  # switched on later: from here on
+        set_model_state(accelerator, model, load_file(checkpoint / f"{name}.safetensors"), source=str(checkpoint))
+        ema.take_from_weights()
+    set_model_state(accelerator, model, load_file(checkpoint / "model.safetensors"), source=str(checkpoint))
+    tensors = load_file(checkpoint / "optimizer.safetensors")
+    _set_optimizer_state(accelerator, model, optimizer, _join_tensors(content["optimizer"], tensors), checkpoint)
+    schedule.load_state_dict(content["schedule"])
+    scaler = getattr(accelerator, "scaler", None)
+    if scaler is not None and content["scaler"]:
+        scaler.load_state_dict(content["scaler"])
+    rng = json.loads((checkpoint / "rng.json").read_text(encoding="utf-8"))
+    if accelerator.process_index < len(rng):
+        set_rng_state(rng[accelerator.process_index])
+    return content["state"]
+
+
+# ------------------------------------------------------------------------------------------------- states of a model
+
+
+def _plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _optimizer_state(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=is_sharded(accelerator))
+    return get_optimizer_state_dict(unwrapped(accelerator, model), _plain_optimizer(optimizer), options=options)
+
+
+def _set_optimizer_state(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, state: dict[str, Any], checkpoint: Path
+) -> None:
+    import torch
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    groups = _plain_optimizer(optimizer).param_groups
+    saved = state["param_groups"]
+    unknown = set(saved[0]) ^ set(groups[0]) if saved else {"groups"}
+    if len(saved) != len(groups) or unknown:
+        raise UserError(
+            f"{checkpoint} was trained with another optimizer or schedule: give --optimizer and --scheduler as before"
+        )
+    options = StateDictOptions(full_state_dict=True)
+    plain = unwrapped(accelerator, model)
+    trained = {parameter: parameter.requires_grad for parameter in plain.parameters()}
+    # Parameters without a state so far (a layer not yet unfrozen, one that took no part) start without one again: torch
+    # gives a state to all that are trainable, and wants one for each.
+    for name, parameter in plain.named_parameters():
+        known = name.replace("_orig_mod.", "") in state["state"]
+        parameter.requires_grad_(known if state["state"] else trained[parameter])
+    try:
+        set_optimizer_state_dict(plain, _plain_optimizer(optimizer), state, options=options)
+    finally:
+        for parameter, before in trained.items():
+            parameter.requires_grad_(before)
+    # A fused step goes through weight and state in the order of memory, which has to be the same (channels_last).
+    for weight, kept in _plain_optimizer(optimizer).state.items():
+        for name, value in kept.items():
+            if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
+                kept[name] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+def _split_tensors(tree: Any, prefix: str = "") -> tuple[dict[str, torch.Tensor], Any]:
+    """Takes the tensors out of nested dicts and lists: ({path: tensor}, the rest with ``{"tensor": path}`` there)."""
+    import torch
+
+    if isinstance(tree, torch.Tensor):
+        return {prefix: tree}, {"tensor": prefix}
+    tensors: dict[str, torch.Tensor] = {}
+    if isinstance(tree, dict):
+        rest: Any = {"dict": {}}
+        for key, value in tree.items():
+            inner, rest["dict"][key] = _split_tensors(value, f"{prefix}/{key}")
+            tensors.update(inner)
+        return tensors, rest
+    if isinstance(tree, list | tuple):
+        rest = {"list" if isinstance(tree, list) else "tuple": []}
+        for position, value in enumerate(tree):
+            inner, kept = _split_tensors(value, f"{prefix}/{position}")
+            tensors.update(inner)
+            next(iter(rest.values())).append(kept)
+        return tensors, rest
+    return tensors, {"value": tree}
+
+
+def _join_tensors(rest: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The inverse of :func:`_split_tensors`."""
+    ((kind, content),) = rest.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _join_tensors(value, tensors) for key, value in content.items()}
+    if kind in ("list", "tuple"):
+        items = [_join_tensors(value, tensors) for value in content]
+        return items if kind == "list" else tuple(items)
+    return content
+
+
+# ---------------------------------------------------------------------------------------------------- random states
+
+
+# --------------------------------------------------------------------------------------------------- the stop signal

@@ -1,0 +1,201 @@
+"""Parameter groups, optimizers (8-bit too) and schedules that count optimizer steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from accelerando.base.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+OptimizerName = Literal["adamw", "sgd", "adamw8bit", "lion8bit", "paged_adamw", "paged_adamw8bit", "paged_lion8bit"]
+SchedulerName = Literal["linear", "cosine", "constant", "polynomial", "onecycle", "plateau", "step", "warmup_cosine"]
+
+# Ours -> the class in bitsandbytes.
+BITSANDBYTES = {
+    "adamw8bit": "AdamW8bit",
+    "lion8bit": "Lion8bit",
+    "paged_adamw": "PagedAdamW32bit",
+    "paged_adamw8bit": "PagedAdamW8bit",
+    "paged_lion8bit": "PagedLion8bit",
+}
+
+
+def parameter_groups(
+    model: torch.nn.Module, lr: float, weight_decay: float, layers: Sequence[Sequence[str]] = (), layer_decay: float = 1
+) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups: matrices decay, vectors (biases, norms, scales) do not.
+
+    With ``layers`` (names of parameters, from the input to the head; see :func:`train.layerwise.layers_of`) each layer has
+    groups of its own, the last one with ``lr`` and each before it with ``layer_decay`` times the rate of the next
+    (Howard and Ruder 2018, arXiv:1801.06146; Bao et al. 2021, arXiv:2106.08254). The head's groups come first.
+    """
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    groups = []
+    for distance, names in enumerate(reversed(layers or [list(trainable)])):
+        members = [trainable[name] for name in names if name in trainable]
+        rate = lr * layer_decay**distance
+        for decay, chosen in (
+            (weight_decay, [parameter for parameter in members if parameter.ndim >= 2]),
+            (0.0, [parameter for parameter in members if parameter.ndim < 2]),
+        ):
+            if chosen:
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
+    return groups
+
+
+def make_optimizer(
+    model: torch.nn.Module,
+    name: OptimizerName,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+    sharded: bool = False,
+    layers: Sequence[Sequence[str]] = (),
+    layer_decay: float = 1.0,
+) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters of ``model``; paged ones page where there is a CUDA GPU.
+
+    ``layers`` and ``layer_decay``: see :func:`parameter_groups`.
+
+    Raises:
+        UserError: nothing is trainable, or the optimizer is one of bitsandbytes' and parameters are sharded.
+    """
+    import torch
+
+    groups = parameter_groups(model, lr, weight_decay, layers, layer_decay)
+    if not groups:
+        raise UserError("nothing is trainable: the strategy froze every parameter")
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"--optimizer {name} needs bitsandbytes: pip install bitsandbytes")
+    if sharded:
+        raise UserError(f"--optimizer {name} does not know sharded parameters (FSDP): use --optimizer adamw")
+    import bitsandbytes
+
+    kind = getattr(bitsandbytes.optim, BITSANDBYTES[name])
+    return kind(groups, lr=lr, betas=betas, **({} if "lion" in name else {"eps": eps}))
+
+
+def warmup_in_steps(warmup: float, total_steps: int) -> int:
+    """Warm-up in optimizer steps; a value below 1 is a share of ``total_steps``."""
+    return math.ceil(warmup * total_steps) if warmup < 1 else min(int(warmup), total_steps)
+
+
+def make_scheduler(
+    optimizer: torch.optim.Optimizer,
+    name: SchedulerName,
+    total_steps: int,
+    warmup: float = 0.0,
+    factor: float = 0.5,
+    plateau_patience: int = 2,
+    higher_is_better: bool = True,
+    step_size: int = 1,
+) -> Schedule:
+    """A schedule over ``total_steps`` optimizer steps, to be stepped once for each of them.
+
+    ``linear``, ``cosine``, ``polynomial`` (power 1 down to 1e-7: transformers' own) fall to the end, ``constant``
+    stays, ``warmup_cosine`` is ``cosine`` with 5 % of warm-up where none is given, ``onecycle`` is Smith's 1cycle
+    policy (arXiv:1708.07120) as torch has it, with the warm-up as its rising part (30 % where none is given),
+    ``plateau`` multiplies the rate by ``factor`` when the evaluated metric stops improving, ``step`` does so every
+    ``step_size`` optimizer steps.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    total_steps = max(1, total_steps)
+    if name == "warmup_cosine":
+        name, warmup = "cosine", warmup or 0.05
+    steps = warmup_in_steps(warmup, total_steps)
+    if steps > total_steps // 2 > 2:
+        from accelerando.base.log import log
+
+        log.warning("Warm-up takes %d of %d steps: --warmup_steps 0.1 is a tenth of them", steps, total_steps)
+    if name == "onecycle":
+        rates = [group["lr"] for group in optimizer.param_groups]
+        share = min(max(steps / total_steps, 1 / total_steps), 1.0) if steps else 0.3
+        # One step more than torch needs: it is stepped after the last update too.
+        inner = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, rates, total_steps + 1, pct_start=share, cycle_momentum=False
+        )
+        return Schedule(inner, None)
+    if name == "step":
+        inner = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: step / steps if step < steps else factor ** (step // step_size)
+        )
+        return Schedule(inner, None)
+    if name == "plateau":
+        inner = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=steps)
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer,
+            mode="max" if higher_is_better else "min",
+            factor=factor,
+            patience=plateau_patience,
+        )
+        return Schedule(inner, plateau, warmup_steps=steps)
+    full_name = "constant_with_warmup" if name == "constant" else name
+    return Schedule(get_scheduler(full_name, optimizer, num_warmup_steps=steps, num_training_steps=total_steps), None)
+
+
+class Schedule:
+    """One object for schedules that follow steps and the one that follows a metric; both are kept in a checkpoint."""
+
+    def __init__(self, inner: Any, plateau: Any, warmup_steps: int = 0) -> None:
+        self.inner = inner
+        self.plateau = plateau
+        self.warmup_steps = warmup_steps
+        self.steps = 0
+
+    def step(self) -> None:
+        """Once after each optimizer step."""
+        self.steps += 1
+        if self.plateau is None or self.steps <= self.warmup_steps:
+            self.inner.step()
+
+    def evaluated(self, value: float) -> None:
+        """Once after each evaluation, with the metric that decides; only ``plateau`` reacts, after the warm-up."""
+        if self.plateau is not None and self.steps >= self.warmup_steps:
+            self.plateau.step(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers alone: what JSON can hold."""
+        states = {"steps": self.steps, "inner": _numbers(self.inner.state_dict())}
+        if self.plateau is not None:
+            states["plateau"] = _numbers(self.plateau.state_dict())
+        return states
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The counters of ``state``; the length of the schedule is this run's own, so that a run can be prolonged."""
+        self.steps = state["steps"]
+        kept = {key: value for key, value in state["inner"].items() if key not in ("total_steps", "base_lrs")}
+        if hasattr(self.inner, "lr_lambdas"):
+            kept["lr_lambdas"] = [None] * len(self.inner.lr_lambdas)  # torch asks for them; None keeps this run's own
+        self.inner.load_state_dict(kept)
+        if hasattr(self.inner, "lr_lambdas") and self.plateau is None:  # another --lr counts from the next step on
+            for group, base, factor in zip(
+                self.inner.optimizer.param_groups, self.inner.base_lrs, self.inner.lr_lambdas, strict=True
+            ):
+                group["lr"] = base * factor(self.inner.last_epoch)
+        if self.plateau is not None and "plateau" in state:
+            own = ("factor", "patience", "mode", "min_lrs", "default_min_lr")
+            self.plateau.load_state_dict({key: value for key, value in state["plateau"].items() if key not in own})
+
+
+def _numbers(state: dict[str, Any]) -> dict[str, Any]:
+    """Drops the functions that schedulers put into their state; JSON has no infinity, so it becomes text."""
+    kept = {}
+    for key, value in state.items():
+        if isinstance(value, bool | int | float | str) or value is None:
+            kept[key] = value
+        elif isinstance(value, list | tuple) and all(isinstance(item, bool | int | float | None) for item in value):
+            kept[key] = list(value)
+    return kept

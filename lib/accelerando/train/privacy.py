@@ -1,0 +1,359 @@
+"""Differentially private training (DP-SGD, Abadi et al. 2016, arXiv:1607.00133) with Opacus.
+
+Each picture's gradient is clipped to a norm, the clipped ones of a step are added up, and noise is added to the sum. A
+step's pictures are a Poisson sample (train.batches), which is what the accounting of the spent epsilon assumes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import secrets
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from accelerando.base.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from accelerando.train.state import TrainState
+
+ACCOUNTANT = "prv"  # Gopi et al. 2021, arXiv:2106.02848: tight, and an upper bound
+MOST_NOISE = 1000  # a multiplier of the noise that drowns any sum of gradients
+WRONG = 0.05  # relative error of a picture's gradient from which a net is refused; rounding gives up to 0.01
+
+
+@dataclass
+class Privacy:
+    """What a private step needs; see :func:`start_privacy`.
+
+    ``state.spent`` is the accountant's history: (noise multiplier, sample rate, steps) one after another.
+    """
+
+    optimizer: Any  # Opacus' own: clips, adds up and adds noise
+    noise_multiplier: float  # standard deviation of the noise, over the largest norm of a gradient
+    sample_rate: float  # probability that a picture is in a step
+    target_delta: float
+    state: TrainState
+    last_step: int  # of the run: where the budget or the epochs end
+
+
+def require_opacus() -> None:
+    """UserError where Opacus is not installed."""
+    if importlib.util.find_spec("opacus") is None:
+        raise UserError("--trainer_type dp needs opacus: pip install opacus")
+
+
+# ------------------------------------------------------------------------------------------------------- accounting
+
+
+def epsilon_of(spent: Sequence[Sequence[float]], delta: float) -> float:
+    """The epsilon, for ``delta``, of steps with (noise multiplier, sample rate, number); infinite without noise."""
+    if any(noise == 0 for noise, _, _ in spent):
+        return float("inf")
+    return _epsilon_of(tuple(map(tuple, spent)), delta) if spent else 0.0
+
+
+@functools.cache
+def _epsilon_of(spent: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    from opacus.accountants import create_accountant
+
+    accountant = create_accountant(ACCOUNTANT)
+    accountant.history = list(spent)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(accountant.get_epsilon(delta))
+
+
+def noise_for(target_epsilon: float, target_delta: float, sample_rate: float, steps: int) -> float:
+    """The least noise multiplier, to within 0.01 of epsilon, with which ``steps`` stay within the target.
+
+    Raises:
+        UserError: no noise is enough.
+    """
+    from opacus.accountants.utils import get_noise_multiplier
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            noise = get_noise_multiplier(
+                target_epsilon=target_epsilon, target_delta=target_delta, sample_rate=sample_rate, steps=steps,
+                accountant=ACCOUNTANT,
+            )  # fmt: skip
+    except (ValueError, RuntimeError):  # Opacus' own limit
+        noise = math.inf
+    if noise > MOST_NOISE:
+        raise UserError(
+            f"--target_epsilon {target_epsilon:g} leaves nothing to learn in {steps:,} steps (noise beyond "
+            f"{MOST_NOISE} x the gradient): give a larger one, fewer --epochs or a smaller --batch_size"
+        )
+    return noise
+
+
+def steps_within(
+    spent: Sequence[Sequence[float]], noise: float, rate: float, epsilon: float, delta: float, most: int
+) -> int:
+    """How many of up to ``most`` more steps stay within ``epsilon`` after what was ``spent``.
+
+    The answer for a run is the same from wherever in it is asked, so that one that was interrupted ends where it would
+    have ended.
+    """
+    before, done = list(spent), 0
+    if before and tuple(before[-1][:2]) == (noise, rate):
+        done = int(before.pop()[2])
+
+    def fits(steps: int) -> bool:
+        return epsilon_of([*before, (noise, rate, steps)], delta) <= epsilon
+
+    if fits(done + most):
+        return most
+    low, high = 0, done + most  # low fits (or nothing does), high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return max(0, low - done)
+
+
+def check_budget(
+    batch: int,
+    samples: int,
+    epochs: int,
+    max_steps: int | None,
+    noise_multiplier: float | None,
+    target_epsilon: float | None,
+    target_delta: float,
+) -> None:
+    """UserError where a new run could not take a step within its budget; see :func:`start_privacy`."""
+    from accelerando.base.log import log
+
+    if batch > samples:
+        raise UserError(_too_large(batch, samples))
+    rate = batch / samples
+    steps = min(epochs * -(-samples // batch), max_steps or 2**62)
+    if noise_multiplier is None:
+        noise_for(target_epsilon, target_delta, rate, steps)
+    elif target_epsilon is not None and not steps_within([], noise_multiplier, rate, target_epsilon, target_delta, 1):
+        raise UserError(
+            f"--noise_multiplier {noise_multiplier:g}: the first step would already spend more than --target_epsilon "
+            f"{target_epsilon:g}: give more noise or a larger budget"
+        )
+    if target_delta >= 1 / samples:
+        log.warning("--target_delta %g promises little for %d pictures: it should be below 1 / %d", target_delta,
+                    samples, samples)  # fmt: skip
+
+
+def _too_large(batch: int, samples: int) -> str:
+    return f"--batch_size: {batch:,} pictures a step on average, but there are {samples:,} to train on: lower it"
+
+
+# ------------------------------------------------------------------------------------------------------------ model
+
+
+def make_valid(model: torch.nn.Module, size: int) -> None:
+    """Prepares a model for gradients of single pictures of side ``size``: no layer changes its input in place.
+
+    Raises:
+        UserError: it has trained layers for which Opacus computes none (batch norms mix the pictures of a batch), or
+            wrong ones: those of two pictures are compared with what each gives alone.
+    """
+    from torch import nn
+
+    for module in model.modules():
+        if getattr(module, "inplace", False):
+            module.inplace = False
+        # Opacus reads the input's memory as if it were contiguous, and is wrong without a word where it is not.
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    forward = model.forward
+
+    def out_of_place(*args: Any, **kwargs: Any) -> Any:
+        with _out_of_place():
+            return forward(*args, **kwargs)
+
+    model.forward = out_of_place  # residual nets write `out += identity`, which Opacus' hooks cannot take
+    problem = _what_opacus_cannot(model, size)
+    if problem:
+        raise UserError(
+            f"--trainer_type dp: Opacus cannot train this net ({problem}): resnet18, vgg11 and efficientnet_b0 of "
+            "torchvision and ViTs of transformers work, and any net with --strategy head"
+        )
+
+
+def _what_opacus_cannot(model: torch.nn.Module, size: int) -> str | None:
+    """Why gradients of single pictures are not to be had or wrong; None where they are right."""
+    import torch
+    from opacus.validators import ModuleValidator
+
+    from accelerando.base.rng import random_state_of
+
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    modes = {module: module.training for module in model.modules()}
+    problems = ModuleValidator.validate(model.train())
+    if problems:
+        return first_line(problems[0]).split(". ")[0].rstrip(".")
+
+    def gradients(pixels: torch.Tensor) -> list[torch.Tensor]:
+        model.zero_grad()
+        model(pixel_values=pixels).logits.float().square().sum().backward()
+        return [parameter.grad for parameter in trained]
+
+    def off(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+        square = sum((a - b).square().sum() for a, b in zip(one, other, strict=True))
+        return float(square / max(1e-30, sum(b.square().sum() for b in other))) ** 0.5
+
+    try:
+        with random_state_of((0, 0, 0)), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pixels = torch.randn(2, 3, size, size)
+            with _per_sample(model):
+                gradients(pixels)  # with dropout and the like, as in training
+                if any(getattr(parameter, "grad_sample", None) is None for parameter in trained):
+                    return "some of its trained parameters take no part"
+            for module in model.modules():
+                module.training = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+            with _per_sample(model):
+                gradients(pixels)
+                single = [parameter.grad_sample.clone() for parameter in trained]
+            errors = [off([part[row] for part in single], gradients(pixels[row : row + 1])) for row in range(2)]
+    except (RuntimeError, ValueError) as error:  # NotImplementedError too
+        return f"{first_line(error):.120}"
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        model.zero_grad()
+    return None if max(errors) < WRONG else f"its gradients of single pictures are off by {max(errors):.0%}"
+
+
+@contextlib.contextmanager
+def _per_sample(model: torch.nn.Module) -> Iterator[None]:
+    from opacus.grad_sample import GradSampleHooks
+
+    hooks = GradSampleHooks(model, loss_reduction="sum")
+    try:
+        yield
+    finally:
+        hooks.cleanup()
+
+
+def _out_of_place() -> Any:
+    from torch import Tensor
+    from torch.overrides import TorchFunctionMode
+
+    others = {Tensor.add_: Tensor.add, Tensor.sub_: Tensor.sub, Tensor.mul_: Tensor.mul, Tensor.div_: Tensor.div}
+
+    class OutOfPlace(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = {**(kwargs or {}), "inplace": False} if kwargs and kwargs.get("inplace") else kwargs or {}
+            return others.get(func, func)(*args, **kwargs)
+
+    return OutOfPlace()
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def start_privacy(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    batch: int,
+    samples: int,
+    total_steps: int,
+    max_grad_norm: float,
+    noise_multiplier: float | None,
+    noise_seed: int | None,
+    target_epsilon: float | None,
+    target_delta: float,
+) -> Privacy:
+    """Attaches Opacus to ``model`` and ``optimizer``, on every process; no DDP is wanted around the model.
+
+    Args:
+        batch: pictures of a step on average, over all processes, of ``samples`` in all.
+        total_steps: of the run; ``last_step`` is where the budget ends before.
+        noise_multiplier: None: the least that ``target_epsilon`` allows, or that of before where a run goes on.
+    """
+    from opacus.grad_sample import GradSampleHooks
+    from opacus.optimizers import DistributedDPOptimizer, DPOptimizer
+
+    from accelerando.base.log import log
+    from accelerando.base.processes import gather_objects
+
+    if batch > samples:
+        raise UserError(_too_large(batch, samples))
+    rate = batch / samples
+    if noise_multiplier is None:
+        noise_multiplier = state.spent[-1][0] if state.spent else None
+    if noise_multiplier is None:
+        noise_multiplier = noise_for(target_epsilon, target_delta, rate, total_steps)
+    last_step = total_steps
+    if target_epsilon is not None and total_steps > state.step:
+        left = steps_within(state.spent, noise_multiplier, rate, target_epsilon, target_delta, total_steps - state.step)
+        last_step = state.step + left
+    log.info("Private: noise multiplier %.3f, gradients clipped to %g, sampling rate %.4g", noise_multiplier,
+             max_grad_norm, rate)  # fmt: skip
+    if last_step < total_steps:
+        log.warning("The budget of epsilon %g ends the run at step %d of %d", target_epsilon, last_step, total_steps)
+    if state.noise_seed is None:
+        # Who knows the seed can subtract the noise: it is kept in the checkpoints, which exact resume needs, alone.
+        drawn = gather_objects(accelerator, secrets.randbits(62))[0]
+        state.noise_seed = drawn if noise_seed is None else noise_seed
+    GradSampleHooks(model, loss_reduction="sum")
+    several = accelerator.num_processes > 1
+    private = (DistributedDPOptimizer if several else DPOptimizer)(
+        optimizer, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm,
+        expected_batch_size=batch / accelerator.num_processes,
+    )  # fmt: skip
+    return Privacy(private, noise_multiplier, rate, target_delta, state, last_step)
+
+
+def clip_and_add(privacy: Privacy, last: bool) -> None:
+    """After the backward of a micro-batch: clips each picture's gradient and adds it up; after the ``last`` one of a
+    step also adds noise, so that the parameters' ``grad`` is what the optimizer is to use, alike on all processes."""
+    import numpy as np
+    import torch
+
+    optimizer, state = privacy.optimizer, privacy.state
+    rng = np.random.default_rng([state.noise_seed, state.step, 3])
+    deviation = optimizer.noise_multiplier * optimizer.max_grad_norm
+
+    def add_noise() -> None:
+        # In the place of Opacus' own: of a seed torch's generator on the CPU takes 32 bits alone.
+        for parameter in optimizer.params:
+            parameter.grad = parameter.summed_grad.view_as(parameter)
+            if getattr(optimizer, "rank", 0) == 0:
+                noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape), np.float32))
+                parameter.grad = parameter.grad + deviation * noise.to(parameter.device)
+
+    optimizer.add_noise = add_noise
+    optimizer.signal_skip_step(do_skip=not last)
+    if optimizer.pre_step():
+        if hasattr(optimizer, "reduce_gradients"):
+            optimizer.reduce_gradients()
+    else:
+        optimizer.zero_grad()
+
+
+def count_private_step(privacy: Privacy) -> None:
+    """After an optimizer step: tells the accountant and forgets the gradients of single pictures."""
+    spent, part = privacy.state.spent, [privacy.noise_multiplier, privacy.sample_rate]
+    if spent and spent[-1][:2] == part:
+        spent[-1][2] += 1
+    else:
+        spent.append([*part, 1])
+    privacy.optimizer.zero_grad()
+
+
+def privacy_results(state: TrainState, delta: float) -> dict[str, Any]:
+    """What results.json says of what was spent; nothing where training was not private."""
+    if not state.spent:
+        return {}
+    names = ("noise_multiplier", "sample_rate", "steps")
+    steps = [dict(zip(names, part, strict=True)) for part in state.spent]
+    return {"epsilon": epsilon_of(state.spent, delta), "delta": delta, "private": steps}

@@ -1,0 +1,122 @@
+"""What a run records: metrics.jsonl, metrics.csv and the trackers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from accelerando.base.files import write_text
+
+if TYPE_CHECKING:
+    from accelerando.train.state import Run
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerando.base.config import flat, to_yaml
+from accelerando.base.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    pass
+
+
+def record(run: Run, kind: str, values: dict[str, Any]) -> None:
+    """Adds one line to ``metrics.jsonl`` and sends the numbers to the trackers as ``kind/name``.
+
+    ``kind`` is "train" (every ``log_every`` steps), "validation" (every evaluation; these also make ``metrics.csv``)
+    or "test".
+    """
+    row = {"kind": kind, "step": run.state.step, "epoch": round(run.state.epochs_done, 4), **values}
+    run.history.append(row)
+    if not run.accelerator.is_main_process:
+        return
+    with open(run.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    if kind != "train":
+        _write_csv(run)
+    group = f"{kind}_{values['split']}" if "split" in values else kind
+    numbers = {f"{group}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+    for tracker in run.trackers:
+        tracker.log(numbers, step=run.state.step)
+
+
+def evaluations(run: Run) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl`` that come from an evaluation on the validation set."""
+    return [row for row in run.history if row["kind"] == "validation"]
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write_history(run: Run) -> None:
+    write_text(run.directory / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in run.history))
+    _write_csv(run)
+
+
+def _write_csv(run: Run) -> None:
+    import csv
+    import io
+
+    rows = [row for row in run.history if row["kind"] != "train"]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns or ["kind", "step", "epoch"], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(run.directory / "metrics.csv", text.getvalue())
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """UserError when a tracker named by ``report_to`` is unknown or not installed."""
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "none": None}
+    for name in names:
+        if name not in packages:
+            raise UserError(f"--report_to {name}: choose from {', '.join(packages)}")
+        if packages[name] and importlib.util.find_spec(packages[name]) is None:
+            raise UserError(f"--report_to {name} needs a package: pip install {packages[name]}")
+
+
+def start_trackers(run: Run) -> None:
+    """Accelerate's own trackers, each under a name of its own choosing; ids are kept so that a resumed run goes on."""
+    args, names = run.args, [name for name in run.args.report_to if name != "none"]
+    if not run.accelerator.is_main_process:
+        return
+    from accelerate import tracking
+
+    run_name = run.directory.name
+    if "tensorboard" in names:
+        purge = {"purge_step": run.state.step + 1} if run.resumed else {}
+        run.trackers.append(tracking.TensorBoardTracker("tensorboard", str(run.directory), **purge))
+    if "wandb" in names:
+        identity = run.state.trackers.get("wandb")
+        run.trackers.append(
+            tracking.WandBTracker(
+                args.wandb_project,
+                entity=args.wandb_entity,
+                name=args.wandb_name or run_name,
+                tags=list(args.wandb_tags) or None,
+                notes=args.wandb_notes,
+                dir=str(run.directory),
+                **({"id": identity, "resume": "allow"} if identity else {}),
+            )
+        )
+    if "mlflow" in names:
+        run.trackers.append(
+            tracking.MLflowTracker(args.experiment_name, run_id=run.state.trackers.get("mlflow"), run_name=run_name)
+        )
+    for tracker in run.trackers:
+        try:
+            tracker.start()
+            if tracker.name == "wandb":
+                run.state.trackers["wandb"] = tracker.run.id
+            if tracker.name == "mlflow":
+                run.state.trackers["mlflow"] = tracker.active_run.info.run_id
+            if tracker.name != "tensorboard" and not run.resumed:  # TensorBoard shows the settings as text instead
+                tracker.store_init_configuration(flat(args))
+        except Exception as error:  # a tracker's own errors have no common base class
+            raise UserError(f"--report_to {tracker.name}: {first_line(error)}") from error
+    for tracker in run.trackers:
+        if tracker.name == "tensorboard" and not run.resumed:
+            tracker.writer.add_text("config", "```yaml\n" + to_yaml(args) + "```", 0)

@@ -1,0 +1,178 @@
+"""Weights of plain, DDP and FSDP2 models, in Hugging Face layout."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from accelerando.base.errors import UserError, first_line
+from accelerando.base.files import fresh_draft, sync_files
+from accelerando.base.processes import gather_objects
+from accelerando.train.accelerator import is_sharded, unwrapped
+
+if TYPE_CHECKING:
+    pass
+    import torch
+    from accelerate import Accelerator
+
+
+def save_model_folder(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    folder: Path,
+    extra: Callable[[Path], None] | None = None,
+    saved_form: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda state: state,
+) -> None:
+    """Saves the model in Hugging Face layout, to be opened with ``from_pretrained``; to be called on every process.
+
+    With LoRA ``folder`` holds the merged model and ``folder/adapter`` the adapter. ``extra`` writes what belongs
+    beside the weights (tokenizer, model card) into the folder it is given; ``saved_form`` turns the state dict of
+    training into the one that the model's class expects, where they differ. Each file is replaced whole.
+    """
+    from accelerando.train.lora import is_lora, merged_state_dict
+
+    state = model_state(accelerator, model)
+    plain = unwrapped(accelerator, model)
+
+    def write(draft: Path) -> None:
+        from safetensors.torch import save_file
+
+        trained = merged_state_dict(plain, state) if is_lora(plain) else state
+        saved = saved_form(trained) if trained else trained
+        # What the model's class has no place for (a bias of the loss); load_trained_weights finds it here.
+        if left_over := {name: tensor for name, tensor in trained.items() if name not in saved}:
+            save_file(contiguous(left_over), draft / "model_training_only.safetensors", metadata={"format": "pt"})
+        if is_lora(plain):
+            plain.get_base_model().save_pretrained(draft, state_dict=contiguous(saved))
+            plain.save_pretrained(draft / "adapter", state_dict=state, save_embedding_layers=False)
+            with contextlib.suppress(FileNotFoundError):
+                (draft / "adapter" / "README.md").unlink()  # PEFT's template, all of it placeholders
+        else:
+            plain.save_pretrained(draft, state_dict=contiguous(saved))
+        if extra is not None:
+            extra(draft)
+
+    with main_process_writes(accelerator, f"model {folder}"):
+        if accelerator.is_main_process:
+            draft = fresh_draft(folder)
+            try:
+                write(draft)
+                sync_files(draft)
+            except BaseException:
+                shutil.rmtree(draft, ignore_errors=True)
+                raise
+            # File by file: only the weights change between two saves, and a rename replaces them in one go.
+            for path in sorted(draft.rglob("*")):
+                target = folder / path.relative_to(draft)
+                if path.is_dir():
+                    target.mkdir(parents=True, exist_ok=True)
+                else:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, target)
+            shutil.rmtree(draft)
+
+
+@contextlib.contextmanager
+def main_process_writes(accelerator: Accelerator, what: str) -> Iterator[None]:
+    """An OSError on the main process becomes one UserError on all of them, instead of a hang of the others."""
+    from safetensors import SafetensorError
+
+    problem = None
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        problem = getattr(error, "strerror", None) or first_line(error)
+    problem = next((text for text in gather_objects(accelerator, problem) if text), None)
+    if problem:
+        raise UserError(
+            f"cannot write {what}: {problem}; what was saved before is intact: free space, then go on with --resume"
+        )
+
+
+def model_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The whole state dict on the CPU under the plain model's names; where it is sharded, on the main process alone."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    plain = unwrapped(accelerator, model)
+    if not is_sharded(accelerator):
+        return {name: tensor.detach().cpu() for name, tensor in plain.state_dict().items()}
+    return get_model_state_dict(plain, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def set_model_state(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    state: dict[str, torch.Tensor],
+    source: str,
+    partly: bool = False,
+) -> None:
+    """Loads a whole state dict into a plain, DDP or FSDP2 model; ``partly`` allows for tensors not in ``state``.
+
+    Raises:
+        UserError: names or shapes do not fit the model.
+    """
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    plain = unwrapped(accelerator, model)
+    whole = plain.state_dict()
+    own = {name: tuple(tensor.shape) for name, tensor in whole.items()}
+    wrong = [name for name in state if name not in own or own[name] != tuple(state[name].shape)]
+    wrong += [] if partly else [name for name in own if name not in state]
+    if wrong:
+        raise UserError(f"{source} belongs to another model: {wrong[0]} differs (and {len(wrong) - 1} more)")
+    if is_sharded(accelerator):
+        options = StateDictOptions(full_state_dict=True, strict=not partly)
+        set_model_state_dict(plain, state, options=options)
+    else:
+        versioned = type(whole)(state)  # some modules (MNASNet) ask for the version that a state dict carries
+        versioned._metadata = whole._metadata
+        plain.load_state_dict(versioned, strict=not partly)
+
+
+def load_trained_weights(accelerator: Accelerator, model: torch.nn.Module, folder: Path) -> None:
+    """Loads what :func:`save_model_folder` wrote back into the model it came from."""
+    from safetensors.torch import load_file
+
+    from accelerando.train.lora import adapter_name, is_lora, plain_name
+
+    plain = unwrapped(accelerator, model)
+    saved = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        saved.update(load_file(path))
+    own = plain.state_dict()
+    if is_lora(plain):
+        kept = load_file(folder / "adapter" / "adapter_model.safetensors")
+        names = {adapter_name(name): name for name in own}
+        state = {names[name]: tensor for name, tensor in kept.items()}
+        # What is trained beside the adapters (a logit scale) is in the merged weights alone.
+        for name, parameter in plain.named_parameters():
+            if parameter.requires_grad and name not in state and plain_name(name) in saved:
+                state[name] = saved[plain_name(name)]
+    else:
+        if not saved.keys() <= own.keys():  # transformers saves some models under older names than they have
+            opened, report = type(plain).from_pretrained(
+                folder, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
+            )
+            if not any(report.values()):  # otherwise it is another model's, which set_model_state says
+                saved = opened.state_dict()
+        state = saved  # tied weights are stored once; the model shares them anyway
+    same_size = {name for name in state if name in own and own[name].numel() == state[name].numel()}
+    state = {name: t.reshape(own[name].shape) if name in same_size else t for name, t in state.items()}
+    set_model_state(accelerator, model, state, source=str(folder), partly=True)
+
+
+def contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What safetensors takes: contiguous CPU tensors that share no memory."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        if tensor.numel() and tensor.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.data_ptr())
+        result[name] = tensor
+    return result
