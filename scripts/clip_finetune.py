@@ -1,26 +1,81 @@
-"""Fine-tune CLIP (or SigLIP) on pairs of image and caption, with a contrastive batch as large as you like.
+"""Fine-tune CLIP (or SigLIP) on pairs of image and caption, with a contrastive batch of any size.
 
 Pairs come from WebDataset shards (a folder, a brace pattern, s3://) or from a folder of images and a table of captions;
 see data/README.md. The loss is taken over the whole effective batch: embeddings are gathered from all processes and all
 micro-batches (GradCache), so 1,024 pairs in micro-batches of 64 have 1,023 negatives each, on one process or many. The
-weights that are best on the validation pairs are scored on the test pairs, beside the model as it came.
+weights that are best on the validation pairs are scored on the test pairs, beside the untrained base model.
 
   accelerate launch --config_file accelerate_configs/cpu.yaml scripts/clip_finetune.py --config configs/demo/clip.yaml
   ... the same with accelerate_configs/multi_gpu.yaml (DDP) or accelerate_configs/fsdp.yaml (FSDP2)
+  python scripts/clip_finetune.py --config configs/demo/clip.yaml    (one process, some seconds sooner)
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from accelerando.base.config import check_ranges, parse_args, without_effect
 from accelerando.base.errors import UserError, errors_in_one_line
-from accelerando.data.transforms import AugmentationName
-from accelerando.train.losses import LossName, Pairs
-from accelerando.train.optim import OptimizerName, SchedulerName
+from accelerando.base.files import cache_folder
+from accelerando.base.log import log
+from accelerando.base.processes import main_process_first
+from accelerando.data.collate import PairCollate
+from accelerando.data.pairs import (
+    Captions,
+    Gallery,
+    PairDataset,
+    PairSource,
+    PairSubset,
+    bucket_locations,
+    captions,
+    class_names_of,
+    hold_out_images,
+    image_classes,
+    make_gallery,
+    open_pairs,
+    split_locations,
+)
+from accelerando.data.tables import SUFFIXES
+from accelerando.data.transforms import AugmentationName, ImageTransform, normalise
+from accelerando.inference.hub import check_push, push_best
+from accelerando.models import clip
+from accelerando.models.cpu import speed_up_dropout, use_eager_attention
+from accelerando.report import page, results
+from accelerando.report.metrics import contrastive_metrics, retrieval_metrics, zero_shot_metrics
+from accelerando.report.model_card import write_model_card
+from accelerando.report.retrieval import example_rows, keep_examples, retrieval_examples
+from accelerando.train.accelerator import (
+    count_parameters,
+    is_sharded,
+    log_trained,
+    log_trained_parts,
+    make_accelerator,
+    prepare,
+    unwrapped,
+)
+from accelerando.train.autotune import find_micro_batch_size
+from accelerando.train.averages import Ema, averaged, mix_weights, trained_weights
+from accelerando.train.batches import TrainBatches, report_unreadable
+from accelerando.train.evaluation import EvaluationRows, check_validation
+from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
+from accelerando.train.lora import attach_lora
+from accelerando.train.losses import Embedded, LossName, Pairs, backward_contrastive, clamp_logit_scale
+from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer, make_scheduler
+from accelerando.train.run import choose_directory, finish_run, join_name, restore, save, short_name, start_run
+from accelerando.train.state import Metric, Run
+from accelerando.train.stop import stoppable
+from accelerando.train.tracking import check_trackers, record
+from accelerando.train.weights import load_trained_weights, save_model_folder
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
 
 Scenario = Literal["zero_shot", "linear_probe", "dual_lora", "vision_lora", "text_lora", "full"]
 
@@ -31,6 +86,7 @@ class Args:
     train_data: str | None = None  # shards (folder, a/{00..09}.tar, s3://...) or a table of captions
     validation_data: str | None = None  # the same, for choosing the best weights
     test_data: str | None = None  # the same, scored once at the end with the best weights
+    validation_fraction: float = 0.1  # share of the training pairs held out, by image, without others; 0: none
     data_dir: str | None = None  # instead of the three: a folder with train/, validation/ (or val/) and test/
     image_folder: str | None = None  # tables: folder of the images
     image_column: str = "image"  # tables: column of the image file
@@ -41,8 +97,8 @@ class Args:
     cache_dir: str | None = None  # indexes and fetched shards (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
     cache_gb: float = 50.0  # fetched shards that are kept, in GB; 0: none, each pair is read where it lies
     mini_train: bool = False  # 256 training and 128 validation pairs, for a quick look
-    augmentation: AugmentationName = "simple"  # of training pictures: none, simple (flip, crop), advanced
-    class_field: str | None = None  # zero-shot classification: field of the .json with a picture's class
+    augmentation: AugmentationName = "simple"  # of training images: none, simple (flip, crop), advanced
+    class_field: str | None = None  # zero-shot classification: field of the .json with a image's class
     class_names: tuple[str, ...] = ()  # zero-shot classification: the classes (default: those of the validation set)
     class_templates: tuple[str, ...] = ("a photo of a {}.",)  # zero-shot classification: captions of a class
     max_length: int | None = None  # tokens kept of a caption (default: what the model can take)
@@ -74,10 +130,10 @@ class Args:
     max_steps: int | None = None  # stop after this many optimizer steps, even if epochs are left
     effective_batch_size: int = 1024  # pairs of one contrastive batch, over all processes: one optimizer step
     micro_batch_size: int = 0  # pairs that a process computes at once; 0: the most that fit
-    eval_batch_size: int = 64  # pictures or captions per process in evaluation
+    eval_batch_size: int = 64  # images or captions per process in evaluation
     loss_batch_size: int = 64  # pairs of one contrastive batch in the validation loss, on any number of processes
     loss: LossName = "clip"  # softmax over the batch (clip) or sigmoid of each pair (siglip)
-    mask_duplicates: bool = True  # the same caption or picture twice in a batch: not each other's negatives
+    mask_duplicates: bool = True  # the same caption or image twice in a batch: not each other's negatives
     lr: float = 1e-4  # peak learning rate
     weight_decay: float = 0.1  # on matrices; biases, norms and the temperature are spared
     optimizer: OptimizerName = "adamw"  # 8-bit and paged ones come from bitsandbytes
@@ -102,6 +158,7 @@ class Args:
     eval_every: int = 0  # optimizer steps between evaluations; 0: every epoch
     wise_ft: tuple[float, ...] = ()  # at the end, score mixtures of old (0) and new (1) weights: 0 0.25 0.5 0.75 1
     num_workers: int = 4  # processes that prepare batches
+    pin_memory: bool = True  # GPU: page-locked batches, which are copied faster
     seed: int = 42  # of weights, order, augmentation and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
@@ -113,6 +170,7 @@ class Args:
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
     keep_checkpoints: int = 2  # how many checkpoints stay
     log_every: int = 10  # optimizer steps between lines of the log
+    report_on_train: bool = False  # score the best weights on the training pairs too
     report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, several of them, or none
     wandb_project: str = "clip-furniture-finetune"  # wandb: project
     wandb_entity: str | None = None  # wandb: user or team
@@ -136,84 +194,106 @@ ALIASES = {
     "strategy": "scenario",
 }
 
+# Settings that matter only together with another one.
+ONLY_WITH = {
+    "from_scratch": ("image_size", "patch_size", "vision_width", "vision_layers", "text_width", "text_layers",
+                     "projection_dim", "vocab_size"),
+    "not from_scratch": ("model_name", "adapter"),
+    "scenario full": ("lock_image_tower", "lock_text_tower"),
+    "scenario dual_lora vision_lora text_lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"),
+    "loss siglip": ("logit_bias_init",),
+    "class_field": ("class_names", "class_templates"),
+    "s3_bucket": ("s3_prefix", "s3_validation_prefix", "s3_checkpoint_prefix"),
+    "tables": ("image_folder", "image_column", "caption_column"),
+    "GPU": ("deterministic", "pin_memory"),
+}  # fmt: skip
+
+# What is measured, in the order in which it is shown; a metric that `score` adds is shown after these.
+METRICS = (
+    Metric("loss", in_log=True, higher_is_better=False),
+    *(Metric(f"{way}_r{k}", in_log=k == 1) for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)),
+    Metric("recall_mean"),
+    *(Metric(f"{way}_median_rank", ".1f", higher_is_better=False) for way in ("image_to_text", "text_to_image")),
+    *map(Metric, ("zero_shot_accuracy", "zero_shot_top5")),
+)
+
 
 # ------------------------------------------------------------------------------------------------------------- data
 
 
 @dataclass
 class Data:
-    """Pairs of the splits, what their galleries are, and what turns pictures and captions into tensors."""
+    """Pairs of the splits, what their galleries are, and what turns images and captions into tensors."""
 
-    sources: dict[str, Any]  # train, validation and perhaps test: data.shards.ShardPairs or data.folders.TablePairs
-    galleries: dict[str, Any]  # validation and test: data.pairs.Gallery
-    classes: dict[str, Any]  # the same, where class_field is given: the class of each picture
+    splits: dict[str, PairSource]  # train, and validation and test if there are any
+    galleries: dict[str, Gallery]  # of those that are scored
+    classes: dict[str, np.ndarray]  # the same, where class_field is given: the class of each image
     class_names: list[str]
-    preprocessing: Any  # models.clip.Preprocessing
-    collate: Any
+    preprocessing: clip.Preprocessing
+    collate: PairCollate
 
 
-def load_data(args: Args, accelerator: Any) -> Data:
-    from accelerando.base.files import cache_folder
-    from accelerando.base.log import log
-    from accelerando.base.processes import main_process_first
-    from accelerando.data.collate import PairCollate
-    from accelerando.data.pairs import FirstPairs, captions, class_names_of, image_classes, make_gallery, open_pairs
-    from accelerando.models.clip import make_preprocessing, open_preprocessing
-
+def load_data(args: Args, accelerator: Accelerator) -> Data:
     with main_process_first(accelerator):  # which makes indexes and fetches what is remote
         cache = cache_folder(args.cache_dir)
         table = (args.image_folder, args.image_column, args.caption_column)
-        sources = {split: open_pairs(where, cache, args.cache_gb, *table) for split, where in splits(args).items()}
+        splits = {split: open_pairs(where, cache, args.cache_gb, *table) for split, where in locations(args).items()}
         if args.mini_train:
-            sources = {split: FirstPairs(pairs, 256 if split == "train" else 128) for split, pairs in sources.items()}
-        galleries = {split: make_gallery(sources[split], split) for split in sources if split != "train"}
+            limits = {split: min(len(pairs), 256 if split == "train" else 128) for split, pairs in splits.items()}
+            splits = {split: PairSubset(pairs, np.arange(limits[split])) for split, pairs in splits.items()}
+        if "validation" not in splits and args.validation_fraction:
+            train, held_out = hold_out_images(splits["train"], args.validation_fraction, args.seed)
+            splits = {"train": train, "validation": held_out, **{k: v for k, v in splits.items() if k != "train"}}
+        scored = [split for split in splits if split != "train" or args.report_on_train]
+        galleries = {split: make_gallery(splits[split], split) for split in scored}
         if args.from_scratch:
-            texts = captions(sources["train"])
-            preprocessing = make_preprocessing(texts, args.vocab_size, args.image_size, args.max_length or 77)
+            texts = captions(splits["train"])
+            preprocessing = clip.make_preprocessing(texts, args.vocab_size, args.image_size, args.max_length or 77)
         else:
-            preprocessing = open_preprocessing(args.model_name, args.max_length)
+            preprocessing = clip.open_preprocessing(args.model_name, args.max_length)
+    check_validation(args, splits, args.report_on_train)
     classes, names = {}, list(args.class_names)
     if args.class_field:
-        pictures = {split: gallery.image_rows for split, gallery in galleries.items()}
-        names = names or class_names_of(sources["validation"], pictures["validation"], args.class_field)
-        classes = {split: image_classes(sources[split], pictures[split], args.class_field, names) for split in pictures}
-    for split, pairs in sources.items():
+        images = {split: gallery.image_rows for split, gallery in galleries.items()}
+        first = next(split for split in ("validation", "test", "train") if split in galleries)
+        names = names or class_names_of(splits[first], images[first], args.class_field)
+        classes = {split: image_classes(splits[split], images[split], args.class_field, names) for split in images}
+    for split, pairs in splits.items():
         gallery = galleries.get(split)
         if gallery is None and args.scenario == "zero_shot":
             continue
-        unique = f", {len(gallery.image_rows):,} pictures and {len(gallery.text_rows):,} captions" if gallery else ""
+        unique = f", {len(gallery.image_rows):,} images and {len(gallery.text_rows):,} captions" if gallery else ""
         log.info("Pairs for %s: %s%s", split, f"{len(pairs):,}", unique)
     multiple = 8 if args.compile_model else 1
     collate = PairCollate(preprocessing.tokenizer, preprocessing.max_length, multiple, preprocessing.full_length)
-    return Data(sources, galleries, classes, names, preprocessing, collate)
+    return Data(splits, galleries, classes, names, preprocessing, collate)
 
 
-def splits(args: Args) -> dict[str, str]:
+def locations(args: Args) -> dict[str, str]:
     """Where the pairs of each split are: named one by one, in a bucket, or in the folders of data_dir."""
     named = {"train": args.train_data, "validation": args.validation_data, "test": args.test_data}
     if args.s3_bucket and args.data_dir and not args.train_data:
         raise UserError("--data_dir and --s3_bucket both name the data: drop one (or name --train_data as well)")
     if args.s3_bucket and not args.train_data:
-        prefix = args.s3_prefix.strip("/")
-        folder, _, name = prefix.rpartition("/")
-        other = (args.s3_validation_prefix or f"{folder}/{name.replace('train', 'val')}").strip("/")
-        if not args.validation_data and other == prefix:
-            raise UserError(f"--s3_validation_prefix is missing: {prefix} has no `train` to put `val` for")
-        named["train"] = f"s3://{args.s3_bucket}/{prefix}"
-        named["validation"] = named["validation"] or f"s3://{args.s3_bucket}/{other}"
-    elif args.data_dir:
-        for split, names in {"train": ["train"], "validation": ["validation", "val"], "test": ["test"]}.items():
-            there = [str(Path(args.data_dir) / name) for name in names if (Path(args.data_dir) / name).is_dir()]
-            named[split] = named[split] or next(iter(there), None)
-    if args.scenario == "zero_shot":  # which reads none
+        named |= bucket_locations(args.s3_bucket, args.s3_prefix, args.s3_validation_prefix, args.validation_data)
+    else:
+        named = split_locations(args.data_dir, named)
+    if args.scenario == "zero_shot":  # which trains on none
         named["train"] = named["train"] or named["validation"]
-    for split in ("train", "validation"):
-        if not named[split]:
-            raise UserError(
-                f"--{split}_data is missing: a folder of shards, a URL or a table of captions; tools/make_shards.py "
-                "packs and splits pictures and captions"
-            )
+    if not named["train"]:
+        raise UserError(
+            "--train_data is missing: a folder of shards, a URL or a table of captions; tools/make_shards.py packs and "
+            "splits images and captions"
+        )
     return {split: where for split, where in named.items() if where}
+
+
+def training_pairs(args: Args, data: Data) -> PairDataset:
+    """The training pairs as each epoch augments them."""
+    preprocessing = data.preprocessing
+    mean = preprocessing.image_processor.image_mean
+    augment = ImageTransform(preprocessing.image_size, args.augmentation, mean, False, preprocessing.square)
+    return PairDataset(data.splits["train"], augment, args.seed)
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -221,33 +301,21 @@ def splits(args: Args) -> dict[str, str]:
 PROJECTIONS = ("visual_projection", "text_projection")
 
 
-def build_model(args: Args, data: Data, accelerator: Any) -> Any:
-    from accelerando.base.log import log
-    from accelerando.models.clip import embed_in_forward, make_clip_model, make_trainable_scale, open_clip_model
-    from accelerando.models.cpu import speed_up_dropout
-    from accelerando.models.overrides import spell_out_attention
-    from accelerando.train.accelerator import count_parameters
-    from accelerando.train.lora import attach_lora
-
-    on_cpu = accelerator.device.type == "cpu"
-
+def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedModel:
+    on_cpu = accelerator.device.type == "cpu" and not args.compile_model
     if args.from_scratch:
         shape = (args.image_size, args.patch_size, args.vision_width, args.vision_layers, args.text_width,
                  args.text_layers, args.projection_dim, data.preprocessing.max_length)  # fmt: skip
-        model = make_clip_model(data.preprocessing.tokenizer, *shape, args.attention_dropout or 0.0)
+        model = clip.make_clip_model(data.preprocessing.tokenizer, *shape, args.attention_dropout or 0.0)
     else:
-        model = open_clip_model(args.model_name, args.adapter)
-        if args.attention_dropout is not None:
-            for module in model.modules():
-                if hasattr(module, "q_proj"):
-                    module.dropout = args.attention_dropout
-    make_trainable_scale(model, args.logit_scale_init, args.logit_bias_init if args.loss == "siglip" else None)
-    if on_cpu and not args.compile_model:
+        model = clip.open_clip_model(args.model_name, args.adapter, args.attention_dropout)
+    clip.make_trainable_scale(model, args.logit_scale_init, args.logit_bias_init if args.loss == "siglip" else None)
+    if on_cpu:
         patches = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
-        spell_out_attention(model, accelerator.mixed_precision, max(patches + 1, data.preprocessing.max_length))
+        use_eager_attention(model, accelerator.mixed_precision, max(patches + 1, data.preprocessing.max_length))
     if args.activation_checkpointing:
         model.activation_checkpointing_enable()
-    embed_in_forward(model)
+    clip.embed_in_forward(model)
     lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
     if args.scenario == "dual_lora":
         model = attach_lora(model, *lora, modules_to_save=[name for name in PROJECTIONS if hasattr(model, name)])
@@ -255,17 +323,14 @@ def build_model(args: Args, data: Data, accelerator: Any) -> Any:
         model = attach_lora(model, *lora, within=args.scenario.replace("lora", "model"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = is_trained(args, name)
-
-    trainable, total = count_parameters(model)
     learns = any(parameter.requires_grad and "logit_" not in name for name, parameter in model.named_parameters())
     if not learns and args.scenario != "zero_shot":
         raise UserError(f"--scenario {args.scenario} finds nothing to train in {args.model_name}")
-    if on_cpu and not args.compile_model:
+    if on_cpu:
         speed_up_dropout(model)
-    log.info("Scenario %s trains %s of %s parameters (%.2f %%)", args.scenario, f"{trainable:,}", f"{total:,}",
-             100 * trainable / total)  # fmt: skip
-    for name, count in trained_parts(model).items():
-        log.info("  %-30s %14s", name, f"{count:,}")
+    if args.scenario != "zero_shot":
+        log_trained(model, f"Scenario {args.scenario}")
+        log_trained_parts(model)
     return model
 
 
@@ -288,38 +353,27 @@ def is_trained(args: Args, name: str) -> bool:
     }[args.scenario]
 
 
-def trained_parts(model: Any) -> dict[str, int]:
-    """Counts of the trained parameters: adapters by what they adapt, the rest by tower."""
-    counts: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            words = [word for word in name.removeprefix("base_model.model.").split(".") if not word.isdigit()]
-            adapted = f" {words[-4]} (LoRA)" if ".lora_" in name else ""
-            part = words[0] + adapted
-            counts[part] = counts.get(part, 0) + parameter.numel()
-    return counts
-
-
 # ------------------------------------------------------------------------------------------------ loss and evaluation
 
 
-def embed(model: Any, batch: dict[str, Any], data: Data) -> tuple[Pairs, Any, Any]:
-    """The pairs of a micro-batch with their embeddings, exp(logit scale) and SigLIP's bias (or None)."""
+def embed(model: torch.nn.Module, batch: dict[str, torch.Tensor], data: Data, args: Args) -> Embedded:
+    """What a micro-batch contributes to the contrastive loss: its pairs' embeddings, exp(logit scale), SigLIP's bias.
+
+    A fourth value, a further loss of each pair [B], is added as its mean over all pairs of the batch.
+    """
     output = model(**model_inputs(batch, data))
     pairs = Pairs(output["image"], output["text"], batch["image_id"], batch["text_id"], batch["weight"])
-    return pairs, output["scale"], output.get("bias")
+    return Embedded(pairs, output["scale"], output.get("bias"))
 
 
-def embeddings_loss(model: Any, batch: dict[str, Any], data: Data) -> Any:
+def embeddings_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], data: Data) -> torch.Tensor:
     """A scalar of both embeddings: what the search for the largest micro-batch goes backward from."""
     output = model(**model_inputs(batch, data))
     return (output["image"] * output["text"].roll(1, 0)).sum()
 
 
-def model_inputs(batch: dict[str, Any], data: Data) -> dict[str, Any]:
+def model_inputs(batch: dict[str, torch.Tensor], data: Data) -> dict[str, torch.Tensor]:
     """What the model takes of a batch: normalised pixels, tokens and their mask, as far as they are there."""
-    from accelerando.data.transforms import normalise
-
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
     if "pixel_values" in batch:
         images = data.preprocessing.image_processor
@@ -327,83 +381,55 @@ def model_inputs(batch: dict[str, Any], data: Data) -> dict[str, Any]:
     return inputs
 
 
-def evaluate(model: Any, data: Data, split: str, run: Any, args: Args) -> dict[str, Any] | None:
-    """Embeddings of every picture [I, d] and every caption [T, d] of a split once; None when stopped.
+def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
+    """Embeddings of every image [I, d] and every caption [T, d] of a split once.
 
     ``readable`` [n] says which pairs count; ``prompts`` [C, d] are the classes' embeddings where there are any.
     """
-    import numpy as np
-
-    from accelerando.data.pairs import Captions, PairDataset, report_unreadable
-    from accelerando.data.transforms import ImageTransform
-
     gallery = data.galleries[split]
     transform = ImageTransform(data.preprocessing.image_size, square=data.preprocessing.square)
-    found: dict[str, Any] = {}
+    found: dict[str, np.ndarray] = {}
     for part, rows in (("image", gallery.image_rows), ("text", gallery.text_rows)):
-        dataset = PairDataset(data.sources[split], transform, parts=part, rows=rows)
+        dataset = PairDataset(data.splits[split], transform, parts=part, rows=rows)
         columns = embed_all(model, dataset, part, data, run, args, f"{split} {part}s")
-        if columns is None:
-            return None
         found |= {part: columns[part], f"{part}_valid": columns["valid"] > 0, "scale": columns["scale"][0]}
         found["bias"] = columns["bias"][0] if "bias" in columns else None
     found["readable"] = found["image_valid"][gallery.image_of] & found["text_valid"][gallery.text_of]
+    pairs = PairDataset(data.splits[split], transform)
     if not found["readable"].any():
-        raise UserError(f"no pair of {split} can be read: {PairDataset(data.sources[split], transform).problem(0)}")
+        raise UserError(f"no pair of {split} can be read: {pairs.problem(0)}")
     if run.state.step == 0:
-        pairs = PairDataset(data.sources[split], transform)
         report_unreadable(run.accelerator, pairs, split, np.flatnonzero(~found["readable"]))
     if split in data.classes:
         texts = [template.format(name) for name in data.class_names for template in args.class_templates]
         columns = embed_all(model, Captions(texts), "text", data, run, args, "class names")
-        if columns is None:
-            return None
         prompts = columns["text"].reshape(len(data.class_names), len(args.class_templates), -1).mean(axis=1)
         found["prompts"] = prompts / np.linalg.norm(prompts, axis=1, keepdims=True)
     return found
 
 
 def embed_all(
-    model: Any, dataset: Any, part: str, data: Data, run: Any, args: Args, what: str
-) -> dict[str, Any] | None:
-    """Embeddings of every sample once, in the order of ``dataset``, on every process; None when stopped."""
+    model: torch.nn.Module, dataset: PairDataset | Captions, part: str, data: Data, run: Run, args: Args, what: str
+) -> dict[str, np.ndarray]:
+    """Embeddings of every sample once, in the order of ``dataset``, on every process."""
     import torch
 
-    from accelerando.base.log import progress_bar
-    from accelerando.train.accelerator import unwrapped
-    from accelerando.train.batches import evaluation_batches, gather_rows
-    from accelerando.train.stop import stop_requested
-
-    accelerator = run.accelerator
-    batches = evaluation_batches(
-        dataset, data.collate, args.eval_batch_size, num_workers=min(args.num_workers, 2),
-        num_processes=accelerator.num_processes, process_index=accelerator.process_index, device=accelerator.device,
-    )  # fmt: skip
+    workers = min(args.num_workers, 2)
+    rows = EvaluationRows(run, model, dataset, data.collate, args.eval_batch_size, what, num_workers=workers)
     model.eval()
-    columns: dict[str, list[Any]] = {}
-    with torch.no_grad(), progress_bar(len(dataset), 0, f" {part}s", what) as bar:
-        for batch in batches:
-            with accelerator.autocast():
+    with torch.no_grad():
+        for batch in rows:
+            with run.accelerator.autocast():
                 output = model(**model_inputs(batch, data))
             scalars = {name: output[name].expand(len(batch["index"])) for name in ("scale", "bias") if name in output}
-            values = {name: batch[name] for name in ("index", "weight", "valid")} | {part: output[part]} | scalars
-            for name, value in values.items():
-                columns.setdefault(name, []).append(value)
-            bar.update(len(batch["index"]) * accelerator.num_processes)
-            if stop_requested(run):
-                return None
-    unwrapped(accelerator, model)  # FSDP: frees the gathered weights, which may be those of the average
-    return gather_rows(accelerator, len(dataset), {name: torch.cat(parts) for name, parts in columns.items()})
+            rows.add(valid=batch["valid"], **{part: output[part]}, **scalars)
+    return rows.gathered()
 
 
-def score(found: dict[str, Any], data: Data, split: str, args: Args) -> dict[str, float]:
+def score(found: dict[str, np.ndarray], data: Data, split: str, args: Args) -> dict[str, float]:
     """The metrics of what :func:`evaluate` found: loss, recall both ways, zero-shot accuracy."""
-    import numpy as np
-
-    from accelerando.report.metrics import contrastive_metrics, retrieval_metrics, zero_shot_metrics
-
     gallery, readable = data.galleries[split], found["readable"]
-    # What cannot be read is in nobody's gallery.
+    # An image or a caption that cannot be read is no candidate.
     images, image_of = np.unique(gallery.image_of[readable], return_inverse=True)
     texts, text_of = np.unique(gallery.text_of[readable], return_inverse=True)
     pairs = (found["image"][images], found["text"][texts], image_of, text_of)
@@ -415,7 +441,50 @@ def score(found: dict[str, Any], data: Data, split: str, args: Args) -> dict[str
     return metrics
 
 
-# ------------------------------------------------------------------------------------------------------------- main
+def score_split(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args, name: str) -> dict[str, float]:
+    """The metrics of a split; examples are kept under ``name`` (base, tuned) for the report."""
+    found = evaluate(model, data, split, run, args)
+    keep_examples(run, name, split, retrieval_examples(found, data.galleries[split]))
+    return score(found, data, split, args)
+
+
+def score_base_model(model: torch.nn.Module, data: Data, run: Run, args: Args) -> dict[str, dict[str, float]]:
+    """The metrics of the untrained model on each split: what every later number is compared with.
+
+    They are recorded, so that a resumed run has them.
+    """
+    names = [metric.name for metric in METRICS]
+    rows = {row["split"]: row for row in run.history if row["kind"] == "base"}
+    base = {split: {name: row[name] for name in names if name in row} for split, row in rows.items()}
+    for split in [split for split in data.galleries if split not in base]:
+        base[split] = score_split(model, data, split, run, args, "base")
+        record(run, "base", {"split": split, **base[split]})
+        numbers = "  ".join(f"{name} {text}" for name, text in run.written(base[split], log_only=True))
+        log.info("base model, %s: %s", split, numbers)
+    return base
+
+
+def score_mixtures(
+    model: torch.nn.Module, initial: dict[str, torch.Tensor], data: Data, run: Run, args: Args
+) -> list[dict[str, float]]:
+    """WiSE-FT: scores mixtures of the initial and the trained weights, and leaves the model with the best one."""
+    weights = trained_weights(unwrapped(run.accelerator, model))
+    tuned = trained_weights(unwrapped(run.accelerator, model), copy=True)
+    mixtures = []
+    for alpha in args.wise_ft:
+        mix_weights(weights, initial, tuned, alpha)
+        mixtures.append(
+            {"alpha": alpha, **score(evaluate(model, data, "validation", run, args), data, "validation", args)}
+        )
+    choose = max if run.higher_is_better else min
+    run.state.metrics = choose(mixtures, key=lambda mixture: mixture[args.best_metric])
+    mix_weights(weights, initial, tuned, run.state.metrics["alpha"])
+    log.info("WiSE-FT: the mixture with %.0f %% of the new weights is best, saved to %s",
+             100 * run.state.metrics["alpha"], run.directory / "wise_ft")  # fmt: skip
+    return mixtures
+
+
+# ----------------------------------------------------------------------------------------------------------- output
 
 USAGE = """
 from transformers import AutoModel, AutoProcessor
@@ -427,20 +496,70 @@ print(model(**inputs).logits_per_image)
 """
 
 
+def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None:
+    """What stands beside the saved weights: tokenizer, image processor and model card."""
+    data.preprocessing.save(folder)
+    padding = '"max_length"' if data.preprocessing.full_length else True
+    usage = USAGE.format(folder=run.directory / "best", padding=padding)
+    write_model_card(
+        folder, run, "zero-shot-image-classification", None if args.from_scratch else args.model_name, usage
+    )
+
+
+def write_report(
+    run: Run, model: torch.nn.Module, data: Data, base: dict, tuned: dict, mixtures: list[dict], args: Args
+) -> None:
+    """Results and report: metrics of each split of the ``base`` model and of the best weights. Main process."""
+    final = tuned or base
+    columns = {f"base {split}": values for split, values in base.items()} | tuned
+    counts = {split: len(data.splits[split]) for split in final}
+    galleries = {
+        split: {"pairs": counts[split], "images": len(gallery.image_rows), "captions": len(gallery.text_rows)}
+        for split, gallery in data.galleries.items()
+    }
+    trainable, parameters = count_parameters(model)
+    details = {"parameters": parameters, "trainable_parameters": trainable, "base": base, "galleries": galleries,
+               "wise_ft": mixtures}  # fmt: skip
+    results.write_results(run, final, counts, details)
+    last = results.split_to_show(final)
+    tiles = [
+        (f"{last}, {label}", f"{100 * final[last][f'{way}_r1']:.1f} %",
+         f"base {100 * base[last][f'{way}_r1']:.1f} %, chance {100 / galleries[last][items]:.2g} %")
+        for way, label, items in (("text_to_image", "text to image R@1", "images"),
+                                  ("image_to_text", "image to text R@1", "captions"))
+    ]  # fmt: skip
+    tiles += [("gallery", f"{galleries[last]['images']:,}", f"images, {galleries[last]['captions']:,} captions")]
+    blocks = []
+    if mixtures:
+        names = results.metric_names(run, {"": mixtures[0]})
+        rows = [tuple(mixture[name] for name in ("alpha", *names[:-1])) for mixture in mixtures]
+        title = "WiSE-FT: mixtures of old and new weights, validation"
+        blocks.append(page.table(["share of new weights", *names[:-1]], rows, title=title))
+    titles = {"base": "before", "tuned": "after"} if tuned else {"base": "base model"}
+    examples = example_rows(run, data.splits[last], last, titles)
+    blocks.append(page.retrieval(examples, title=f"Examples, {last}"))
+    curves = results.training_curves("Recall", {
+        "validation/text_to_image_r1": "text to image, 1", "validation/image_to_text_r1": "image to text, 1",
+        "validation/recall_mean": "mean of all",
+    })  # fmt: skip
+    heading = "Metrics of the best weights, beside the base model"
+    path = results.write_page(run, f"Image-text retrieval: {data_title(args)}", tiles, columns, curves, blocks, heading)
+    log.info("Summary\n%s", results.write_summary(run, columns))
+    log.info("Report: %s", path)
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
 def check_args(args: Args) -> None:
     """What can be wrong before anything is loaded."""
-    from accelerando.inference.hub import check_push
-    from accelerando.train.run import choose_directory
-    from accelerando.train.tracking import check_trackers
-
     check_trackers(args.report_to)
     check_push(args.push_to_hub, args.hub_repo_id)
-    splits(args)
-    choose_directory(args, default_name(args))
+    locations(args)
     check_ranges(
         args, effective_batch_size=(2, 2**30), micro_batch_size=(0, 2**30), loss_batch_size=(2, 2**30),
         ema_decay=(0, 0.9999999), attention_dropout=(0, 0.999), logit_scale_init=(1e-3, 1e6), cache_gb=(0, 1e6),
-        image_size=(8, 4096), patch_size=(2, 4096),
+        validation_fraction=(0, 0.9), image_size=(8, 4096), patch_size=(2, 4096),
     )  # fmt: skip
     if args.scenario == "zero_shot" and args.push_to_hub:
         raise UserError("--push_to_hub: --scenario zero_shot trains nothing that could be pushed")
@@ -459,21 +578,17 @@ def check_args(args: Args) -> None:
 def data_title(args: Args) -> str:
     """A short name of the data: the folder's or the bucket's own."""
     plain = ("", ".", "train", "validation", "val", "data")
-    parts = [part for part in splits(args)["train"].split("/") if part not in plain]
+    parts = [part for part in locations(args)["train"].split("/") if part not in plain]
     return (parts[-1] if parts else "").split(".")[0].split("{")[0] or "data"
 
 
 def model_title(args: Args) -> str:
     """A short name of the model."""
-    from accelerando.train.run import short_name
-
     return f"clip{args.vision_width}x{args.vision_layers}" if args.from_scratch else short_name(args.model_name)
 
 
 def default_name(args: Args) -> str:
-    """The run directory's name: what distinguishes runs that one tends to compare."""
-    from accelerando.train.run import join_name
-
+    """The run directory's name: what distinguishes runs that are likely to be compared."""
     settings = (args.scenario, f"bs{args.effective_batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
     return join_name(data_title(args), model_title(args), *settings)
 
@@ -481,254 +596,119 @@ def default_name(args: Args) -> str:
 def main() -> None:
     args = parse_args(Args, ALIASES)
     check_args(args)
+    hint = "; --resume without a folder looks in the bucket" if args.enable_s3_checkpoints else ""
+    directory = choose_directory(args, default_name(args), hint)
 
-    import torch
-
-    from accelerando.base.log import log, progress_bar, success
-    from accelerando.data.collate import PairCollate
-    from accelerando.data.pairs import PairDataset, report_unreadable
-    from accelerando.data.transforms import ImageTransform
-    from accelerando.inference.hub import push_folder
-    from accelerando.models.clip import saved_scale
-    from accelerando.report.model_card import write_model_card
-    from accelerando.report.results import (
-        RETRIEVAL_METRICS,
-        keep_examples,
-        retrieval_examples,
-        write_retrieval_results,
-        write_summary,
-    )
-    from accelerando.train.accelerator import (
-        choose_sharded_layers,
-        count_parameters,
-        is_sharded,
-        make_accelerator,
-        seed_processes_apart,
-        unwrapped,
-    )
-    from accelerando.train.autotune import find_micro_batch_size
-    from accelerando.train.averages import Ema, averaged, mix_weights, trained_weights
-    from accelerando.train.batches import TrainBatches
-    from accelerando.train.loop import (
-        after_step,
-        count_evaluation,
-        evaluation_was_stopped,
-        is_due,
-        log_step,
-        out_of_patience,
-        plan_steps,
-        speed,
-        take_train_loss,
-    )
-    from accelerando.train.losses import backward_contrastive, clamp_logit_scale
-    from accelerando.train.optim import make_optimizer, make_scheduler
-    from accelerando.train.run import finish_run, leave_after_stop, restore, save, start_run
-    from accelerando.train.tracking import evaluations, record
-    from accelerando.train.weights import load_trained_weights, save_model_folder
-
+    # Data, model and the run's folder.
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
     data = load_data(args, accelerator)
     model = build_model(args, data, accelerator)
     remote = f"s3://{args.s3_bucket}/{args.s3_checkpoint_prefix.strip('/')}" if args.enable_s3_checkpoints else None
-    run = start_run(accelerator, args, default_name(args), remote)
-    state = run.state
-    used = {"from scratch": args.from_scratch, "full": args.scenario == "full", "siglip": args.loss == "siglip"}
-    used |= {"tables": any(hasattr(pairs, "names") for pairs in data.sources.values())}
-    used |= {"zero-shot classification": args.class_field is not None, "pretrained": not args.from_scratch}
-    used |= {"s3": args.s3_bucket is not None, "GPU": accelerator.device.type == "cuda"}
-    for line in without_effect(args, used | {"lora": args.scenario.endswith("lora")}):
+    run = start_run(accelerator, args, directory, METRICS, model_title(args), remote)
+    here = {
+        "GPU": accelerator.device.type == "cuda",
+        "tables": any(Path(where).suffix.lower() in SUFFIXES for where in locations(args).values()),
+    }
+    for line in without_effect(args, ONLY_WITH, **here):
         log.warning("%s", line)
 
-    preprocessing, micro_batch_size = data.preprocessing, args.micro_batch_size or state.micro_batch_size
-    mean = preprocessing.image_processor.image_mean
-    augment = ImageTransform(preprocessing.image_size, args.augmentation, mean, False, preprocessing.square)
-    dataset = PairDataset(data.sources["train"], augment, args.seed)
-    if not micro_batch_size and args.scenario != "zero_shot":
+    # What an optimizer step trains on: the same samples on any number of processes.
+    if args.scenario == "zero_shot":  # the base model is all there is to score
+        model.to(accelerator.device)
+        with stoppable(run, on_stop=lambda: None):
+            base = score_base_model(model, data, run, args)
+        if accelerator.is_main_process:
+            write_report(run, model, data, base, {}, [], args)
+        return finish_run(run)
+
+    # What an optimizer step trains on: the same samples on any number of processes.
+    train_data, micro_batch_size = training_pairs(args, data), args.micro_batch_size or run.state.micro_batch_size
+    if not micro_batch_size:
         # Captions of the full length: what fits must fit for the longest.
-        longest = PairCollate(preprocessing.tokenizer, preprocessing.max_length, full_length=True)
-        micro_batch_size = find_micro_batch_size(
-            accelerator, model, lambda size: longest([dataset.at(row % len(dataset), 0) for row in range(size)]),
+        longest = PairCollate(data.preprocessing.tokenizer, data.preprocessing.max_length, full_length=True)
+        micro_batch_size = run.state.micro_batch_size = find_micro_batch_size(
+            accelerator, model, lambda size: longest([train_data.at(row % len(train_data), 0) for row in range(size)]),
             lambda plain, batch: embeddings_loss(plain, batch, data),
             most=-(-args.effective_batch_size // accelerator.num_processes),
         )  # fmt: skip
-        state.micro_batch_size = micro_batch_size
-    train_batches = TrainBatches(
-        dataset, data.collate, max(1, micro_batch_size), seed=args.seed, effective_batch_size=args.effective_batch_size,
-        num_workers=args.num_workers, num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index, device=accelerator.device,
+    batches = TrainBatches(
+        train_data, data.collate, micro_batch_size, seed=args.seed, num_workers=args.num_workers,
+        effective_batch_size=args.effective_batch_size, accelerator=accelerator, pin_memory=args.pin_memory,
     )  # fmt: skip
-    total_steps = plan_steps(run, train_batches, args.epochs, args.max_steps)
+    plan_steps(run, batches)
 
-    higher_is_better = args.best_metric != "loss"
-    optimizer = schedule = ema = initial = None
-    if args.scenario == "zero_shot":
-        total_steps = 0
-        model.to(accelerator.device)
-    else:
-        optimizer = make_optimizer(
-            model, args.optimizer, args.lr, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
-            args.momentum, sharded=is_sharded(accelerator),
-        )  # fmt: skip
-        if args.compile_model:
-            model = torch.compile(model, dynamic=True)
-        choose_sharded_layers(accelerator, model)
-        model, optimizer = accelerator.prepare(model, optimizer)
-        schedule = make_scheduler(
-            optimizer.optimizer, args.scheduler, total_steps, args.warmup_steps, args.scheduler_factor,
-            args.scheduler_patience, higher_is_better, args.scheduler_step_size * train_batches.num_windows(),
-        )  # fmt: skip
-        initial = trained_weights(unwrapped(accelerator, model), copy=True) if args.wise_ft else None
-        ema = Ema(optimizer, args.ema_decay) if args.ema_decay else None
-        seed_processes_apart(args.seed, accelerator)
-        restore(run, model, optimizer, schedule, ema)
+    # Optimizer, schedule, averages; then back to where a resumed run was.
+    optimizer = make_optimizer(
+        model, args.optimizer, args.lr, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
+        args.momentum, sharded=is_sharded(accelerator),
+    )  # fmt: skip
+    model, optimizer = prepare(accelerator, model, optimizer, args.compile_model)
+    schedule = make_scheduler(
+        optimizer.optimizer, args.scheduler, run.total_steps, args.warmup_steps, args.scheduler_factor,
+        args.scheduler_patience, run.higher_is_better, args.scheduler_step_size * batches.num_windows(),
+    )  # fmt: skip
+    initial = trained_weights(unwrapped(accelerator, model), copy=True) if args.wise_ft else {}
+    ema = Ema(optimizer, args.ema_decay)
+    restore(run, model, optimizer, schedule, ema)
     logit_scale = unwrapped(accelerator, model).logit_scale
+    clamps = logit_scale.requires_grad and args.loss == "clip"
 
-    def write_beside_weights(folder: Path) -> None:
-        preprocessing.save(folder)
-        padding = '"max_length"' if preprocessing.full_length else True
-        usage = USAGE.format(folder=run.directory / "best", padding=padding)
-        base_model = None if args.from_scratch else args.model_name
-        write_model_card(folder, run, "zero-shot-image-classification", base_model, metrics, usage)
-
-    def save_weights(folder: Path) -> None:
+    def save_weights(name: str) -> None:
         plain = unwrapped(accelerator, model)
-        save_model_folder(accelerator, model, folder, write_beside_weights, lambda state: saved_scale(plain, state))
+        save_model_folder(
+            accelerator, model, directory / name, lambda folder: write_beside_weights(folder, run, data, args),
+            saved_form=lambda state: clip.saved_scale(plain, state),
+        )  # fmt: skip
 
-    def stop_here() -> None:
-        leave_after_stop(run, save(run, model, optimizer, schedule, args.keep_checkpoints, ema) if optimizer else None)
+    def checkpoint() -> Path:
+        return save(run, model, optimizer, schedule, ema)
 
-    metrics = {name: row[name] for row in evaluations(run)[-1:] for name in RETRIEVAL_METRICS if name in row}
-
-    def validate() -> bool:
-        """Scores the validation pairs, keeps the weights if they are the best so far; False when asked to stop."""
+    def validate() -> None:
+        """Scores the validation pairs, and keeps the weights in best/ if they are the best so far."""
+        metrics = {}  # without validation pairs the last weights count
         with averaged(ema):
-            found = evaluate(model, data, "validation", run, args)
-        if found is None:
-            return False
-        metrics.update(score(found, data, "validation", args))
-        value, train_loss = metrics[args.best_metric], take_train_loss(state)
-        best = count_evaluation(state, value, args.early_stop_min_delta, higher_is_better)
-        lr, scale = optimizer.param_groups[0]["lr"], float(found["scale"])
-        record(run, "validation", {"train_loss": train_loss, **metrics, "lr": lr, "logit_scale": scale, **speed(run)})
-        schedule.evaluated(value)
-        log.info("validation loss %.4f  R@1 image to text %.4f, text to image %.4f  (step %d, train loss %.4f)",
-                 metrics["loss"], metrics["image_to_text_r1"], metrics["text_to_image_r1"], state.step,
-                 train_loss)  # fmt: skip
-        if best:
-            with averaged(ema):
-                save_weights(run.directory / "best")
-            success("New best %s %.4f, saved to %s", args.best_metric, value, run.directory / "best")
-        write_summary(run, model_title(args), total_steps, {"base": base["validation"], "validation": metrics})
-        return True
+            if "validation" in data.galleries:
+                found = evaluate(model, data, "validation", run, args)
+                metrics = score(found, data, "validation", args)
+            if record_evaluation(run, metrics, schedule):
+                save_weights("best")
+        results.write_summary(run, {"base": base.get("validation", {}), "validation": metrics})
 
-    # The model as it came, on the same pairs: what every later number is compared with.
-    base = {
-        row["split"]: {name: row[name] for name in RETRIEVAL_METRICS if name in row}
-        for row in run.history
-        if row["kind"] == "base"
-    }
-    for split in [split for split in data.galleries if split not in base]:
-        found = evaluate(model, data, split, run, args)
-        if found is None:
-            stop_here()
-        base[split] = score(found, data, split, args)
-        record(run, "base", {"split": split, **base[split]})
-        keep_examples(run, "base", split, retrieval_examples(found, data.galleries[split]))
-        log.info("base model, %s: loss %.4f  R@1 image to text %.4f, text to image %.4f", split,
-                 *(base[split][name] for name in ("loss", "image_to_text_r1", "text_to_image_r1")))  # fmt: skip
-
-    # A run that was stopped inside an evaluation goes on with it.
-    if evaluation_was_stopped(state, args.eval_every, total_steps) and not validate():
-        stop_here()
-
-    checkpoint = None
-    bar = progress_bar(total_steps, state.step, " steps", "training")
-    while state.step < total_steps and not out_of_patience(state, args.early_stop):
-        log.info("Epoch %d/%d", state.epoch + 1, args.epochs)
-        clock = time.perf_counter()
-        for window in train_batches.windows(state.epoch, state.position):
+    with stoppable(run, on_stop=checkpoint):
+        base = score_base_model(model, data, run, args)
+        if evaluation_is_due(run):
+            validate()
+        for window in training_steps(run, batches):
             model.train()
             loss = backward_contrastive(
-                accelerator, model, window, lambda model, batch: embed(model, batch, data), args.loss,
+                accelerator, model, window, lambda model, batch: embed(model, batch, data, args), args.loss,
                 args.mask_duplicates,
             )  # fmt: skip
-            norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
-            lr = optimizer.param_groups[0]["lr"]
+            window.add_mean_loss(loss)
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
             optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow
-                schedule.step()
+            schedule.step(skipped=accelerator.optimizer_step_was_skipped)
             optimizer.zero_grad()
-            if logit_scale.requires_grad and args.loss == "clip":
+            if clamps:
                 clamp_logit_scale(logit_scale)
-            stop = after_step(run, window, loss * window.num_samples / accelerator.num_processes)
-            if ema:
-                ema.update(state.step)
-            end_of_epoch, last_step = state.position == len(dataset), state.step == total_steps
-            now = time.perf_counter()
-            state.seconds, clock = state.seconds + now - clock, now
-            state.wait_seconds += train_batches.take_seconds_waited()
-            bar.update()
-            if state.step % args.log_every == 0:
-                log_step(run, bar, total_steps, lr, float(norm))
-            if end_of_epoch:
-                state.epoch, state.position = state.epoch + 1, 0
-            if end_of_epoch or last_step or stop:
-                report_unreadable(accelerator, dataset, "training", train_batches.unreadable)
-                train_batches.unreadable.clear()
-            if is_due(args.eval_every, state.step, end_of_epoch, last_step) and not stop:
-                stop = not validate()
-                clock = time.perf_counter()  # evaluating and saving is not training
-            if stop or is_due(args.save_every, state.step, end_of_epoch, last_step):
-                checkpoint = save(run, model, optimizer, schedule, args.keep_checkpoints, ema)
-                clock = time.perf_counter()
-            if stop:
-                leave_after_stop(run, checkpoint)
-            if last_step or out_of_patience(state, args.early_stop):
-                break
-    bar.close()
-    if out_of_patience(state, args.early_stop):
-        log.info("Stopped early: no better %s in %d evaluations", args.best_metric, args.early_stop)
-        if checkpoint is None or checkpoint.name != f"step_{state.step:06d}":
-            save(run, model, optimizer, schedule, args.keep_checkpoints, ema)
+            ema.update()
+            step = finish_step(run, window, grad_norm, schedule.lr)
+            if step.evaluates:
+                validate()
+            if step.saves:
+                checkpoint()
 
-    scores = {split: {"base": base[split]} for split in base}
-    mixtures = []
-    if optimizer:
-        save_weights(run.directory / "last")
-        load_trained_weights(accelerator, model, run.directory / "best")
-        for split in data.galleries:
-            found = evaluate(model, data, split, run, args)
-            if found is None:
-                leave_after_stop(run, run.checkpoints)
-            scores[split]["tuned"] = score(found, data, split, args)
-            keep_examples(run, "tuned", split, retrieval_examples(found, data.galleries[split]))
-        if args.wise_ft:
-            weights = trained_weights(unwrapped(accelerator, model))
-            tuned = trained_weights(unwrapped(accelerator, model), copy=True)
-            for alpha in args.wise_ft:
-                mix_weights(weights, initial, tuned, alpha)
-                found = evaluate(model, data, "validation", run, args)
-                if found is None:
-                    leave_after_stop(run, run.checkpoints)
-                mixtures.append({"alpha": alpha, **score(found, data, "validation", args)})
-            choose = max if higher_is_better else min
-            chosen = choose(mixtures, key=lambda mixture: mixture[args.best_metric])
-            mix_weights(weights, initial, tuned, chosen["alpha"])
-            metrics.update(chosen)
-            save_weights(run.directory / "wise_ft")
-            log.info("WiSE-FT: the mixture with %.0f %% of the new weights is best, saved to %s", 100 * chosen["alpha"],
-                     run.directory / "wise_ft")  # fmt: skip
+    # The last weights are saved, the best ones scored.
+    save_weights("last")
+    load_trained_weights(accelerator, model, directory / "best")
+    with stoppable(run):
+        tuned = {split: score_split(model, data, split, run, args, "tuned") for split in data.galleries}
+        mixtures = score_mixtures(model, initial, data, run, args) if args.wise_ft else []
+    if mixtures:
+        save_weights("wise_ft")
     if accelerator.is_main_process:
-        trainable, parameters = count_parameters(model)
-        report = write_retrieval_results(
-            run, model_title(args), f"Image-text retrieval: {data_title(args)}", data.sources, data.galleries, scores,
-            mixtures, {"parameters": parameters, "trainable_parameters": trainable}, total_steps,
-        )  # fmt: skip
-        log.info("Summary\n%s", (run.directory / "summary.txt").read_text(encoding="utf-8"))
-        log.info("Report: %s", report)
-        if args.push_to_hub:
-            best = run.directory / "best"
-            success("Pushed %s to %s", best, push_folder(best, args.hub_repo_id, args.hub_private))
+        write_report(run, model, data, base, tuned, mixtures, args)
+        push_best(run, args.push_to_hub, args.hub_repo_id, args.hub_private)
     finish_run(run)
 
 

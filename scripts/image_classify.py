@@ -1,25 +1,74 @@
 """Classify images: class folders, folds of them, any net of torchvision or timm, any classifier of transformers.
 
 data_dir holds raw/<class>/* and the splits/ that tools/split_folds.py made of it, or train/<class>/*, val/<class>/* and
-perhaps test/<class>/*; see data/README.md. The weights that are best on the validation pictures are scored on the test
-pictures, which are the same for every fold.
+perhaps test/<class>/*; see data/README.md. Trained with cross-entropy; the weights that are best on the validation
+images are scored on the test images, which are the same for every fold.
 
   python tools/split_folds.py --raw_data data/insects/raw --folds 5
   accelerate launch --config_file accelerate_configs/cpu.yaml scripts/image_classify.py --data_dir data/insects --fold 0
   ... the same with accelerate_configs/multi_gpu.yaml (DDP) or accelerate_configs/fsdp.yaml (FSDP2)
+  python scripts/image_classify.py --data_dir data/insects --fold 0    (one process, some seconds sooner)
 """
 
 from __future__ import annotations
 
-import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from accelerando.base.config import check_ranges, parse_args, without_effect
-from accelerando.base.errors import UserError, errors_in_one_line, first_line
-from accelerando.train.optim import OptimizerName, SchedulerName
+from accelerando.base.errors import UserError, errors_in_one_line
+from accelerando.base.files import cache_folder
+from accelerando.base.log import log
+from accelerando.data.collate import ImageCollate
+from accelerando.data.decode import evaluation_side
+from accelerando.data.folders import ImageFiles, read_splits
+from accelerando.data.image_cache import cached_images
+from accelerando.data.images import EvaluationImages, ImageAugmentation, TrainingImages, write_image_processor
+from accelerando.data.splits import stratified_split
+from accelerando.data.transforms import normalise
+from accelerando.inference.hub import check_push, push_best
+from accelerando.models.cpu import speed_up_dropout
+from accelerando.models.pretrained import class_labels, open_model
+from accelerando.report import page, results
+from accelerando.report.metrics import classification_metrics
+from accelerando.report.model_card import write_model_card
+from accelerando.report.predictions import probabilities, worst_mistakes, write_predictions
+from accelerando.report.saliency import add_pictures
+from accelerando.train.accelerator import (
+    count_parameters,
+    is_sharded,
+    log_trained,
+    make_accelerator,
+    prepare,
+    unwrapped,
+)
+from accelerando.train.averages import Ema, averaged
+from accelerando.train.batches import TrainBatches
+from accelerando.train.evaluation import EvaluationRows, check_validation
+from accelerando.train.layerwise import layers_of, train_from, train_mode
+from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
+from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer, make_scheduler
+from accelerando.train.privacy import (
+    check_budget,
+    clip_and_add,
+    make_valid,
+    privacy_notes,
+    privacy_results,
+    require_opacus,
+    start_privacy,
+)
+from accelerando.train.run import choose_directory, finish_run, join_name, restore, save, short_name, start_run
+from accelerando.train.state import Metric, Run
+from accelerando.train.stop import stoppable
+from accelerando.train.tracking import check_trackers
+from accelerando.train.weights import load_trained_weights, save_model_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -28,16 +77,17 @@ class Args:
     data_dir: str = ""  # folder with raw/ and splits/, or with train/ and val/ (and test/)
     dataset_name: str | None = None  # what to call it (default: the folder's name)
     fold: int = 0  # which fold is validated on; the others are trained on
-    image_size: int = 224  # side of the pictures in pixels
-    crop_scale: float = 0.08  # augmentation: the smallest share of a picture that is cut out; 1: the middle, as it is
+    validation_fraction: float = 0.1  # share split off train/, stratified and seeded, where there is no val/; 0: none
+    image_size: int = 224  # side of the images in pixels
+    crop_scale: float = 0.08  # augmentation: the smallest share of a image that is cut out; 1: the middle, as it is
     flip: float = 0.5  # augmentation: probability of a left-right mirror
     augmentation: Literal["none", "randaugment", "trivialaugment"] = "none"  # more changes of shape and colour
     erasing: float = 0.0  # augmentation: probability that a rectangle is erased
-    mixup: float = 0.0  # two pictures in one, shares from Beta(mixup, mixup): 0.2, say
-    cutmix: float = 0.0  # a rectangle of another picture, its share from Beta(cutmix, cutmix): 1, say
+    mixup: float = 0.0  # two images in one, shares from Beta(mixup, mixup): 0.2, say
+    cutmix: float = 0.0  # a rectangle of another image, its share from Beta(cutmix, cutmix): 1, say
     progressive_sizes: tuple[int, ...] = ()  # smaller sides for the first epochs, as 128 160; image_size comes last
     balanced: bool = False  # every class is drawn equally often
-    cache: bool = False  # decode the pictures once, and read them from a memory map
+    cache: bool = False  # decode the images once, and read them from a memory map
     cache_side: int | None = None  # cache: shorter side of what is kept, in pixels (default: what evaluation needs)
     cache_dir: str | None = None  # cache: where (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
     # -- model --
@@ -51,13 +101,13 @@ class Args:
     # -- loss --
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
     class_weights: bool = False  # a class counts by the inverse of its frequency
-    tta: bool = False  # evaluation averages a picture and its mirror image
+    tta: bool = False  # evaluation averages a image and its mirror image
     # -- training --
     trainer_type: Literal["standard", "accelerate", "mixed_precision", "dp"] = "standard"  # dp: private (Opacus)
-    epochs: int = 20  # passes over the training pictures
+    epochs: int = 20  # passes over the training images
     max_steps: int | None = None  # stop after this many optimizer steps, even if epochs are left
-    batch_size: int = 32  # pictures per process and micro-batch
-    eval_batch_size: int = 64  # pictures per process in evaluation
+    batch_size: int = 32  # images per process and micro-batch
+    eval_batch_size: int = 64  # images per process in evaluation
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     lr: float = 1e-3  # peak learning rate
     weight_decay: float = 0.0  # on matrices; biases and norms are spared
@@ -71,10 +121,12 @@ class Args:
     scheduler_step_size: int = 7  # step: epochs from one fall of the rate to the next
     scheduler_factor: float = 0.5  # plateau, step: what the rate is multiplied by when it falls
     warmup_steps: float = 0.0  # optimizer steps of linear warm-up; below 1, a share of all steps
-    grad_clip: float | None = None  # largest gradient norm, with dp of each picture; None: not clipped (dp: 1)
-    noise_multiplier: float | None = None  # dp: deviation of the noise over grad_clip (default: from target_epsilon)
+    grad_clip: float | None = None  # largest gradient norm, with dp of each image; None: not clipped (dp: 1)
+    noise_multiplier: float | None = (
+        None  # dp: standard deviation of the noise over grad_clip (default: from target_epsilon)
+    )
     target_epsilon: float | None = None  # dp: privacy budget, at which training stops: 3, say
-    target_delta: float = 1e-5  # dp: chance that the budget does not hold, less than 1 over the training pictures
+    target_delta: float = 1e-5  # dp: probability that the budget does not hold, less than 1 over the training images
     noise_seed: int | None = None  # dp: for tests; who knows it can subtract the noise (default: drawn, kept secret)
     ema_decay: float | None = None  # average the weights over the steps and evaluate the average: 0.999, say
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 if it is fast (default: launch's)
@@ -96,7 +148,7 @@ class Args:
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
     keep_checkpoints: int = 2  # how many checkpoints stay
     log_every: int = 50  # optimizer steps between lines of the log
-    report_on_train: bool = False  # score the best weights on the training pictures too
+    report_on_train: bool = False  # score the best weights on the training images too
     report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, several of them, or none
     wandb_project: str = "accelerando"  # wandb: project
     wandb_entity: str | None = None  # wandb: user or team
@@ -118,33 +170,44 @@ ALIASES = {
     "amp_dtype": ("amp", {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}),
 }
 
+# Settings that matter only together with another one.
+ONLY_WITH = {
+    "cache": ("cache_side", "cache_dir"),
+    "strategy gradual": ("unfreeze_every",),
+    "trainer_type dp": ("noise_multiplier", "target_epsilon", "target_delta", "noise_seed"),
+    "not model_name": ("architecture", "weights"),
+    "GPU": ("deterministic", "pin_memory"),
+}
+
+# What is measured, in the order in which it is shown; a metric that `score` adds is shown after these.
+METRICS = (
+    Metric("loss", in_log=True, higher_is_better=False),
+    *(Metric(name, in_log=True) for name in ("accuracy", "f1_macro")),
+    *map(Metric, ("f1_weighted", "precision_macro", "precision_weighted", "recall_macro", "recall_weighted")),
+)
+
 
 # ------------------------------------------------------------------------------------------------------------- data
 
 
 @dataclass
 class Data:
-    """Picture files of the splits, the class names, and how pictures become numbers."""
+    """Image files of the splits, the class names, and how images become numbers."""
 
-    splits: dict[str, Any]  # train, validation and perhaps test: data.folders.ImageFiles
+    splits: dict[str, ImageFiles]  # train, and validation and test if there are any
     label_names: list[str]
-    class_weights: Any  # n / (C n_c) for each class, float32 [C]: 1 on average over the training pictures
+    class_weights: torch.Tensor  # n / (C n_c) for each class, float32 [C]: 1 on average over the training images
     mean: tuple[float, ...]  # of each colour, 0 to 1
     std: tuple[float, ...]
+    collate: ImageCollate
 
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def load_data(args: Args) -> Data:
+def load_data(args: Args, accelerator: Accelerator) -> Data:
     import numpy as np
     import torch
-
-    from accelerando.base.files import cache_folder
-    from accelerando.base.log import log
-    from accelerando.data.decode import evaluation_side
-    from accelerando.data.folders import read_splits
-    from accelerando.data.image_cache import cached_images
 
     folder = Path(args.data_dir)
     if not args.data_dir:
@@ -159,18 +222,22 @@ def load_data(args: Args) -> Data:
         raise UserError(f"{folder}: one class, {next(iter(classes))}; a classifier needs at least two")
     if args.num_classes not in (None, len(classes)):
         raise UserError(f"--num_classes {args.num_classes}, but {folder} has {len(classes)} classes")
+    if "validation" not in splits and args.validation_fraction:
+        kept, held_out = stratified_split(splits["train"].classes, args.validation_fraction, args.seed)
+        splits = {"validation": splits["train"].take(held_out), **splits, "train": splits["train"].take(kept)}
     names, counts = list(classes), ", ".join(f"{split} {len(found):,}" for split, found in splits.items())
-    log.info("Pictures: %s; %d classes: %s", counts, len(names), ", ".join(names[:12]) + " ..." * (len(names) > 12))
+    log.info("Images: %s; %d classes: %s", counts, len(names), ", ".join(names[:12]) + " ..." * (len(names) > 12))
     if args.cache:
         side = args.cache_side or evaluation_side(args.image_size)
         splits = cached_images(splits, side, cache_folder(args.cache_dir), args.num_workers)
+    check_validation(args, splits, args.report_on_train)
     counts = np.bincount(splits["train"].classes, minlength=len(names))
     weights = torch.from_numpy(counts.sum() / (len(counts) * np.maximum(counts, 1))).float()
-    return Data(splits, names, weights, *normalisation_of(args))
+    return Data(splits, names, weights, *normalisation_of(args), ImageCollate())
 
 
 def normalisation_of(args: Args) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each colour that the model was trained with."""
+    """Mean and standard deviation of each colour that the model was trained with."""
     from accelerando.models.vision import TIMM, timm_settings
 
     if not args.model_name:
@@ -185,25 +252,28 @@ def normalisation_of(args: Args) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(processor.image_mean), tuple(processor.image_std)
 
 
+def training_images(args: Args, data: Data) -> TrainingImages:
+    """The training images as each epoch augments, mixes and orders them."""
+    augmentation = ImageAugmentation(args.crop_scale, args.flip, args.augmentation, args.erasing, data.mean)
+    sizes = (*args.progressive_sizes, args.image_size)
+    return TrainingImages(
+        data.splits["train"], augmentation, sizes, args.epochs, args.seed, args.mixup, args.cutmix, args.balanced
+    )
+
+
 # ------------------------------------------------------------------------------------------------------------ model
 
 
-def build_model(args: Args, data: Data, accelerator: Any) -> Any:
-    from accelerando.base.log import log
-    from accelerando.models.cpu import speed_up_dropout
-    from accelerando.models.vision import VisionNet, VisionNetConfig, load_pretrained
-    from accelerando.train.accelerator import count_parameters
-    from accelerando.train.privacy import make_valid
+def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedModel:
+    import torch
 
-    labels = {
-        "num_labels": len(data.label_names),
-        "id2label": dict(enumerate(data.label_names)),
-        "label2id": {name: number for number, name in enumerate(data.label_names)},
-    }
+    from accelerando.models.vision import VisionNet, VisionNetConfig, load_pretrained
+
+    labels = class_labels(data.label_names)
     if args.model_name:
-        model = open_classifier(args.model_name, labels)
+        model = open_classifier(args.model_name, **labels)
     else:
-        # Batch norms mix the pictures of a batch, which leaves no picture a gradient of its own.
+        # Batch norms mix the images of a batch, which leaves no image a gradient of its own.
         group_norm = args.trainer_type == "dp" and args.strategy == "full"
         model = VisionNet(VisionNetConfig(architecture=args.architecture, group_norm=group_norm, **labels))
         if args.weights and args.weights.lower() != "none":
@@ -211,35 +281,26 @@ def build_model(args: Args, data: Data, accelerator: Any) -> Any:
     head = head_names(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = args.strategy != "head" or name.startswith(head)
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if not trained or any(args.strategy == "head" and not name.startswith(head) for name in trained):
-        raise RuntimeError(f"strategy {args.strategy} trains the wrong parameters: {trained[:3]}")
     if args.trainer_type == "dp":
         make_valid(model, args.image_size)
-    if accelerator.device.type == "cpu" and not args.compile_model and args.trainer_type != "dp":
+    elif accelerator.device.type == "cpu" and not args.compile_model:
         speed_up_dropout(model)
-    trainable, total = count_parameters(model)
-    log.info("Strategy %s trains %s of %s parameters (%.2f %%)", args.strategy, f"{trainable:,}", f"{total:,}",
-             100 * trainable / total)  # fmt: skip
+    if args.channels_last and not is_sharded(accelerator):
+        model = model.to(memory_format=torch.channels_last)
+    log_trained(model, f"Strategy {args.strategy}")
     return model
 
 
-def open_classifier(name: str, labels: dict[str, Any]) -> Any:
+def open_classifier(name: str, **settings: Any) -> PreTrainedModel:
     """A classifier of transformers, with a new head where its own is for other classes."""
-    import torch
     from transformers import AutoModelForImageClassification
 
     import accelerando.models.vision  # noqa: F401  (so that a net saved by this script opens too)
 
-    try:
-        return AutoModelForImageClassification.from_pretrained(
-            name, dtype=torch.float32, ignore_mismatched_sizes=True, **labels
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name {name} cannot be opened: {first_line(error)}") from None
+    return open_model(AutoModelForImageClassification, name, **settings)
 
 
-def head_names(model: Any) -> tuple[str, ...]:
+def head_names(model: PreTrainedModel) -> tuple[str, ...]:
     """How the names of the head's parameters begin."""
     if hasattr(model, "head_name"):
         return (f"{model.head_name()}.",)
@@ -251,14 +312,22 @@ def head_names(model: Any) -> tuple[str, ...]:
     return tuple(f"{name}." for name, child in others.items() if list(child.parameters()))
 
 
+def unfreeze(model: PreTrainedModel, args: Args, epoch: int) -> None:
+    """Strategy gradual: trains one layer more, counted from the head, every ``unfreeze_every`` epochs."""
+    layers = layers_of(model, head_names(model))
+    count = min(len(layers), 1 + epoch // args.unfreeze_every)
+    train_from(model, layers, count)
+    log_trained(model, f"Strategy gradual, the last {count} of {len(layers)} layers")
+
+
 # ------------------------------------------------------------------------------------------------ loss and evaluation
 
 
-def compute_loss(model: Any, batch: dict[str, Any], data: Data, args: Args) -> tuple[Any, Any]:
-    """Cross-entropy of each picture, [B], and the logits, [B, C]; where two were mixed, each label has its share."""
+def compute_loss(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], data: Data, args: Args
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of each image, [B], and the logits, [B, C]; where two were mixed, each label has its share."""
     import torch
-
-    from accelerando.data.transforms import normalise
 
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
     pixels = normalise(batch["pixel_values"].contiguous(memory_format=layout), data.mean, data.std)
@@ -267,7 +336,7 @@ def compute_loss(model: Any, batch: dict[str, Any], data: Data, args: Args) -> t
         logits = (logits + model(pixel_values=pixels.flip(-1)).logits.float()) / 2
     weight = data.class_weights.to(logits) if args.class_weights else None
 
-    def loss(labels: Any) -> Any:
+    def loss(labels: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.cross_entropy(
             logits, labels, weight, reduction="none", label_smoothing=args.label_smoothing
         )
@@ -276,44 +345,26 @@ def compute_loss(model: Any, batch: dict[str, Any], data: Data, args: Args) -> t
     return share * loss(batch["labels"]) + (1 - share) * loss(batch["other_labels"]), logits
 
 
-def evaluate(model: Any, dataset: Any, data: Data, run: Any, args: Args, what: str) -> dict[str, Any] | None:
-    """Labels [n], logits [n, C], losses [n] and row [n] of every picture once, in order, but for those that cannot be
-    read; None when stopped."""
+def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
+    """Labels [n], logits [n, C], losses [n] and row [n] of every image once, in order, without the unreadable ones."""
     import torch
 
-    from accelerando.base.log import progress_bar
-    from accelerando.data.collate import ImageCollate
-    from accelerando.data.pairs import report_unreadable
-    from accelerando.train.accelerator import unwrapped
-    from accelerando.train.batches import evaluation_batches, gather_rows
-    from accelerando.train.stop import stop_requested
-
-    accelerator = run.accelerator
-    batches = evaluation_batches(
-        dataset, ImageCollate(), args.eval_batch_size, num_workers=args.num_workers,
-        num_processes=accelerator.num_processes, process_index=accelerator.process_index, device=accelerator.device,
-    )  # fmt: skip
+    dataset = EvaluationImages(data.splits[split], args.image_size)
+    rows = EvaluationRows(run, model, dataset, data.collate, args.eval_batch_size, split, num_workers=args.num_workers)
     model.eval()
-    columns: dict[str, list[Any]] = {name: [] for name in ("index", "weight", "valid", "labels", "logits", "losses")}
-    with torch.no_grad(), progress_bar(len(dataset), 0, " pictures", what) as bar:
-        for batch in batches:
+    with torch.no_grad():
+        for batch in rows:
             losses, logits = compute_loss(model, batch, data, args)
-            for name, values in {**batch, "losses": losses, "logits": logits}.items():
-                if name in columns:
-                    columns[name].append(values)
-            bar.update(len(losses) * accelerator.num_processes)
-            if stop_requested(run):
-                return None
-    unwrapped(accelerator, model)  # FSDP: frees the gathered weights, which may be those of the average
-    found = gather_rows(accelerator, len(dataset), {name: torch.cat(parts) for name, parts in columns.items()})
-    readable = found.pop("valid") > 0
-    report_unreadable(accelerator, dataset, what, (~readable).nonzero()[0], what="pictures")
-    if not readable.any():
-        raise UserError(f"no picture of {what} can be read")
-    return {name: values[readable] for name, values in found.items()} | {"row": readable.nonzero()[0]}
+            rows.add(labels=batch["labels"], logits=logits, losses=losses, valid=batch["valid"])
+    return rows.gathered_readable()
 
 
-# ------------------------------------------------------------------------------------------------------------- main
+def score(found: dict[str, np.ndarray], data: Data, split: str, args: Args) -> dict[str, float]:
+    """The metrics of what :func:`evaluate` found."""
+    return classification_metrics(found["labels"], found["logits"], found["losses"])
+
+
+# ----------------------------------------------------------------------------------------------------------- output
 
 USAGE = """
 from PIL import Image
@@ -323,22 +374,73 @@ import accelerando.models.vision  # makes transformers know this model
 
 model = AutoModelForImageClassification.from_pretrained("{folder}").eval()
 processor = AutoImageProcessor.from_pretrained("{folder}")
-logits = model(**processor(Image.open("picture.jpg").convert("RGB"), return_tensors="pt")).logits
+logits = model(**processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])
 """
 
 
+def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None:
+    """What stands beside the saved weights: image processor and model card."""
+    write_image_processor(folder, args.image_size, data.mean, data.std)
+    usage = USAGE.format(folder=run.directory / "best")
+    write_model_card(folder, run, "image-classification", args.model_name, usage)
+
+
+def write_report(
+    run: Run, model: torch.nn.Module, data: Data, found: dict[str, dict[str, np.ndarray]], args: Args
+) -> None:
+    """Results and report of the best weights; ``found``: what :func:`evaluate` found in each split. Main process."""
+    metrics = {split: score(rows, data, split, args) for split, rows in found.items()}
+    matrices = {
+        split: results.write_class_report(run, split, rows["labels"], rows["logits"], data.label_names)
+        for split, rows in found.items()
+    }
+    files = {
+        split: [data.splits[split].names[row].as_py() for row in rows["row"].tolist()] for split, rows in found.items()
+    }
+    for split, rows in found.items():
+        path = run.directory / f"predictions_{split}.csv"
+        write_predictions(path, files[split], data.label_names, probabilities(rows["logits"]), rows["labels"])
+    last = results.split_to_show(found)
+    worst = worst_mistakes(found[last]["labels"], found[last]["logits"], data.label_names)
+    for mistake in worst:
+        mistake["text"] = files[last][mistake["row"]]
+    # One process alone cannot ask a sharded net what it looked at.
+    sharded = is_sharded(run.accelerator)
+    net = open_classifier(str(run.directory / "best")) if sharded else unwrapped(run.accelerator, model)
+    add_pictures(worst, found[last], EvaluationImages(data.splits[last], args.image_size), net, data.mean, data.std)
+    trainable, parameters = count_parameters(model)
+    details = {"parameters": parameters, "trainable_parameters": trainable, "label_names": data.label_names,
+               "confusion_matrix": matrices[last].tolist(),
+               **privacy_results(run.state, args.target_delta)}  # fmt: skip
+    counts = {split: len(rows["labels"]) for split, rows in found.items()}
+    results.write_results(run, metrics, counts, details)
+    shown = args.best_metric if args.best_metric != "loss" else "accuracy"  # the loss has curves of its own
+    tiles = [
+        (f"{last} accuracy", f"{100 * metrics[last]['accuracy']:.2f} %", f"{counts[last]:,} images"),
+        (f"{last} F1 (macro)", f"{metrics[last]['f1_macro']:.4f}", f"{len(data.label_names)} classes"),
+        *[(name, text, "") for name, text in privacy_notes(run.state, args.target_delta).items()],
+    ]
+    blocks = [
+        *results.class_blocks(matrices[last], data.label_names, last),
+        page.mistakes(worst, title=f"Worst mistakes, {last}"),
+    ]
+    curves = results.training_curves(shown, {f"validation/{shown}": "validation"})
+    path = results.write_page(run, f"Image classification: {data_title(args)}", tiles, metrics, curves, blocks)
+    log.info("Summary\n%s", results.write_summary(run, metrics, privacy_notes(run.state, args.target_delta)))
+    log.info("Report: %s", path)
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
 def check_args(args: Args) -> None:
     """What can be wrong before anything is loaded; what trainer_type stands for."""
-    from accelerando.inference.hub import check_push
-    from accelerando.train.run import choose_directory
-    from accelerando.train.tracking import check_trackers
-
     check_trackers(args.report_to)
     check_push(args.push_to_hub, args.hub_repo_id)
-    choose_directory(args, default_name(args))
     check_ranges(
-        args, ema_decay=(0, 0.9999999), fold=(0, 9999), image_size=(8, 4096), crop_scale=(0.001, 1), flip=(0, 1),
+        args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9), fold=(0, 9999), image_size=(8, 4096),
+        crop_scale=(0.001, 1), flip=(0, 1),
         erasing=(0, 1), cache_side=(8, 16384), mixup=(0, 100), cutmix=(0, 100), label_smoothing=(0, 0.999),
         num_classes=(2, 2**20), unfreeze_every=(1, 2**20), layer_decay=(0.001, 1), noise_multiplier=(0, 1000),
         target_epsilon=(1e-6, 1e6), target_delta=(1e-30, 0.999), noise_seed=(0, 2**62),
@@ -359,18 +461,17 @@ def check_args(args: Args) -> None:
 
 def check_private(args: Args) -> None:
     """What cannot go with differential privacy, and what it needs."""
-    from accelerando.train.privacy import require_opacus
 
     require_opacus()
     others = {
-        "mixup and --cutmix": (args.mixup or args.cutmix, "a picture would be in the gradient of others too"),
-        "balanced": (args.balanced, "the accounting needs each picture drawn with the same probability"),
-        "class_weights": (args.class_weights, "they tell the numbers of pictures without noise"),
+        "mixup and --cutmix": (args.mixup or args.cutmix, "a image would be in the gradient of others too"),
+        "balanced": (args.balanced, "the accounting needs each image drawn with the same probability"),
+        "class_weights": (args.class_weights, "they tell the numbers of images without noise"),
         "strategy gradual": (args.strategy == "gradual", "what is trained has to stay the same: full or head"),
-        "amp": (args.amp not in (None, "no"), "gradients of single pictures are computed in float32"),
-        "compile_model": (args.compile_model, "the hooks for gradients of single pictures are not compiled"),
+        "amp": (args.amp not in (None, "no"), "gradients of single images are computed in float32"),
+        "compile_model": (args.compile_model, "the hooks for gradients of single images are not compiled"),
         "progressive_sizes": (args.progressive_sizes, "one size was checked"),
-        "report_on_train": (args.report_on_train, "it tells of the training pictures without noise"),
+        "report_on_train": (args.report_on_train, "it tells of the training images without noise"),
         f"resume {args.resume}": (Path(args.resume or "").name.startswith("step_"),
                                   "steps that are given up would not be counted; it goes on from the newest"),
     }  # fmt: skip
@@ -382,6 +483,16 @@ def check_private(args: Args) -> None:
     args.amp, args.grad_clip, args.channels_last = "no", args.grad_clip or 1.0, False
 
 
+def check_private_data(args: Args, data: Data, accelerator: Accelerator) -> None:
+    """What differential privacy needs of the launch and of the number of images."""
+    if is_sharded(accelerator):
+        raise UserError("--trainer_type dp needs whole parameters: launch without FSDP")
+    if not args.resume:
+        batch = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+        budget = (args.noise_multiplier, args.target_epsilon, args.target_delta)
+        check_budget(batch, len(data.splits["train"]), args.epochs, args.max_steps, *budget)
+
+
 def data_title(args: Args) -> str:
     """A short name of the data: what it was called, or its folder's own name."""
     return args.dataset_name or Path(args.data_dir).absolute().name or "data"
@@ -389,270 +500,117 @@ def data_title(args: Args) -> str:
 
 def model_title(args: Args) -> str:
     """A short name of the model."""
-    from accelerando.train.run import short_name
 
     return short_name(args.model_name) if args.model_name else args.architecture.replace("/", "-")
 
 
 def default_name(args: Args) -> str:
-    """The run directory's name: what distinguishes runs that one tends to compare."""
-    from accelerando.train.run import join_name
-
+    """The run directory's name: what distinguishes runs that are likely to be compared."""
     fold = (f"fold{args.fold}",) if (Path(args.data_dir) / "splits").is_dir() else ()
-    settings = (f"bs{args.batch_size}", f"lr{args.lr:g}", *fold, f"seed{args.seed}")
+    settings = (args.strategy, f"bs{args.batch_size}", f"lr{args.lr:g}", *fold, f"seed{args.seed}")
     return join_name(data_title(args), model_title(args), *settings)
 
 
 def main() -> None:
     args = parse_args(Args, ALIASES)
     check_args(args)
+    directory = choose_directory(args, default_name(args))
 
-    import torch
-
-    from accelerando.base.log import log, progress_bar, success
-    from accelerando.data.collate import ImageCollate
-    from accelerando.data.images import EvaluationImages, ImageAugmentation, TrainingImages, write_image_processor
-    from accelerando.data.pairs import report_unreadable
-    from accelerando.inference.hub import push_folder
-    from accelerando.report.metrics import classification_metrics
-    from accelerando.report.model_card import write_model_card
-    from accelerando.report.predictions import probabilities, worst_mistakes, write_predictions
-    from accelerando.report.results import METRICS, split_to_show, write_classification_results, write_summary
-    from accelerando.report.saliency import add_pictures
-    from accelerando.train.accelerator import (
-        choose_sharded_layers,
-        count_parameters,
-        is_sharded,
-        make_accelerator,
-        seed_processes_apart,
-        unwrapped,
-    )
-    from accelerando.train.averages import Ema, averaged
-    from accelerando.train.batches import TrainBatches
-    from accelerando.train.layerwise import layers_of, train_from, train_mode
-    from accelerando.train.loop import (
-        after_step,
-        count_evaluation,
-        evaluation_was_stopped,
-        is_due,
-        log_step,
-        out_of_patience,
-        plan_steps,
-        speed,
-        take_train_loss,
-    )
-    from accelerando.train.optim import make_optimizer, make_scheduler
-    from accelerando.train.privacy import (
-        check_budget,
-        clip_and_add,
-        count_private_step,
-        epsilon_of,
-        privacy_results,
-        start_privacy,
-    )
-    from accelerando.train.run import finish_run, leave_after_stop, restore, save, start_run
-    from accelerando.train.tracking import evaluations, record
-    from accelerando.train.weights import load_trained_weights, save_model_folder
-
-    accelerator = make_accelerator(args.seed, args.amp, args.deterministic, changing=args.strategy == "gradual")
-    if args.trainer_type == "dp" and is_sharded(accelerator):
-        raise UserError("--trainer_type dp needs whole parameters: launch without FSDP")
-    data = load_data(args)
+    # Data, model and the run's folder.
+    private = args.trainer_type == "dp"
+    changing = args.strategy == "gradual"  # which parameters are trained changes with the epochs
+    accelerator = make_accelerator(args.seed, args.amp, args.deterministic, changing)
+    data = load_data(args, accelerator)
     model = build_model(args, data, accelerator)
-    if args.trainer_type == "dp" and not args.resume:
-        batch = args.batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        check_budget(
-            batch, len(data.splits["train"]), args.epochs, args.max_steps, args.noise_multiplier, args.target_epsilon,
-            args.target_delta,
-        )  # fmt: skip
-    run = start_run(accelerator, args, default_name(args))
-    state = run.state
-    used = {"GPU": accelerator.device.type == "cuda", "cache": args.cache, "dp": args.trainer_type == "dp",
-            "gradual": args.strategy == "gradual"}  # fmt: skip
-    for line in without_effect(args, used):
+    if private:
+        check_private_data(args, data, accelerator)
+    run = start_run(accelerator, args, directory, METRICS, model_title(args))
+    for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda"):
         log.warning("%s", line)
 
-    augmentation = ImageAugmentation(args.crop_scale, args.flip, args.augmentation, args.erasing, data.mean)
-    dataset = TrainingImages(
-        data.splits["train"], augmentation, (*args.progressive_sizes, args.image_size), args.epochs, args.seed,
-        args.mixup, args.cutmix, args.balanced,
+    # What an optimizer step trains on: the same samples on any number of processes.
+    batches = TrainBatches(
+        training_images(args, data), data.collate, args.batch_size, args.gradient_accumulation_steps, args.seed,
+        num_workers=args.num_workers, accelerator=accelerator, pin_memory=args.pin_memory,
     )  # fmt: skip
-    images = {split: EvaluationImages(files, args.image_size) for split, files in data.splits.items()}
-    train_batches = TrainBatches(
-        dataset, ImageCollate(), args.batch_size, args.gradient_accumulation_steps, args.seed,
-        num_workers=args.num_workers, num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index, device=accelerator.device, pin_memory=args.pin_memory,
-    )  # fmt: skip
-    total_steps = plan_steps(run, train_batches, args.epochs, args.max_steps)
+    plan_steps(run, batches)
 
-    layers = layers_of(model, head_names(model))
+    # Optimizer, schedule, averages; then back to where a resumed run was.
+    layers = layers_of(model, head_names(model)) if args.layer_decay < 1 else ()
     optimizer = make_optimizer(
         model, args.optimizer, args.lr, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
-        args.momentum, is_sharded(accelerator), layers if args.layer_decay < 1 else (), args.layer_decay,
+        args.momentum, is_sharded(accelerator), layers, args.layer_decay,
     )  # fmt: skip
-    plain = model
-    if args.compile_model:
-        model = torch.compile(model)
-    if args.channels_last and not is_sharded(accelerator):
-        model = model.to(memory_format=torch.channels_last)
-    if args.trainer_type == "dp":  # sums over processes by itself
+    plain, max_norm = model, args.grad_clip or float("inf")
+    if private:  # adds up over processes by itself, and clips the gradient of each image
         model, optimizer = model.to(accelerator.device), accelerator.prepare(optimizer)
+        budget = (args.noise_multiplier, args.noise_seed, args.target_epsilon, args.target_delta)
+        privacy = start_privacy(run, model, optimizer.optimizer, batches, args.grad_clip, *budget)
+        max_norm = float("inf")
     else:
-        choose_sharded_layers(accelerator, model)
-        model, optimizer = accelerator.prepare(model, optimizer)
-    privacy = None
-    if args.trainer_type == "dp":
-        privacy = start_privacy(
-            accelerator, model, optimizer.optimizer, state, train_batches.window_size, len(dataset), total_steps,
-            args.grad_clip, args.noise_multiplier, args.noise_seed, args.target_epsilon, args.target_delta,
-        )  # fmt: skip
-        total_steps = privacy.last_step  # a hard stop where the budget is spent
-        train_batches.poisson_seed = state.noise_seed
-    higher_is_better = args.best_metric != "loss"
+        model, optimizer = prepare(accelerator, model, optimizer, args.compile_model, dynamic=None)
     schedule = make_scheduler(
-        optimizer.optimizer, args.scheduler, total_steps, args.warmup_steps, args.scheduler_factor,
-        args.scheduler_patience, higher_is_better, args.scheduler_step_size * train_batches.num_windows(),
+        optimizer.optimizer, args.scheduler, run.total_steps, args.warmup_steps, args.scheduler_factor,
+        args.scheduler_patience, run.higher_is_better, args.scheduler_step_size * batches.num_windows(),
     )  # fmt: skip
-    ema = Ema(optimizer, args.ema_decay) if args.ema_decay else None
-    seed_processes_apart(args.seed, accelerator)
-    if args.strategy == "gradual":
-        train_from(plain, layers, 1 + state.epoch // args.unfreeze_every)
+    ema = Ema(optimizer, args.ema_decay)
+    if changing and run.resumed:  # an optimizer state belongs to parameters that are trained
+        unfreeze(plain, args, run.state.epoch)
     restore(run, model, optimizer, schedule, ema)
 
-    def write_beside_weights(folder: Path) -> None:
-        write_image_processor(folder, args.image_size, data.mean, data.std)
-        usage = USAGE.format(folder=run.directory / "best")
-        write_model_card(folder, run, "image-classification", args.model_name, metrics, usage)
+    def save_weights(name: str) -> None:
+        save_model_folder(
+            accelerator, model, directory / name, lambda folder: write_beside_weights(folder, run, data, args)
+        )
 
-    def save_weights(folder: Path) -> None:
-        save_model_folder(accelerator, model, folder, write_beside_weights)
+    def checkpoint() -> Path:
+        return save(run, model, optimizer, schedule, ema)
 
-    def stop_here() -> None:
-        leave_after_stop(run, save(run, model, optimizer, schedule, args.keep_checkpoints, ema))
-
-    metrics = {name: row[name] for row in evaluations(run)[-1:] for name in METRICS if name in row}
-
-    def validate() -> bool:
-        """Scores the validation pictures, keeps the weights if they are the best so far; False when asked to stop."""
+    def validate() -> None:
+        """Scores the validation images, and keeps the weights in best/ if they are the best so far."""
+        metrics = {}  # without validation images the last weights count
         with averaged(ema):
-            found = evaluate(model, images["validation"], data, run, args, "validation")
-        if found is None:
-            return False
-        metrics.update(classification_metrics(found["labels"], found["logits"], found["losses"]))
-        value, train_loss = metrics[args.best_metric], take_train_loss(state)
-        best = count_evaluation(state, value, args.early_stop_min_delta, higher_is_better)
-        lr = optimizer.param_groups[0]["lr"]
-        epsilon = {"epsilon": epsilon_of(state.spent, args.target_delta)} if privacy else {}
-        record(run, "validation", {"train_loss": train_loss, **metrics, **epsilon, "lr": lr, **speed(run)})
-        schedule.evaluated(value)
-        log.info("validation loss %.4f  accuracy %.4f  F1 macro %.4f  (step %d, train loss %.4f)",
-                 metrics["loss"], metrics["accuracy"], metrics["f1_macro"], state.step, train_loss)  # fmt: skip
-        if privacy:
-            log.info("privacy spent: epsilon %.3f at delta %g", epsilon["epsilon"], args.target_delta)
-        if best:
-            with averaged(ema):
-                save_weights(run.directory / "best")
-            success("New best %s %.4f, saved to %s", args.best_metric, value, run.directory / "best")
-        write_summary(run, model_title(args), total_steps, {"validation": metrics})
-        return True
+            if "validation" in data.splits:
+                found = evaluate(model, data, "validation", run, args)
+                metrics = score(found, data, "validation", args)
+                metrics |= {"epsilon": privacy.epsilon} if private else {}
+            if record_evaluation(run, metrics, schedule):
+                save_weights("best")
+        results.write_summary(run, {"validation": metrics}, privacy_notes(run.state, args.target_delta))
 
-    # A run that was stopped inside an evaluation goes on with it.
-    if evaluation_was_stopped(state, args.eval_every, total_steps) and not validate():
-        stop_here()
-
-    checkpoint = None
-    bar = progress_bar(total_steps, state.step, " steps", "training")
-    while state.step < total_steps and not out_of_patience(state, args.early_stop):
-        log.info("Epoch %d/%d", state.epoch + 1, args.epochs)
-        if args.strategy == "gradual":
-            train_from(plain, layers, 1 + state.epoch // args.unfreeze_every)
-            log.info("trained are the last %d of %d layers, %s parameters",
-                     min(len(layers), 1 + state.epoch // args.unfreeze_every), len(layers),
-                     f"{count_parameters(model)[0]:,}")  # fmt: skip
-        clock = time.perf_counter()
-        for window in train_batches.windows(state.epoch, state.position):
+    with stoppable(run, on_stop=checkpoint):
+        if evaluation_is_due(run):
+            validate()
+        for window in training_steps(run, batches):
+            if changing and window.starts_epoch:
+                unfreeze(plain, args, run.state.epoch)
             train_mode(model)
-            loss_sum = torch.zeros((), device=accelerator.device)
-            for number, batch in enumerate(window, start=1):
-                with nullcontext() if number == len(window) else accelerator.no_sync(model):
+            for batch in window:  # the micro-batches of one optimizer step
+                with window.sync(model):
                     losses, _ = compute_loss(model, batch, data, args)
-                    loss = (losses * batch["weight"]).sum()
-                    # The mean over the samples of the whole window; DDP and FSDP average over processes.
-                    accelerator.backward(loss if privacy else loss * accelerator.num_processes / window.num_samples)
-                if privacy:
-                    clip_and_add(privacy, last=number == len(window))
-                loss_sum += loss.detach()
-            most = float("inf") if privacy else args.grad_clip or float("inf")
-            norm = accelerator.clip_grad_norm_(model.parameters(), most)
-            lr = optimizer.param_groups[0]["lr"]
+                    window.backward(losses, batch["weight"], mean=not private)
+                if private:
+                    clip_and_add(privacy, last=window.at_last)
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
             optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow
-                schedule.step()
+            schedule.step(skipped=accelerator.optimizer_step_was_skipped)
             optimizer.zero_grad()
-            if privacy:
-                count_private_step(privacy)
-            stop = after_step(run, window, loss_sum)
-            if ema:
-                ema.update(state.step)
-            end_of_epoch, last_step = state.position == len(dataset), state.step == total_steps
-            now = time.perf_counter()
-            state.seconds, clock = state.seconds + now - clock, now
-            state.wait_seconds += train_batches.take_seconds_waited()
-            bar.update()
-            if state.step % args.log_every == 0:
-                log_step(run, bar, total_steps, lr, float(norm))
-            if end_of_epoch:
-                state.epoch, state.position = state.epoch + 1, 0
-            if is_due(args.eval_every, state.step, end_of_epoch, last_step) and not stop:
-                stop = not validate()
-                clock = time.perf_counter()  # evaluating and saving is not training
-            if stop or is_due(args.save_every, state.step, end_of_epoch, last_step):
-                checkpoint = save(run, model, optimizer, schedule, args.keep_checkpoints, ema)
-                clock = time.perf_counter()
-            if stop:
-                leave_after_stop(run, checkpoint)
-            if last_step or out_of_patience(state, args.early_stop):
-                break
-    bar.close()
-    report_unreadable(accelerator, dataset, "training", train_batches.unreadable, what="pictures")
-    if out_of_patience(state, args.early_stop):
-        log.info("Stopped early: no better %s in %d evaluations", args.best_metric, args.early_stop)
-        if checkpoint is None or checkpoint.name != f"step_{state.step:06d}":
-            save(run, model, optimizer, schedule, args.keep_checkpoints, ema)
+            ema.update()
+            step = finish_step(run, window, grad_norm, schedule.lr)
+            if step.evaluates:
+                validate()
+            if step.saves:
+                checkpoint()
 
-    save_weights(run.directory / "last")
-    load_trained_weights(accelerator, model, run.directory / "best")
-    scores = {}
-    for split in ("validation", "test", *(["train"] if args.report_on_train else [])):
-        if split in images:
-            scores[split] = evaluate(model, images[split], data, run, args, split)
-            if scores[split] is None:
-                leave_after_stop(run, run.checkpoints)
+    # The last weights are saved, the best ones scored.
+    save_weights("last")
+    load_trained_weights(accelerator, model, directory / "best")
+    splits = ("validation", "test", *(["train"] if args.report_on_train else []))
+    with stoppable(run):
+        found = {split: evaluate(model, data, split, run, args) for split in splits if split in data.splits}
     if accelerator.is_main_process:
-        for split, score in scores.items():
-            files = [data.splits[split].names[int(row)].as_py() for row in score["row"]]
-            chances = probabilities(score["logits"])
-            write_predictions(
-                run.directory / f"predictions_{split}.csv", files, data.label_names, chances, score["labels"]
-            )
-        last = split_to_show(scores)
-        worst = worst_mistakes(scores[last], data.label_names)
-        for mistake in worst:
-            mistake["text"] = data.splits[last].names[int(scores[last]["row"][mistake["row"]])].as_py()
-        # A sharded net cannot be asked by one process alone what it looked at.
-        best = run.directory / "best"
-        net = open_classifier(str(best), {}) if is_sharded(accelerator) else unwrapped(accelerator, model)
-        add_pictures(worst, scores[last], images[last], net, data.mean, data.std)
-        trainable, parameters = count_parameters(model)
-        report = write_classification_results(
-            run, model_title(args), f"Image classification: {data_title(args)}", data.label_names, scores, worst,
-            {"parameters": parameters, "trainable_parameters": trainable, **privacy_results(state, args.target_delta)},
-            total_steps, "pictures",
-        )  # fmt: skip
-        log.info("Summary\n%s", (run.directory / "summary.txt").read_text(encoding="utf-8"))
-        log.info("Report: %s", report)
-        if args.push_to_hub:
-            success("Pushed %s to %s", best, push_folder(best, args.hub_repo_id, args.hub_private))
+        write_report(run, model, data, found, args)
+        push_best(run, args.push_to_hub, args.hub_repo_id, args.hub_private)
     finish_run(run)
 
 

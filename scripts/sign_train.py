@@ -6,19 +6,57 @@ validation clips (gloss accuracy) are scored on the test clips.
 
   accelerate launch --config_file accelerate_configs/cpu.yaml scripts/sign_train.py --config configs/sign_wlasl50.yaml
   ... the same with accelerate_configs/multi_gpu.yaml (DDP) or accelerate_configs/fsdp.yaml (FSDP2)
+  python scripts/sign_train.py --config configs/sign_wlasl50.yaml    (one process, some seconds sooner)
 """
 
 from __future__ import annotations
 
-import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from accelerando.base.config import check_ranges, parse_args, without_effect
 from accelerando.base.errors import UserError, errors_in_one_line
-from accelerando.train.optim import OptimizerName, SchedulerName
+from accelerando.base.files import cache_folder
+from accelerando.base.log import log
+from accelerando.base.processes import main_process_first
+from accelerando.data.collate import ClipCollate
+from accelerando.data.keypoints import WIDTH, ClipAugmentation
+from accelerando.data.sign_clips import (
+    ClipTable,
+    TrainingClips,
+    channel_statistics,
+    class_names,
+    made_up_clips,
+    pack_clips,
+)
+from accelerando.data.sign_labels import label_problems, read_labels, report_problems
+from accelerando.data.splits import stratified_split
+from accelerando.inference.hub import check_push, push_best
+from accelerando.models.cpu import speed_up_dropout
+from accelerando.report import page, results
+from accelerando.report.metrics import classification_metrics, top_k_accuracy
+from accelerando.report.model_card import write_model_card
+from accelerando.report.predictions import worst_mistakes
+from accelerando.train.accelerator import count_parameters, is_sharded, log_trained, make_accelerator, prepare
+from accelerando.train.autotune import choose_num_workers, find_micro_batch_size
+from accelerando.train.averages import Ema, averaged
+from accelerando.train.batches import TrainBatches
+from accelerando.train.evaluation import EvaluationRows, check_validation
+from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
+from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer, make_scheduler
+from accelerando.train.run import choose_directory, finish_run, join_name, restore, save, start_run
+from accelerando.train.state import Metric, Run
+from accelerando.train.stop import stoppable
+from accelerando.train.tracking import check_trackers
+from accelerando.train.weights import load_trained_weights, save_model_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from accelerate import Accelerator
+
+    from accelerando.models.sign import SignModel, SignOutput
 
 
 @dataclass
@@ -139,6 +177,26 @@ ALIASES = {
     "architecture": "model",
 }
 
+# Settings that matter only together with another one.
+ONLY_WITH = {
+    "model transformer": (
+        "keypoints_train", "keypoints_val", "keypoints_test", "kp_key", "velocities", "relative_hands", "use_mask",
+        "hidden_size", "num_layers", "num_attention_heads", "intermediate_size", "conv_kernel", "pooling", "final_norm",
+    ),
+    "model iv3_gru": ("features_train", "features_val", "features_test", "feature_key", "gru_sizes"),
+    "loss focal": ("focal_gamma",),
+    "tools/extract_features.py": ("pretrained_backbone",),  # old commands name a backbone, which runs there alone
+    "GPU": ("deterministic", "pin_memory"),
+}  # fmt: skip
+
+# What is measured, in the order in which it is shown; a metric that `score` adds is shown after these.
+METRICS = (
+    Metric("loss", in_log=True, higher_is_better=False), Metric("gloss_accuracy", in_log=True), Metric("gloss_top5"),
+    Metric("cat_accuracy", in_log=True), *(Metric(f"gloss_{name}_{mean}") for name in ("f1", "precision", "recall")
+    for mean in ("macro", "weighted")), *map(Metric, ("cat_f1_macro", "cat_f1_weighted", "occluded_accuracy",
+    "visible_accuracy")),
+)  # fmt: skip
+
 
 # ------------------------------------------------------------------------------------------------------------- data
 
@@ -147,27 +205,22 @@ ALIASES = {
 class Data:
     """Packed clips of the splits and the names of the classes."""
 
-    splits: dict[str, Any]  # train, validation and perhaps test: data.sign_clips.ClipTable
+    splits: dict[str, ClipTable]  # train, and validation and test if there are any
     names: dict[str, list[str]]  # of the heads gloss and cat
-    key: str
+    key: str  # array of the NPZ files
     normalisation: str
+    collate: ClipCollate
 
 
-def load_data(args: Args, accelerator: Any) -> Data:
-    from accelerando.base.files import cache_folder
-    from accelerando.base.log import log
-    from accelerando.base.processes import main_process_first
-    from accelerando.data.sign_clips import class_names, made_up_clips, pack_clips
-    from accelerando.data.sign_labels import label_problems, read_labels, report_problems
-    from accelerando.data.splits import stratified_split
-
+def load_data(args: Args, accelerator: Accelerator) -> Data:
     transformer = args.model == "transformer"
     key = args.kp_key if transformer else args.feature_key
     normalisation = args.normalisation or ("body" if transformer else "none")
+    collate = ClipCollate(multiple_of=8 if args.compile_model else 1)
     if args.smoke_test:
         splits = made_up_clips(156 if transformer else 2048, args.num_gloss or 105, args.num_cat or 10, args.seed)
         names = class_names(splits, Path(), None, args.num_gloss or 105, args.num_cat or 10)
-        return Data(splits, names, key, "none" if normalisation == "body" else normalisation)
+        return Data(splits, names, key, "none" if normalisation == "body" else normalisation, collate)
 
     labels = {split: read_labels(csv) for split, (_, csv) in folders(args).items()}
     for split, (folder, _) in folders(args).items():
@@ -183,10 +236,11 @@ def load_data(args: Args, accelerator: Any) -> Data:
         clips = splits["train"]
         kept, held_out = stratified_split(clips.gloss, args.validation_fraction, args.seed)
         splits = {**splits, "train": clips.take(kept), "validation": clips.take(held_out)}
+    check_validation(args, splits, args.report_on_train)
     names = class_names(splits, folders(args)["train"][0], args.names_csv, args.num_gloss, args.num_cat)
     counts = ", ".join(f"{split} {len(clips):,}" for split, clips in splits.items())
     log.info("Clips: %s; %d glosses, %d categories", counts, len(names["gloss"]), len(names["cat"]))
-    return Data(splits, names, key, normalisation)
+    return Data(splits, names, key, normalisation, collate)
 
 
 def folders(args: Args) -> dict[str, tuple[Path, Path]]:
@@ -205,23 +259,31 @@ def folders(args: Args) -> dict[str, tuple[Path, Path]]:
     return found
 
 
+def training_clips(args: Args, data: Data) -> TrainingClips:
+    """The training clips as each epoch augments and orders them."""
+    clips = data.splits["train"]
+    if clips.width != WIDTH and (args.rotation or args.shift or args.mirror):
+        raise UserError(f"--rotation, --shift and --mirror need frames of {WIDTH} numbers; these have {clips.width}")
+    augmentation = ClipAugmentation(
+        args.rotation, args.scale, args.shift, args.noise, args.time_warp, args.time_mask, args.frame_drop, args.mirror,
+        centre=0.0 if data.normalisation == "body" else 0.5,
+    )  # fmt: skip
+    return TrainingClips(clips, augmentation, args.seed, args.balanced, args.length_buckets)
+
+
 # ------------------------------------------------------------------------------------------------------------ model
 
 
-def build_model(args: Args, data: Data, accelerator: Any) -> Any:
-    from accelerando.base.log import log
-    from accelerando.data.sign_clips import channel_statistics
-    from accelerando.models.cpu import speed_up_dropout
+def build_model(args: Args, data: Data, accelerator: Accelerator) -> SignModel:
     from accelerando.models.sign import SignGru, SignGruConfig, SignTransformer, SignTransformerConfig
-    from accelerando.train.accelerator import count_parameters
 
-    mean = deviation = None
+    mean = std = None
     if data.normalisation == "standard":
-        mean, deviation = (values.tolist() for values in channel_statistics(data.splits["train"]))
+        mean, std = (values.tolist() for values in channel_statistics(data.splits["train"]))
     common = {
         "input_key": data.key, "input_width": data.splits["train"].width, "normalisation": data.normalisation,
-        "channel_mean": mean, "channel_std": deviation, "gloss_names": data.names["gloss"],
-        "cat_names": data.names["cat"], "dropout": args.dropout, "learned_weights": args.learned_weights,
+        "channel_mean": mean, "channel_std": std, "gloss_names": data.names["gloss"], "cat_names": data.names["cat"],
+        "dropout": args.dropout, "learned_weights": args.learned_weights,
     }  # fmt: skip
     if args.model == "transformer":
         shape = ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size", "pooling", "final_norm",
@@ -231,17 +293,16 @@ def build_model(args: Args, data: Data, accelerator: Any) -> Any:
         model = SignGru(SignGruConfig(**common, gru_sizes=args.gru_sizes))
     if accelerator.device.type == "cpu" and not args.compile_model:
         speed_up_dropout(model)
-    trainable, total = count_parameters(model)
-    if trainable != total:
-        raise RuntimeError(f"only {trainable} of {total} parameters would be trained")
-    log.info("Model %s trains %s parameters", args.model, f"{total:,}")
+    log_trained(model, f"Model {args.model}")
     return model
 
 
 # ------------------------------------------------------------------------------------------------ loss and evaluation
 
 
-def compute_loss(model: Any, batch: dict[str, Any], args: Args, progress: float) -> tuple[Any, Any]:
+def compute_loss(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], data: Data, args: Args, progress: float = 1.0
+) -> tuple[torch.Tensor, SignOutput]:
     """Loss of each clip, [B], and the model's output; ``progress`` is the share of the steps that were taken."""
     output = model(**{name: batch[name] for name in ("frames", "attention_mask", "mask") if name in batch})
     gloss = class_loss(output.gloss_logits.float(), batch["gloss"], args)
@@ -254,7 +315,7 @@ def compute_loss(model: Any, batch: dict[str, Any], args: Args, progress: float)
     return alpha * gloss + beta * cat, output
 
 
-def class_loss(logits: Any, labels: Any, args: Args) -> Any:
+def class_loss(logits: torch.Tensor, labels: torch.Tensor, args: Args) -> torch.Tensor:
     """Cross-entropy of each row, [B], or the focal loss (Lin et al. 2017, arXiv:1708.02002)."""
     import torch
 
@@ -277,37 +338,42 @@ def loss_weights(args: Args, progress: float) -> tuple[float, float]:
     }[args.curriculum]
 
 
-def evaluate(model: Any, dataset: Any, collate: Any, run: Any, args: Args, what: str) -> dict[str, Any] | None:
-    """Classes [n], logits [n, G] and [n, C], and losses [n] of every clip once, in order; None when stopped."""
+def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
+    """Classes [n], logits [n, G] and [n, C], and losses [n] of every clip once, in the order of the labels."""
     import torch
 
-    from accelerando.base.log import progress_bar
-    from accelerando.train.accelerator import unwrapped
-    from accelerando.train.batches import evaluation_batches, gather_rows
-    from accelerando.train.stop import stop_requested
-
-    accelerator = run.accelerator
-    batches = evaluation_batches(
-        dataset, collate, args.eval_batch_size, lengths=dataset.lengths, num_workers=args.num_workers,
-        num_processes=accelerator.num_processes, process_index=accelerator.process_index, device=accelerator.device,
+    dataset = data.splits[split]
+    rows = EvaluationRows(
+        run, model, dataset, data.collate, args.eval_batch_size, split, lengths=dataset.lengths,
+        num_workers=args.num_workers,
     )  # fmt: skip
     model.eval()
-    columns: dict[str, list[Any]] = {}
-    with torch.no_grad(), progress_bar(len(dataset), 0, " clips", what) as bar:
-        for batch in batches:
-            losses, output = compute_loss(model, batch, args, 1.0)
-            values = {name: batch[name] for name in ("index", "weight", "gloss", "cat")} | {"losses": losses}
-            values |= {"gloss_logits": output.gloss_logits.float(), "cat_logits": output.cat_logits.float()}
-            for name, value in values.items():
-                columns.setdefault(name, []).append(value)
-            bar.update(len(losses) * accelerator.num_processes)
-            if stop_requested(run):
-                return None
-    unwrapped(accelerator, model)  # FSDP: frees the gathered weights, which may be those of the average
-    return gather_rows(accelerator, len(dataset), {name: torch.cat(parts) for name, parts in columns.items()})
+    with torch.no_grad():
+        for batch in rows:
+            losses, output = compute_loss(model, batch, data, args)
+            rows.add(gloss=batch["gloss"], cat=batch["cat"], losses=losses, gloss_logits=output.gloss_logits.float(),
+                     cat_logits=output.cat_logits.float())  # fmt: skip
+    return rows.gathered()
 
 
-# ------------------------------------------------------------------------------------------------------------- main
+def score(found: dict[str, np.ndarray], data: Data, split: str, args: Args) -> dict[str, float]:
+    """The metrics of what :func:`evaluate` found: of the glosses, the categories, and clips with occluded hands."""
+    gloss = classification_metrics(found["gloss"], found["gloss_logits"], found["losses"])
+    cat = classification_metrics(found["cat"], found["cat_logits"], found["losses"])
+    metrics = {"loss": gloss.pop("loss"), "cat_accuracy": cat["accuracy"]}
+    metrics |= {f"gloss_{name}": value for name, value in gloss.items()}
+    metrics |= {f"cat_{name}": cat[name] for name in ("f1_macro", "f1_weighted")}
+    if len(data.names["gloss"]) > 5:
+        metrics["gloss_top5"] = top_k_accuracy(found["gloss"], found["gloss_logits"], 5)
+    if (occluded := data.splits[split].occluded) is not None:
+        right = found["gloss_logits"].argmax(axis=1) == found["gloss"]
+        for name, rows in (("occluded", occluded), ("visible", ~occluded)):
+            if rows.any():
+                metrics[f"{name}_accuracy"] = float(right[rows].mean())
+    return metrics
+
+
+# ----------------------------------------------------------------------------------------------------------- output
 
 USAGE = """
 import numpy as np
@@ -324,18 +390,69 @@ output = model(**{{name: torch.from_numpy(values)[None] for name, values in inpu
 print(model.config.gloss_names[output.gloss_logits.argmax()])
 """
 
+# The columns of --log_csv.
+LOG_CSV = {
+    "epoch": "epoch", "train_loss": "train_loss", "val_loss": "loss", "val_gloss_acc": "gloss_accuracy",
+    "val_cat_acc": "cat_accuracy", "lr": "lr", "epoch_time": "seconds", "gpu_memory_allocated": "gpu_allocated_mb",
+    "gpu_memory_reserved": "gpu_reserved_mb",
+}  # fmt: skip
+
+
+def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None:
+    """What stands beside the saved weights: the model card."""
+    write_model_card(folder, run, "video-classification", None, USAGE.format(folder=run.directory / "best"))
+
+
+def write_report(
+    run: Run, model: torch.nn.Module, data: Data, found: dict[str, dict[str, np.ndarray]], args: Args
+) -> None:
+    """Results and report of the best weights; ``found``: what :func:`evaluate` found in each split. Main process."""
+    metrics = {split: score(rows, data, split, args) for split, rows in found.items()}
+    matrices = {
+        (split, head): results.write_class_report(run, f"{split}_{head}", rows[head], rows[f"{head}_logits"], names)
+        for split, rows in found.items()
+        for head, names in data.names.items()
+    }
+    last = results.split_to_show(found)
+    worst = worst_mistakes(found[last]["gloss"], found[last]["gloss_logits"], data.names["gloss"])
+    for mistake in worst:
+        mistake["text"] = data.splits[last].names[mistake["row"]]
+    trainable, parameters = count_parameters(model)
+    details = {"parameters": parameters, "trainable_parameters": trainable}
+    details |= {f"{head}_names": names for head, names in data.names.items()}
+    details |= {f"{head}_confusion_matrix": matrices[last, head].tolist() for head in data.names}
+    counts = {split: len(rows["gloss"]) for split, rows in found.items()}
+    results.write_results(run, metrics, counts, details)
+    glosses, categories = len(data.names["gloss"]), len(data.names["cat"])
+    tiles = [
+        (
+            f"{last}, gloss",
+            f"{100 * metrics[last]['gloss_accuracy']:.1f} %",
+            f"{counts[last]:,} clips, {glosses} glosses",
+        ),
+        (f"{last}, category", f"{100 * metrics[last]['cat_accuracy']:.1f} %", f"{categories} categories"),
+    ]
+    blocks = [
+        *results.class_blocks(matrices[last, "gloss"], data.names["gloss"], f"glosses, {last}"),
+        *results.class_blocks(matrices[last, "cat"], data.names["cat"], f"categories, {last}"),
+        page.mistakes(worst, title=f"Worst mistakes, {last}"),
+    ]
+    lines = {"validation/gloss_accuracy": "gloss", "validation/cat_accuracy": "category"}
+    curves = results.training_curves("Accuracy", lines)
+    path = results.write_page(run, f"Sign recognition: {data_title(args)}", tiles, metrics, curves, blocks)
+    log.info("Summary\n%s", results.write_summary(run, metrics))
+    log.info("Report: %s", path)
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
 
 def check_args(args: Args) -> None:
     """What can be wrong before anything is loaded."""
-    from accelerando.inference.hub import check_push
-    from accelerando.train.run import choose_directory
-    from accelerando.train.tracking import check_trackers
-
     check_trackers(args.report_to)
     check_push(args.push_to_hub, args.hub_repo_id)
     if not args.smoke_test:
         folders(args)
-    choose_directory(args, default_name(args))
     check_ranges(
         args, ema_decay=(0, 0.9999999), rotation=(0, 180), scale=(0, 0.99), shift=(0, 100), noise=(0, 100),
         time_warp=(0, 0.9), time_mask=(0, 0.9), frame_drop=(0, 0.9), mirror=(0, 1), dropout=(0, 0.999999),
@@ -343,13 +460,8 @@ def check_args(args: Args) -> None:
         validation_fraction=(0, 0.9), num_gloss=(2, 2**20), num_cat=(1, 2**20), hidden_size=(2, 2**16),
         num_layers=(1, 1000), conv_kernel=(0, 999), num_attention_heads=(1, 1000), intermediate_size=(1, 2**20),
     )  # fmt: skip
-    if not (args.validation_fraction or args.smoke_test or "validation" in folders(args)):
-        if args.early_stop or args.log_csv or args.scheduler == "plateau":
-            flags = "--early_stop, --log_csv and --scheduler plateau"
-            raise UserError(f"--validation_fraction 0: {flags} need validation clips")
-        if "test" not in folders(args) and not args.report_on_train:
-            hint = "give --labels_test_csv or --report_on_train"
-            raise UserError(f"--validation_fraction 0: nothing would be scored; {hint}")
+    if args.log_csv and args.validation_fraction == 0 and "validation" not in folders(args):
+        raise UserError("--log_csv: a row for each evaluation, but --validation_fraction 0 leaves none")
     if not args.alpha and not args.beta:
         raise UserError("--alpha 0 --beta 0: neither head would learn anything")
     if args.num_workers and args.auto_workers:
@@ -370,9 +482,7 @@ def model_title(args: Args) -> str:
 
 
 def default_name(args: Args) -> str:
-    """The run directory's name: what distinguishes runs that one tends to compare."""
-    from accelerando.train.run import join_name
-
+    """The run directory's name: what distinguishes runs that are likely to be compared."""
     settings = (f"bs{args.batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
     return join_name(data_title(args), model_title(args), *settings)
 
@@ -380,225 +490,98 @@ def default_name(args: Args) -> str:
 def main() -> None:
     args = parse_args(Args, ALIASES)
     check_args(args)
+    directory = choose_directory(args, default_name(args))
 
-    import torch
-
-    from accelerando.base.log import log, progress_bar, success
-    from accelerando.data.collate import ClipCollate
-    from accelerando.data.keypoints import WIDTH, ClipAugmentation
-    from accelerando.data.sign_clips import TrainingClips
-    from accelerando.inference.hub import push_folder
-    from accelerando.report.metrics import sign_metrics
-    from accelerando.report.model_card import write_model_card
-    from accelerando.report.predictions import worst_mistakes
-    from accelerando.report.results import (
-        SIGN_METRICS,
-        split_to_show,
-        write_log_csv,
-        write_sign_results,
-        write_summary,
-    )
-    from accelerando.train.accelerator import (
-        choose_sharded_layers,
-        count_parameters,
-        is_sharded,
-        make_accelerator,
-        seed_processes_apart,
-    )
-    from accelerando.train.autotune import choose_num_workers, find_micro_batch_size
-    from accelerando.train.averages import Ema, averaged
-    from accelerando.train.batches import TrainBatches
-    from accelerando.train.loop import (
-        after_step,
-        count_evaluation,
-        evaluation_was_stopped,
-        is_due,
-        log_step,
-        out_of_patience,
-        plan_steps,
-        speed,
-        take_train_loss,
-    )
-    from accelerando.train.optim import make_optimizer, make_scheduler
-    from accelerando.train.run import finish_run, leave_after_stop, restore, save, start_run
-    from accelerando.train.tracking import evaluations, record
-    from accelerando.train.weights import load_trained_weights, save_model_folder
-
+    # Data, model and the run's folder.
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
     data = load_data(args, accelerator)
     model = build_model(args, data, accelerator)
-    run = start_run(accelerator, args, default_name(args))
-    state = run.state
-    used = {name: args.model == name for name in ("transformer", "iv3_gru")}
-    used |= {"focal": args.loss == "focal", "GPU": accelerator.device.type == "cuda"}
-    used |= {"tools/extract_features.py": False}  # old commands name a backbone, which runs there alone
-    for line in without_effect(args, used):
+    run = start_run(accelerator, args, directory, METRICS, model_title(args))
+    here = {"GPU": accelerator.device.type == "cuda", "tools/extract_features.py": False}
+    for line in without_effect(args, ONLY_WITH, **here):
         log.warning("%s", line)
 
-    clips, collate = data.splits["train"], ClipCollate(multiple_of=8 if args.compile_model else 1)
-    centre = 0.0 if data.normalisation == "body" else 0.5
-    augmentation = ClipAugmentation(
-        args.rotation, args.scale, args.shift, args.noise, args.time_warp, args.time_mask, args.frame_drop, args.mirror,
-        centre,
-    )  # fmt: skip
-    if clips.width != WIDTH and (args.rotation or args.shift or args.mirror):
-        raise UserError(f"--rotation, --shift and --mirror need frames of {WIDTH} numbers; these have {clips.width}")
-    dataset = TrainingClips(clips, augmentation, args.seed, args.balanced, args.length_buckets)
-    batch_size = args.batch_size
+    # What an optimizer step trains on: the same samples on any number of processes.
+    train_data, batch_size = training_clips(args, data), args.batch_size
     if args.auto_batch_size:
-        longest = int(clips.lengths.argmax())
-        batch_size = state.micro_batch_size or find_micro_batch_size(
-            accelerator, model, lambda size: collate([clips[longest]] * size),
-            lambda plain, batch: compute_loss(plain, batch, args, 1.0)[0].sum(), most=64, flag="--auto_batch_size",
+        longest = data.splits["train"][int(data.splits["train"].lengths.argmax())]
+        batch_size = run.state.micro_batch_size or find_micro_batch_size(
+            accelerator, model, lambda size: data.collate([longest] * size),
+            lambda plain, batch: compute_loss(plain, batch, data, args)[0].sum(), most=64, flag="--auto_batch_size",
             hint="--amp bf16, or a smaller model",
         )  # fmt: skip
-        state.micro_batch_size = batch_size
+        run.state.micro_batch_size = batch_size
     if args.auto_workers:
         args.num_workers = choose_num_workers()
-    train_batches = TrainBatches(
-        dataset, collate, batch_size, args.gradient_accumulation_steps, args.seed, num_workers=args.num_workers,
-        num_processes=accelerator.num_processes, process_index=accelerator.process_index, device=accelerator.device,
-        pin_memory=args.pin_memory,
+    batches = TrainBatches(
+        train_data, data.collate, batch_size, args.gradient_accumulation_steps, args.seed, num_workers=args.num_workers,
+        accelerator=accelerator, pin_memory=args.pin_memory,
     )  # fmt: skip
-    total_steps = plan_steps(run, train_batches, args.epochs, args.max_steps)
+    plan_steps(run, batches)
 
+    # Optimizer, schedule, averages; then back to where a resumed run was.
     optimizer = make_optimizer(
         model, args.optimizer, args.lr, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
         args.momentum, sharded=is_sharded(accelerator),
     )  # fmt: skip
-    if args.compile_model:
-        model = torch.compile(model, dynamic=True)
-    choose_sharded_layers(accelerator, model)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    higher_is_better = args.best_metric != "loss"
+    model, optimizer = prepare(accelerator, model, optimizer, args.compile_model)
     schedule = make_scheduler(
-        optimizer.optimizer, args.scheduler, total_steps, args.warmup_steps, args.scheduler_factor,
-        args.scheduler_patience, higher_is_better, args.scheduler_step_size * train_batches.num_windows(),
+        optimizer.optimizer, args.scheduler, run.total_steps, args.warmup_steps, args.scheduler_factor,
+        args.scheduler_patience, run.higher_is_better, args.scheduler_step_size * batches.num_windows(),
     )  # fmt: skip
-    ema = Ema(optimizer, args.ema_decay) if args.ema_decay else None
-    seed_processes_apart(args.seed, accelerator)
+    ema = Ema(optimizer, args.ema_decay)
     restore(run, model, optimizer, schedule, ema)
 
-    def write_beside_weights(folder: Path) -> None:
-        usage = USAGE.format(folder=run.directory / "best")
-        write_model_card(folder, run, "video-classification", None, metrics, usage)
+    def save_weights(name: str) -> None:
+        save_model_folder(
+            accelerator, model, directory / name, lambda folder: write_beside_weights(folder, run, data, args)
+        )
 
-    def save_weights(folder: Path) -> None:
-        save_model_folder(accelerator, model, folder, write_beside_weights)
+    def checkpoint() -> Path:
+        return save(run, model, optimizer, schedule, ema)
 
-    def stop_here() -> None:
-        leave_after_stop(run, save(run, model, optimizer, schedule, args.keep_checkpoints, ema))
-
-    metrics = {name: row[name] for row in evaluations(run)[-1:] for name in SIGN_METRICS if name in row}
-
-    def validate() -> bool:
-        """Scores the validation clips, keeps the weights if they are the best so far; False when asked to stop."""
-        if "validation" not in data.splits:  # none were held out: the last weights count
-            state.evaluated_step = state.best_step = state.step
-            if state.step == total_steps:
-                with averaged(ema):
-                    save_weights(run.directory / "best")
-            write_summary(run, model_title(args), total_steps, {})
-            return True
+    def validate() -> None:
+        """Scores the validation clips, and keeps the weights in best/ if they are the best so far."""
+        metrics = {}  # without validation clips the last weights count
         with averaged(ema):
-            found = evaluate(model, data.splits["validation"], collate, run, args, "validation")
-        if found is None:
-            return False
-        metrics.update(sign_metrics(found, data.splits["validation"].occluded))
-        value, train_loss = metrics[args.best_metric], take_train_loss(state)
-        best = count_evaluation(state, value, args.early_stop_min_delta, higher_is_better)
-        lr = optimizer.param_groups[0]["lr"]
-        record(run, "validation", {"train_loss": train_loss, **metrics, "lr": lr, **speed(run)})
-        schedule.evaluated(value)
-        log.info("validation loss %.4f  gloss accuracy %.4f  category accuracy %.4f  (step %d, train loss %.4f)",
-                 metrics["loss"], metrics["gloss_accuracy"], metrics["cat_accuracy"], state.step,
-                 train_loss)  # fmt: skip
-        if best:
-            with averaged(ema):
-                save_weights(run.directory / "best")
-            success("New best %s %.4f, saved to %s", args.best_metric, value, run.directory / "best")
-        write_summary(run, model_title(args), total_steps, {"validation": metrics})
-        write_log_csv(run, args.log_csv)
-        return True
+            if "validation" in data.splits:
+                found = evaluate(model, data, "validation", run, args)
+                metrics = score(found, data, "validation", args)
+            if record_evaluation(run, metrics, schedule):
+                save_weights("best")
+        results.write_summary(run, {"validation": metrics})
+        if args.log_csv:
+            results.write_table(run, args.log_csv, LOG_CSV)
 
-    # A run that was stopped inside an evaluation goes on with it.
-    if evaluation_was_stopped(state, args.eval_every, total_steps) and not validate():
-        stop_here()
-
-    checkpoint = None
-    bar = progress_bar(total_steps, state.step, " steps", "training")
-    while state.step < total_steps and not out_of_patience(state, args.early_stop):
-        log.info("Epoch %d/%d", state.epoch + 1, args.epochs)
-        clock = time.perf_counter()
-        for window in train_batches.windows(state.epoch, state.position):
+    with stoppable(run, on_stop=checkpoint):
+        if evaluation_is_due(run):
+            validate()
+        for window in training_steps(run, batches):
             model.train()
-            loss_sum = torch.zeros((), device=accelerator.device)
-            for number, batch in enumerate(window, start=1):
-                with nullcontext() if number == len(window) else accelerator.no_sync(model):
-                    losses, _ = compute_loss(model, batch, args, state.step / total_steps)
-                    loss = (losses * batch["weight"]).sum()
-                    # The mean over the samples of the whole window; DDP and FSDP average over processes.
-                    accelerator.backward(loss * accelerator.num_processes / window.num_samples)
-                loss_sum += loss.detach()
-            norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
-            lr = optimizer.param_groups[0]["lr"]
+            for batch in window:  # the micro-batches of one optimizer step
+                with window.sync(model):
+                    losses, _ = compute_loss(model, batch, data, args, run.state.step / run.total_steps)
+                    window.backward(losses, batch["weight"])
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
             optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow
-                schedule.step()
+            schedule.step(skipped=accelerator.optimizer_step_was_skipped)
             optimizer.zero_grad()
-            stop = after_step(run, window, loss_sum)
-            if ema:
-                ema.update(state.step)
-            end_of_epoch, last_step = state.position == len(dataset), state.step == total_steps
-            now = time.perf_counter()
-            state.seconds, clock = state.seconds + now - clock, now
-            state.wait_seconds += train_batches.take_seconds_waited()
-            bar.update()
-            if state.step % args.log_every == 0:
-                log_step(run, bar, total_steps, lr, float(norm))
-            if end_of_epoch:
-                state.epoch, state.position = state.epoch + 1, 0
-            if is_due(args.eval_every, state.step, end_of_epoch, last_step) and not stop:
-                stop = not validate()
-                clock = time.perf_counter()  # evaluating and saving is not training
-            if stop or is_due(args.save_every, state.step, end_of_epoch, last_step):
-                checkpoint = save(run, model, optimizer, schedule, args.keep_checkpoints, ema)
-                clock = time.perf_counter()
-            if stop:
-                leave_after_stop(run, checkpoint)
-            if last_step or out_of_patience(state, args.early_stop):
-                break
-    bar.close()
-    if out_of_patience(state, args.early_stop):
-        log.info("Stopped early: no better %s in %d evaluations", args.best_metric, args.early_stop)
-        if checkpoint is None or checkpoint.name != f"step_{state.step:06d}":
-            save(run, model, optimizer, schedule, args.keep_checkpoints, ema)
+            ema.update()
+            step = finish_step(run, window, grad_norm, schedule.lr)
+            if step.evaluates:
+                validate()
+            if step.saves:
+                checkpoint()
 
-    save_weights(run.directory / "last")
-    load_trained_weights(accelerator, model, run.directory / "best")
-    scores = {}
-    for split in ("validation", "test", *(["train"] if args.report_on_train else [])):
-        if split in data.splits:
-            scores[split] = evaluate(model, data.splits[split], collate, run, args, split)
-            if scores[split] is None:
-                leave_after_stop(run, run.checkpoints)
+    # The last weights are saved, the best ones scored.
+    save_weights("last")
+    load_trained_weights(accelerator, model, directory / "best")
+    splits = ("validation", "test", *(["train"] if args.report_on_train else []))
+    with stoppable(run):
+        found = {split: evaluate(model, data, split, run, args) for split in splits if split in data.splits}
     if accelerator.is_main_process:
-        last = split_to_show(scores)
-        found = {split: sign_metrics(score, data.splits[split].occluded) for split, score in scores.items()}
-        worst = worst_mistakes({"labels": scores[last]["gloss"], "logits": scores[last]["gloss_logits"]},
-                               data.names["gloss"])  # fmt: skip
-        for mistake in worst:
-            mistake["text"] = data.splits[last].names[mistake["row"]]
-        trainable, parameters = count_parameters(model)
-        report = write_sign_results(
-            run, model_title(args), f"Sign recognition: {data_title(args)}", data.names, scores, found, worst,
-            {"parameters": parameters, "trainable_parameters": trainable}, total_steps,
-        )  # fmt: skip
-        log.info("Summary\n%s", (run.directory / "summary.txt").read_text(encoding="utf-8"))
-        log.info("Report: %s", report)
-        if args.push_to_hub:
-            best = run.directory / "best"
-            success("Pushed %s to %s", best, push_folder(best, args.hub_repo_id, args.hub_private))
+        write_report(run, model, data, found, args)
+        push_best(run, args.push_to_hub, args.hub_repo_id, args.hub_private)
     finish_run(run)
 
 

@@ -5,19 +5,51 @@ Trained with cross-entropy; the weights that are best on the validation rows are
 
   accelerate launch --config_file accelerate_configs/cpu.yaml scripts/text_classify.py --config configs/text_trec.yaml
   ... the same with accelerate_configs/multi_gpu.yaml (DDP) or accelerate_configs/fsdp.yaml (FSDP2)
+  python scripts/text_classify.py --config configs/text_trec.yaml    (one process, some seconds sooner)
 """
 
 from __future__ import annotations
 
-import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from accelerando.base.config import check_ranges, parse_args, without_effect
-from accelerando.base.errors import UserError, errors_in_one_line, first_line
-from accelerando.train.optim import OptimizerName, SchedulerName
+from accelerando.base.errors import UserError, errors_in_one_line
+from accelerando.base.files import cache_folder
+from accelerando.base.log import log
+from accelerando.base.processes import main_process_first
+from accelerando.data.collate import TextCollate
+from accelerando.data.splits import stratified_split
+from accelerando.data.tables import TextTable, encode_labels, label_names, read_text_table
+from accelerando.data.tokenizer import open_tokenizer, train_tokenizer
+from accelerando.data.tokens import TokenTable, tokenize_table
+from accelerando.inference.hub import check_push, push_best
+from accelerando.models.cpu import attention_for_cpu, speed_up_dropout
+from accelerando.models.overrides import override_config
+from accelerando.models.pretrained import class_labels, most_tokens, open_config, open_model
+from accelerando.report import page, results
+from accelerando.report.metrics import classification_metrics
+from accelerando.report.model_card import write_model_card
+from accelerando.report.predictions import worst_mistakes
+from accelerando.train.accelerator import count_parameters, is_sharded, log_trained, make_accelerator, prepare
+from accelerando.train.averages import Ema, averaged
+from accelerando.train.batches import TrainBatches
+from accelerando.train.evaluation import EvaluationRows, check_validation
+from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
+from accelerando.train.lora import attach_lora
+from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer, make_scheduler
+from accelerando.train.run import choose_directory, finish_run, join_name, restore, save, short_name, start_run
+from accelerando.train.state import Metric, Run
+from accelerando.train.stop import stoppable
+from accelerando.train.tracking import check_trackers
+from accelerando.train.weights import load_trained_weights, save_model_folder
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -85,6 +117,7 @@ class Args:
     early_stop_min_delta: float = 0.0  # what counts as an improvement
     eval_every: int = 0  # optimizer steps between evaluations; 0: every epoch
     num_workers: int = 0  # processes that prepare batches
+    pin_memory: bool = True  # GPU: page-locked batches, which are copied faster
     seed: int = 42  # of weights, order and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
@@ -116,6 +149,25 @@ ALIASES = {
     "dropout": "hidden_dropout_prob",
 }
 
+# Settings that matter only together with another one.
+ONLY_WITH = {
+    "architecture transformer": (
+        "model_name", "from_scratch", "hidden_size", "num_layers", "num_attention_heads", "intermediate_size",
+        "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
+    ),
+    "from_scratch": ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size"),
+    "architecture cnn": ("vocab_size", "embed_size", "num_filters", "filter_sizes", "dropout_prob"),
+    "strategy lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"),
+    "GPU": ("deterministic", "pin_memory"),
+}  # fmt: skip
+
+# What is measured, in the order in which it is shown; a metric that `score` adds is shown after these.
+METRICS = (
+    Metric("loss", in_log=True, higher_is_better=False),
+    *(Metric(name, in_log=True) for name in ("accuracy", "f1_macro")),
+    *map(Metric, ("f1_weighted", "precision_macro", "precision_weighted", "recall_macro", "recall_weighted")),
+)
+
 
 # ------------------------------------------------------------------------------------------------------------- data
 
@@ -124,19 +176,14 @@ ALIASES = {
 class Data:
     """Token tables of the splits, their texts (for the report), the label names and the tokenizer."""
 
-    splits: dict[str, Any]  # train, validation and perhaps test: data.tokens.TokenTable
-    tables: dict[str, Any]  # the same: data.tables.TextTable
+    splits: dict[str, TokenTable]  # train, and validation and test if there are any
+    tables: dict[str, TextTable]
     label_names: list[str]
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
+    collate: TextCollate
 
 
-def load_data(args: Args, accelerator: Any) -> Data:
-    from accelerando.base.log import log
-    from accelerando.base.processes import main_process_first
-    from accelerando.data.splits import stratified_split
-    from accelerando.data.tables import encode_labels, label_names, read_text_table
-    from accelerando.data.tokens import tokenize_table
-
+def load_data(args: Args, accelerator: Accelerator) -> Data:
     if not args.train_file:
         raise UserError("--train_file is missing: a .json, .jsonl, .csv or .parquet file, or a `datasets` name")
     columns = {name: getattr(args, name) for name in ("text_column", "text_pair_column", "label_column")}
@@ -154,114 +201,73 @@ def load_data(args: Args, accelerator: Any) -> Data:
         labels = {"validation": labels["train"][held_out], **labels, "train": labels["train"][kept]}
 
     with main_process_first(accelerator):
-        tokenizer = load_tokenizer(args, tables["train"])
-        cache = Path(args.cache_dir) if args.cache_dir else None
+        name = args.tokenizer_name or (args.model_name if args.architecture == "transformer" else None)
+        if name:
+            tokenizer = open_tokenizer(name)
+        else:
+            texts = tables["train"].texts
+            tokenizer = train_tokenizer(texts, args.tokenizer_type, args.vocab_size, max_length=args.max_length)
+        cache = cache_folder(args.cache_dir)
         splits = {
             split: tokenize_table(tables[split], tokenizer, args.max_length, labels[split], cache)
             for split in ("train", "validation", "test")
             if split in tables
         }
+    check_validation(args, splits, args.report_on_train)
     counts = ", ".join(f"{split} {len(table):,}" for split, table in splits.items())
     log.info("Rows: %s; %d labels: %s", counts, len(names), ", ".join(names[:12]) + (" ..." * (len(names) > 12)))
-    return Data(splits, tables, names, tokenizer)
-
-
-def load_tokenizer(args: Args, train_table: Any) -> Any:
-    from transformers import AutoTokenizer
-
-    from accelerando.data.tokenizer import train_tokenizer
-
-    name = args.tokenizer_name or (args.model_name if args.architecture == "transformer" else None)
-    if name is None:
-        return train_tokenizer(train_table.texts, args.tokenizer_type, args.vocab_size, max_length=args.max_length)
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer in {name}: {first_line(error)}") from None
+    collate = TextCollate(tokenizer.pad_token_id or 0, multiple_of=8 if args.compile_model else 1)
+    return Data(splits, tables, names, tokenizer, collate)
 
 
 # ------------------------------------------------------------------------------------------------------------ model
 
 
-def build_model(args: Args, data: Data, accelerator: Any) -> Any:
-    from accelerando.base.log import log
-    from accelerando.models.cpu import speed_up_dropout
-    from accelerando.train.accelerator import count_parameters
-    from accelerando.train.lora import attach_lora
-
+def build_model(args: Args, data: Data, accelerator: Accelerator) -> torch.nn.Module:
     on_cpu = accelerator.device.type == "cpu"
-    labels = {
-        "num_labels": len(data.label_names),
-        "id2label": dict(enumerate(data.label_names)),
-        "label2id": {name: number for number, name in enumerate(data.label_names)},
-    }
+    labels = class_labels(data.label_names)
     if args.architecture == "cnn":
         model = build_cnn(args, data, labels)
     else:
         model = build_transformer(args, data, labels, on_cpu)
     head = head_names(model)
-    if args.strategy == "head":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad = name.split(".")[0] in head
-    elif args.strategy == "lora":
+    if args.strategy == "lora":
         model = attach_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, head)
 
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    expected = {
-        "full": lambda name: True,
-        "head": lambda name: name.split(".")[0] in head,
-        "lora": lambda name: ".lora_" in name or ".modules_to_save." in name,
-    }[args.strategy]
-    wrong = [name for name, _ in model.named_parameters() if (name in trained) != expected(name)]
-    if wrong or not trained:
-        raise RuntimeError(f"strategy {args.strategy} trains the wrong parameters: {wrong[:3]}")
+    def is_trained(name: str) -> bool:
+        if args.strategy == "lora":
+            return ".lora_" in name or ".modules_to_save." in name
+        return args.strategy == "full" or name.split(".")[0] in head
+
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = is_trained(name)
     if on_cpu and not args.compile_model:
         speed_up_dropout(model)
-    trainable, total = count_parameters(model)
-    log.info("Strategy %s trains %s of %s parameters (%.2f %%)", args.strategy, f"{trainable:,}", f"{total:,}",
-             100 * trainable / total)  # fmt: skip
+    log_trained(model, f"Strategy {args.strategy}")
     return model
 
 
-def build_transformer(args: Args, data: Data, labels: dict[str, Any], on_cpu: bool) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+def build_transformer(args: Args, data: Data, labels: dict, on_cpu: bool) -> PreTrainedModel:
+    from transformers import AutoModelForSequenceClassification
 
-    from accelerando.models.overrides import attention_for_cpu, override_config
-
-    try:
-        config = AutoConfig.from_pretrained(args.model_name, **labels)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name {args.model_name} cannot be opened: {first_line(error)}") from None
+    config = open_config(args.model_name, **labels)
     override_config(config, args, has_weights=not args.from_scratch)
     if data.tokenizer.pad_token_id is None:
         raise UserError(f"the tokenizer of {args.model_name} has no padding token: set one and save it to a folder")
     config.pad_token_id = data.tokenizer.pad_token_id
-    attention = attention_for_cpu(config, on_cpu)
     if args.from_scratch:
         config.vocab_size = max(len(data.tokenizer), 1)
-        try:
-            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, **attention)
-        except ValueError as error:
-            raise UserError(f"{args.model_name}: {first_line(error)}") from None
-    else:
-        try:
-            # float32 master weights whatever the checkpoint holds; mixed precision casts as it computes.
-            model = AutoModelForSequenceClassification.from_pretrained(
-                args.model_name, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, **attention
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model_name {args.model_name} cannot be loaded: {first_line(error)}") from None
-    limit = getattr(config, "max_position_embeddings", None)
-    positions = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    if limit and getattr(positions, "padding_idx", None) is not None:  # RoBERTa counts from behind the padding's number
-        limit -= positions.padding_idx + 1
+    attention = attention_for_cpu(config, on_cpu)
+    model = open_model(
+        AutoModelForSequenceClassification, args.model_name, args.from_scratch, config=config, **attention
+    )
+    limit = most_tokens(model)
     if limit and args.max_length > limit:
         raise UserError(f"--max_length {args.max_length} exceeds the {limit} positions of {args.model_name}")
     return model
 
 
-def build_cnn(args: Args, data: Data, labels: dict[str, Any]) -> Any:
+def build_cnn(args: Args, data: Data, labels: dict) -> PreTrainedModel:
     from accelerando.models.text_cnn import TextCnnConfig, TextCnnForSequenceClassification
 
     config = TextCnnConfig(
@@ -276,18 +282,21 @@ def build_cnn(args: Args, data: Data, labels: dict[str, Any]) -> Any:
     return TextCnnForSequenceClassification(config)
 
 
-def head_names(model: Any) -> list[str]:
+def head_names(model: PreTrainedModel) -> tuple[str, ...]:
     """The top-level modules that are not the pretrained body: the classification head."""
     body = getattr(model, "base_model_prefix", "")
     if not body:  # the cnn
-        return ["classifier"]
-    return [name for name, child in model.named_children() if name != body and any(True for _ in child.parameters())]
+        return ("classifier",)
+    children = {name: list(child.parameters()) for name, child in model.named_children()}
+    return tuple(name for name, parameters in children.items() if name != body and parameters)
 
 
 # ------------------------------------------------------------------------------------------------ loss and evaluation
 
 
-def compute_loss(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
+def compute_loss(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], data: Data, args: Args
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of each row, [B], and the logits, [B, C]."""
     import torch
 
@@ -296,36 +305,29 @@ def compute_loss(model: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
     return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none"), logits
 
 
-def evaluate(model: Any, dataset: Any, collate: Any, run: Any, args: Args, what: str) -> dict[str, Any] | None:
-    """Labels [n], logits [n, C] and losses [n] of every row once, in the order of the file; None when stopped."""
+def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
+    """Labels [n], logits [n, C] and losses [n] of every row once, in the order of the file."""
     import torch
 
-    from accelerando.base.log import progress_bar
-    from accelerando.train.accelerator import unwrapped
-    from accelerando.train.batches import evaluation_batches, gather_rows
-    from accelerando.train.stop import stop_requested
-
-    accelerator = run.accelerator
-    batches = evaluation_batches(
-        dataset, collate, args.eval_batch_size, lengths=dataset.lengths, num_workers=args.num_workers,
-        num_processes=accelerator.num_processes, process_index=accelerator.process_index, device=accelerator.device,
+    dataset = data.splits[split]
+    rows = EvaluationRows(
+        run, model, dataset, data.collate, args.eval_batch_size, split, lengths=dataset.lengths,
+        num_workers=args.num_workers,
     )  # fmt: skip
     model.eval()
-    columns: dict[str, list[Any]] = {"index": [], "weight": [], "labels": [], "logits": [], "losses": []}
-    with torch.no_grad(), progress_bar(len(dataset), 0, " rows", what) as bar:
-        for batch in batches:
-            losses, logits = compute_loss(model, batch)
-            for name, values in {**batch, "losses": losses, "logits": logits}.items():
-                if name in columns:
-                    columns[name].append(values)
-            bar.update(len(losses) * accelerator.num_processes)
-            if stop_requested(run):
-                return None
-    unwrapped(accelerator, model)  # FSDP: frees the gathered weights, which may be those of the average
-    return gather_rows(accelerator, len(dataset), {name: torch.cat(parts) for name, parts in columns.items()})
+    with torch.no_grad():
+        for batch in rows:
+            losses, logits = compute_loss(model, batch, data, args)
+            rows.add(labels=batch["labels"], logits=logits, losses=losses)
+    return rows.gathered()
 
 
-# ------------------------------------------------------------------------------------------------------------- main
+def score(found: dict[str, np.ndarray], data: Data, split: str, args: Args) -> dict[str, float]:
+    """The metrics of what :func:`evaluate` found."""
+    return classification_metrics(found["labels"], found["logits"], found["losses"])
+
+
+# ----------------------------------------------------------------------------------------------------------- output
 
 USAGE = """
 from transformers import pipeline
@@ -335,23 +337,59 @@ print(classify("some text"))
 """
 
 
+def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None:
+    """What stands beside the saved weights: tokenizer and model card."""
+    data.tokenizer.save_pretrained(folder)
+    usage = USAGE.format(folder=run.directory / "best")
+    if args.architecture == "cnn":
+        usage = "import accelerando.models.text_cnn  # makes transformers know this model\n" + usage.lstrip()
+    pretrained = not args.from_scratch and args.architecture == "transformer"
+    write_model_card(folder, run, "text-classification", args.model_name if pretrained else None, usage)
+
+
+def write_report(
+    run: Run, model: torch.nn.Module, data: Data, found: dict[str, dict[str, np.ndarray]], args: Args
+) -> None:
+    """Results and report of the best weights; ``found``: what :func:`evaluate` found in each split. Main process."""
+    metrics = {split: score(rows, data, split, args) for split, rows in found.items()}
+    matrices = {
+        split: results.write_class_report(run, split, rows["labels"], rows["logits"], data.label_names)
+        for split, rows in found.items()
+    }
+    last = results.split_to_show(found)
+    worst = worst_mistakes(found[last]["labels"], found[last]["logits"], data.label_names)
+    for mistake in worst:
+        mistake["text"] = data.tables[last].text(mistake["row"])
+    trainable, parameters = count_parameters(model)
+    details = {"parameters": parameters, "trainable_parameters": trainable, "label_names": data.label_names,
+               "confusion_matrix": matrices[last].tolist()}  # fmt: skip
+    counts = {split: len(rows["labels"]) for split, rows in found.items()}
+    results.write_results(run, metrics, counts, details)
+    shown = args.best_metric if args.best_metric != "loss" else "accuracy"  # the loss has curves of its own
+    tiles = [
+        (f"{last} accuracy", f"{100 * metrics[last]['accuracy']:.2f} %", f"{counts[last]:,} rows"),
+        (f"{last} F1 (macro)", f"{metrics[last]['f1_macro']:.4f}", f"{len(data.label_names)} classes"),
+    ]
+    blocks = [
+        *results.class_blocks(matrices[last], data.label_names, last),
+        page.mistakes(worst, title=f"Worst mistakes, {last}"),
+    ]
+    curves = results.training_curves(shown, {f"validation/{shown}": "validation"})
+    path = results.write_page(run, f"Text classification: {data_title(args)}", tiles, metrics, curves, blocks)
+    log.info("Summary\n%s", results.write_summary(run, metrics))
+    log.info("Report: %s", path)
+
+
+# ------------------------------------------------------------------------------------------------------------- main
+
+
 def check_args(args: Args) -> None:
     """What can be wrong before anything is loaded."""
-    from accelerando.inference.hub import check_push
-    from accelerando.train.run import choose_directory
-    from accelerando.train.tracking import check_trackers
-
     check_trackers(args.report_to)
     check_push(args.push_to_hub, args.hub_repo_id)
-    choose_directory(args, default_name(args))
     if args.architecture == "cnn" and args.strategy == "lora":
-        raise UserError("--strategy lora adapts attention layers, which the cnn has not: use full or head")
+        raise UserError("--strategy lora: --architecture cnn has no attention layers; use full or head")
     check_ranges(args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9))
-    if not args.validation_fraction and not args.validation_file:
-        if args.early_stop or args.scheduler == "plateau":
-            raise UserError("--validation_fraction 0: --early_stop and --scheduler plateau need validation rows")
-        if not args.test_file and not args.report_on_train:
-            raise UserError("--validation_fraction 0: nothing would be scored; give --test_file or --report_on_train")
 
 
 def data_title(args: Args) -> str:
@@ -362,219 +400,98 @@ def data_title(args: Args) -> str:
 
 def model_title(args: Args) -> str:
     """A short name of the model."""
-    from accelerando.train.run import short_name
-
     return "cnn" if args.architecture == "cnn" else short_name(args.model_name)
 
 
 def default_name(args: Args) -> str:
-    """The run directory's name: what distinguishes runs that one tends to compare."""
-    from accelerando.train.run import join_name
-
+    """The run directory's name: what distinguishes runs that are likely to be compared."""
     settings = (args.strategy, f"bs{args.batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
     return join_name(data_title(args), model_title(args), *settings)
-
-
-def text_of(table: Any, row: int) -> str:
-    """The text (or pair of texts) of a row."""
-    first = table.texts[row].as_py()
-    return first if table.pairs is None else f"{first} / {table.pairs[row].as_py()}"
 
 
 def main() -> None:
     args = parse_args(Args, ALIASES)
     check_args(args)
+    directory = choose_directory(args, default_name(args))
 
-    import torch
-
-    from accelerando.base.log import log, progress_bar, success
-    from accelerando.data.collate import collate_text
-    from accelerando.inference.hub import push_folder
-    from accelerando.report.metrics import classification_metrics
-    from accelerando.report.model_card import write_model_card
-    from accelerando.report.predictions import worst_mistakes
-    from accelerando.report.results import METRICS, split_to_show, write_classification_results, write_summary
-    from accelerando.train.accelerator import (
-        choose_sharded_layers,
-        count_parameters,
-        is_sharded,
-        make_accelerator,
-        seed_processes_apart,
-    )
-    from accelerando.train.averages import Ema, averaged
-    from accelerando.train.batches import TrainBatches
-    from accelerando.train.loop import (
-        after_step,
-        count_evaluation,
-        evaluation_was_stopped,
-        is_due,
-        log_step,
-        out_of_patience,
-        plan_steps,
-        speed,
-        take_train_loss,
-    )
-    from accelerando.train.optim import make_optimizer, make_scheduler
-    from accelerando.train.run import finish_run, leave_after_stop, restore, save, start_run
-    from accelerando.train.tracking import evaluations, record
-    from accelerando.train.weights import load_trained_weights, save_model_folder
-
+    # Data, model and the run's folder.
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
     data = load_data(args, accelerator)
     model = build_model(args, data, accelerator)
-    run = start_run(accelerator, args, default_name(args))
-    state = run.state
-    cnn = args.architecture == "cnn"
-    used = {"cnn": cnn, "transformer": not cnn, "transformer from scratch": args.from_scratch and not cnn}
-    used |= {"GPU": accelerator.device.type == "cuda"}
-    for line in without_effect(args, used | {"lora": args.strategy == "lora"}):
+    run = start_run(accelerator, args, directory, METRICS, model_title(args))
+    for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda"):
         log.warning("%s", line)
 
-    collate = collate_text(data.tokenizer.pad_token_id or 0, multiple_of=8 if args.compile_model else 1)
-    train_batches = TrainBatches(
-        data.splits["train"], collate, args.batch_size, args.gradient_accumulation_steps, args.seed,
-        lengths=data.splits["train"].lengths if args.length_buckets else None, num_workers=args.num_workers,
-        num_processes=accelerator.num_processes, process_index=accelerator.process_index, device=accelerator.device,
+    # What an optimizer step trains on: the same samples on any number of processes.
+    train_data = data.splits["train"]
+    batches = TrainBatches(
+        train_data, data.collate, args.batch_size, args.gradient_accumulation_steps, args.seed,
+        lengths=train_data.lengths if args.length_buckets else None, num_workers=args.num_workers,
+        accelerator=accelerator, pin_memory=args.pin_memory,
     )  # fmt: skip
-    total_steps = plan_steps(run, train_batches, args.epochs, args.max_steps)
+    plan_steps(run, batches)
 
+    # Optimizer, schedule, averages; then back to where a resumed run was.
     optimizer = make_optimizer(
         model, args.optimizer, args.lr, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
         args.momentum, sharded=is_sharded(accelerator),
     )  # fmt: skip
-    if args.compile_model:
-        model = torch.compile(model, dynamic=True)
-    choose_sharded_layers(accelerator, model)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    higher_is_better = args.best_metric != "loss"
+    model, optimizer = prepare(accelerator, model, optimizer, args.compile_model)
     schedule = make_scheduler(
-        optimizer.optimizer, args.scheduler, total_steps, args.warmup_steps, args.scheduler_factor,
-        args.scheduler_patience, higher_is_better, args.scheduler_step_size * train_batches.num_windows(),
+        optimizer.optimizer, args.scheduler, run.total_steps, args.warmup_steps, args.scheduler_factor,
+        args.scheduler_patience, run.higher_is_better, args.scheduler_step_size * batches.num_windows(),
     )  # fmt: skip
-    ema = Ema(optimizer, args.ema_decay) if args.ema_decay else None
-    seed_processes_apart(args.seed, accelerator)
+    ema = Ema(optimizer, args.ema_decay)
     restore(run, model, optimizer, schedule, ema)
 
-    def write_beside_weights(folder: Path) -> None:
-        data.tokenizer.save_pretrained(folder)
-        usage = USAGE.format(folder=run.directory / "best")
-        if args.architecture == "cnn":
-            usage = "import accelerando.models.text_cnn  # makes transformers know this model\n" + usage.lstrip()
-        base_model = None if args.from_scratch or args.architecture == "cnn" else args.model_name
-        write_model_card(folder, run, "text-classification", base_model, metrics, usage)
+    def save_weights(name: str) -> None:
+        save_model_folder(
+            accelerator, model, directory / name, lambda folder: write_beside_weights(folder, run, data, args)
+        )
 
-    def save_weights(folder: Path) -> None:
-        save_model_folder(accelerator, model, folder, write_beside_weights)
+    def checkpoint() -> Path:
+        return save(run, model, optimizer, schedule, ema)
 
-    def stop_here() -> None:
-        leave_after_stop(run, save(run, model, optimizer, schedule, args.keep_checkpoints, ema))
-
-    metrics = {name: row[name] for row in evaluations(run)[-1:] for name in METRICS}
-
-    def validate() -> bool:
-        """Scores the validation rows, keeps the weights if they are the best so far; False when asked to stop."""
-        if "validation" not in data.splits:  # none were held out: the last weights count
-            state.evaluated_step = state.best_step = state.step
-            if state.step == total_steps:
-                with averaged(ema):
-                    save_weights(run.directory / "best")
-            write_summary(run, model_title(args), total_steps, {})
-            return True
+    def validate() -> None:
+        """Scores the validation rows, and keeps the weights in best/ if they are the best so far."""
+        metrics = {}  # without validation rows the last weights count
         with averaged(ema):
-            found = evaluate(model, data.splits["validation"], collate, run, args, "validation")
-        if found is None:
-            return False
-        metrics.update(classification_metrics(found["labels"], found["logits"], found["losses"]))
-        value, train_loss = metrics[args.best_metric], take_train_loss(state)
-        best = count_evaluation(state, value, args.early_stop_min_delta, higher_is_better)
-        lr = optimizer.param_groups[0]["lr"]
-        record(run, "validation", {"train_loss": train_loss, **metrics, "lr": lr, **speed(run)})
-        schedule.evaluated(value)
-        log.info("validation loss %.4f  accuracy %.4f  f1_macro %.4f  (step %d, train loss %.4f)",
-                 metrics["loss"], metrics["accuracy"], metrics["f1_macro"], state.step, train_loss)  # fmt: skip
-        if best:
-            with averaged(ema):
-                save_weights(run.directory / "best")
-            success("New best %s %.4f, saved to %s", args.best_metric, value, run.directory / "best")
-        write_summary(run, model_title(args), total_steps, {"validation": metrics})
-        return True
+            if "validation" in data.splits:
+                found = evaluate(model, data, "validation", run, args)
+                metrics = score(found, data, "validation", args)
+            if record_evaluation(run, metrics, schedule):
+                save_weights("best")
+        results.write_summary(run, {"validation": metrics})
 
-    # A run that was stopped inside an evaluation goes on with it.
-    if evaluation_was_stopped(state, args.eval_every, total_steps) and not validate():
-        stop_here()
-
-    checkpoint = None
-    bar = progress_bar(total_steps, state.step, " steps", "training")
-    while state.step < total_steps and not out_of_patience(state, args.early_stop):
-        log.info("Epoch %d/%d", state.epoch + 1, args.epochs)
-        clock = time.perf_counter()
-        for window in train_batches.windows(state.epoch, state.position):
+    with stoppable(run, on_stop=checkpoint):
+        if evaluation_is_due(run):
+            validate()
+        for window in training_steps(run, batches):
             model.train()
-            loss_sum = torch.zeros((), device=accelerator.device)
-            for number, batch in enumerate(window, start=1):
-                with nullcontext() if number == len(window) else accelerator.no_sync(model):
-                    losses, _ = compute_loss(model, batch)
-                    loss = (losses * batch["weight"]).sum()
-                    # The mean over the samples of the whole window; DDP and FSDP average over processes.
-                    accelerator.backward(loss * accelerator.num_processes / window.num_samples)
-                loss_sum += loss.detach()
-            norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
-            lr = optimizer.param_groups[0]["lr"]
+            for batch in window:  # the micro-batches of one optimizer step
+                with window.sync(model):
+                    losses, _ = compute_loss(model, batch, data, args)
+                    window.backward(losses, batch["weight"])
+            grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
             optimizer.step()
-            if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler met an overflow
-                schedule.step()
+            schedule.step(skipped=accelerator.optimizer_step_was_skipped)
             optimizer.zero_grad()
-            stop = after_step(run, window, loss_sum)
-            if ema:
-                ema.update(state.step)
-            end_of_epoch, last_step = state.position == len(train_batches.dataset), state.step == total_steps
-            now = time.perf_counter()
-            state.seconds, clock = state.seconds + now - clock, now
-            state.wait_seconds += train_batches.take_seconds_waited()
-            bar.update()
-            if state.step % args.log_every == 0:
-                log_step(run, bar, total_steps, lr, float(norm))
-            if end_of_epoch:
-                state.epoch, state.position = state.epoch + 1, 0
-            if is_due(args.eval_every, state.step, end_of_epoch, last_step) and not stop:
-                stop = not validate()
-                clock = time.perf_counter()  # evaluating and saving is not training
-            if stop or is_due(args.save_every, state.step, end_of_epoch, last_step):
-                checkpoint = save(run, model, optimizer, schedule, args.keep_checkpoints, ema)
-                clock = time.perf_counter()
-            if stop:
-                leave_after_stop(run, checkpoint)
-            if last_step or out_of_patience(state, args.early_stop):
-                break
-    bar.close()
-    if out_of_patience(state, args.early_stop):
-        log.info("Stopped early: no better %s in %d evaluations", args.best_metric, args.early_stop)
-        if checkpoint is None or checkpoint.name != f"step_{state.step:06d}":
-            save(run, model, optimizer, schedule, args.keep_checkpoints, ema)
+            ema.update()
+            step = finish_step(run, window, grad_norm, schedule.lr)
+            if step.evaluates:
+                validate()
+            if step.saves:
+                checkpoint()
 
-    save_weights(run.directory / "last")
-    load_trained_weights(accelerator, model, run.directory / "best")
-    scores = {}
-    for split in ("validation", "test", *(["train"] if args.report_on_train else [])):
-        if split in data.splits:
-            scores[split] = evaluate(model, data.splits[split], collate, run, args, split)
-            if scores[split] is None:
-                leave_after_stop(run, run.checkpoints)
+    # The last weights are saved, the best ones scored.
+    save_weights("last")
+    load_trained_weights(accelerator, model, directory / "best")
+    splits = ("validation", "test", *(["train"] if args.report_on_train else []))
+    with stoppable(run):
+        found = {split: evaluate(model, data, split, run, args) for split in splits if split in data.splits}
     if accelerator.is_main_process:
-        last = split_to_show(scores)
-        worst = worst_mistakes(scores[last], data.label_names)
-        for mistake in worst:
-            mistake["text"] = text_of(data.tables[last], mistake["row"])
-        trainable, parameters = count_parameters(model)
-        report = write_classification_results(
-            run, model_title(args), f"Text classification: {data_title(args)}", data.label_names, scores, worst,
-            {"parameters": parameters, "trainable_parameters": trainable}, total_steps,
-        )  # fmt: skip
-        log.info("Summary\n%s", (run.directory / "summary.txt").read_text(encoding="utf-8"))
-        log.info("Report: %s", report)
-        if args.push_to_hub:
-            best = run.directory / "best"
-            success("Pushed %s to %s", best, push_folder(best, args.hub_repo_id, args.hub_private))
+        write_report(run, model, data, found, args)
+        push_best(run, args.push_to_hub, args.hub_repo_id, args.hub_private)
     finish_run(run)
 
 

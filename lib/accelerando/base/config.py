@@ -23,6 +23,7 @@ import os
 import re
 import sys
 import typing
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -122,17 +123,20 @@ def parse_args(cls: type[T], aliases: dict[str, Alias] | None = None, argv: list
 
 
 def sections(cls: type) -> dict[str, list[tuple[str, str]]]:
-    """Section heading -> [(field, help), ...], read from the comments in the source of ``cls``."""
-    found: dict[str, list[tuple[str, str]]] = {"": []}
-    heading = ""
-    for line in inspect.getsource(cls).splitlines():
-        if match := re.match(r"\s*# -- (.+?) --\s*$", line):
-            heading = match[1]
-            found[heading] = []
-        elif match := re.match(r"\s+(\w+)\s*:[^#]*(?:#\s*(.*))?$", line):
-            found[heading].append((match[1], (match[2] or "").strip()))
+    """Section heading -> [(field, help), ...], from the comments in the source of ``cls`` and its parents."""
+    found: dict[str, dict[str, str]] = {"": {}}
     fields = {field.name for field in dataclasses.fields(cls)}
-    return {name: kept for name, rows in found.items() if (kept := [row for row in rows if row[0] in fields])}
+    for parent in reversed([each for each in cls.__mro__ if dataclasses.is_dataclass(each)]):
+        heading = ""
+        for line in inspect.getsource(parent).splitlines():
+            if match := re.match(r"\s*# -- (.+?) --\s*$", line):
+                heading = match[1]
+                found.setdefault(heading, {})
+            elif (match := re.match(r"\s+(\w+)\s*:[^#]*(?:#\s*(.*))?$", line)) and match[1] in fields:
+                # A field that is given again, with another default, stays where it was.
+                place = next((name for name, rows in found.items() if match[1] in rows), heading)
+                found[place][match[1]] = (match[2] or found[place].get(match[1], "")).strip()
+    return {name: list(rows.items()) for name, rows in found.items() if rows}
 
 
 def grouped(args: Any) -> dict[str, dict[str, Any]]:
@@ -171,28 +175,41 @@ def check_ranges(args: Any, **others: tuple[float, float]) -> None:
             raise UserError(f"--{name} {value}: {limit}")
 
 
-def without_effect(args: Any, used: dict[str, bool]) -> list[str]:
-    """Settings that were changed and that nothing reads, because the part they belong to is not in use.
+# Settings of all scripts that only matter together with another one: {"flag value ...": names}.
+ONLY_WITH: dict[str, tuple[str, ...]] = {
+    "report_to wandb": ("wandb_project", "wandb_entity", "wandb_name", "wandb_tags", "wandb_notes"),
+    "report_to mlflow": ("experiment_name",),
+    "optimizer sgd": ("momentum",),
+    "scheduler plateau": ("scheduler_patience",),
+    "scheduler step": ("scheduler_step_size",),
+    "scheduler plateau step": ("scheduler_factor",),
+}
 
-    A line of help that begins with ``cnn:`` says whom the setting belongs to; ``used`` says, for each such word of this
-    script alone, whether this run has it.
+
+def without_effect(args: Any, only_with: Mapping[str, Sequence[str]], **here: bool) -> list[str]:
+    """A line for each setting that was changed and that nothing reads, because what it belongs to is not in use.
+
+    ``only_with`` (beside ``ONLY_WITH``) maps a condition to the settings that need it: ``"strategy lora"`` (the flag
+    has one of the values), ``"cache"`` (it is on) or ``"not cache"``, or a word of ``here``, which says what this
+    machine or data has.
     """
-    used = {
-        "wandb": "wandb" in args.report_to,
-        "mlflow": "mlflow" in args.report_to,
-        "sgd": args.optimizer == "sgd",
-        "plateau": args.scheduler == "plateau",
-        "step": args.scheduler == "step",
-        "plateau, step": args.scheduler in ("plateau", "step"),
-        **used,
-    }
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    return [
-        f"--{name} has no effect here ({text})"
-        for rows in sections(type(args)).values()
-        for name, text in rows
-        if not used.get(text.partition(":")[0], True) and getattr(args, name) != defaults[name]
-    ]
+    lines = []
+    for condition, names in [*ONLY_WITH.items(), *only_with.items()]:
+        word, *values = condition.removeprefix("not ").split()
+        if word in here:
+            met, needed = here[word], word.replace("_", " ")
+        else:
+            value = getattr(args, word)
+            given = value if isinstance(value, tuple) else (value,)
+            met = any(str(one) in values for one in given) if values else bool(value)
+            needed = f"--{word}" + (f" {' or '.join(values)}" if values else "")
+        if condition.startswith("not "):
+            met, needed = not met, f"no {needed}"
+        if not met:
+            changed = [name for name in names if getattr(args, name) != defaults[name]]
+            lines += [f"--{name} has no effect here: it needs {needed}" for name in changed]
+    return lines
 
 
 def to_yaml(args: Any) -> str:

@@ -141,3 +141,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def release(directory: Path) -> None:
+    """Lets others into a folder that :func:`hold` keeps."""
+    if file := held_locks.pop(directory.resolve() / LOCK, None):
+        file.close()

@@ -41,6 +41,7 @@ log = logging.getLogger("accelerando")
 
 
 SUCCESS = 25
+logging.addLevelName(SUCCESS, "SUCCESS")
 
 
 COLOURS = {"WARNING": "33", "ERROR": "31", "SUCCESS": "32"}  # ANSI codes: yellow, red, green

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError
 
@@ -37,6 +37,10 @@ class ImageFiles:
     def path(self, row: int) -> Path:
         """The file of a row."""
         return self.folder / self.names[row].as_py()
+
+    def take(self, rows: np.ndarray) -> ImageFiles:
+        """The files ``rows`` [m]."""
+        return ImageFiles(self.folder, self.names.take(rows), self.classes[rows])
 
 
 def class_folders(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
@@ -169,18 +173,18 @@ def read_index(path: Path, class_map: dict[str, int], folder: Path | None = None
 
 
 def read_class_folders(data: Path, left_out: LeftOut | None = None) -> tuple[dict[str, int], dict[str, ImageFiles]]:
-    """Class map, and side -> pictures, of ``train/<class>/*`` and ``val/<class>/*`` (``test/`` too, if it is there).
+    """Class map, and side -> pictures, of ``train/<class>/*``, and of ``val/`` and ``test/`` where they are there.
 
     Classes are numbered by name in ``train``; another side may lack some of them. ``left_out`` is told of files that
     are no pictures.
 
     Raises:
-        UserError: a side is missing or has no class folders, a class folder is empty, or ``train`` lacks a class.
+        UserError: ``train`` is missing or lacks a class, a side has no class folders, or a class folder is empty.
     """
     class_map: dict[str, int] = {}
     sides: dict[str, ImageFiles] = {}
     for side in ("train", "val", "test"):
-        if side == "test" and not (data / side).exists():
+        if side != "train" and not (data / side).exists():
             continue
 
         def tell(name: str, why: str, side: str = side) -> None:
@@ -222,40 +226,3 @@ def _image_files(folder: Path, names: Iterable[str], classes: list[int]) -> Imag
     import pyarrow as pa
 
     return ImageFiles(folder, pa.array(names, pa.large_string()), np.array(classes, np.int64))
-
-
-class TablePairs:
-    """Image files in a folder and a table that names them, one caption a row; an image may have several rows.
-
-    Raises:
-        UserError: the table cannot be read, or names an image that is not there (with its row).
-    """
-
-    def __init__(self, table: str, folder: Path, image_column: str = "image", caption_column: str = "caption") -> None:
-        from accelerando.data.tables import read_text_table
-
-        rows = read_text_table(
-            table, text_column=caption_column, text_pair_column=image_column, label_column="", require_labels=False
-        )
-        self.table, self.folder, self.captions, self.names = table, folder, rows.texts, rows.pairs
-        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-        for row, name in enumerate(self.names.to_pylist()):
-            if name not in there:
-                close = difflib.get_close_matches(name, there, n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise UserError(f"{table}: row {row + 1}: no image {name} in {folder}{hint}")
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def read(self, row: int) -> tuple[bytes, bytes]:
-        """The image file and the caption of a row."""
-        return (self.folder / self.names[row].as_py()).read_bytes(), self.captions[row].as_py().encode()
-
-    def metadata(self, row: int) -> dict[str, Any]:
-        """The row's other columns are not read: an empty dict."""
-        return {}
-
-    def where(self, row: int) -> str:
-        """Table, row and image of a row, for a message."""
-        return f"{self.table}: row {row + 1}: {self.folder / self.names[row].as_py()}"

@@ -14,7 +14,7 @@ import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from accelerando.base.errors import first_line
 from accelerando.base.rng import random_state_of
 from accelerando.data.decode import decode_pixels
 from accelerando.data.image_cache import CachedImages
+from accelerando.data.order import balanced_rows, epoch_order, number_repeats
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -98,6 +99,7 @@ class TrainingImages:
     mixup: float = 0.0
     cutmix: float = 0.0
     balanced: bool = False
+    unit: ClassVar[str] = "images"
     # Of each row, whether its file was once decoded in full without complaint; the workers share what they found.
     _sound: np.ndarray = field(init=False, repr=False, compare=False)
 
@@ -132,10 +134,12 @@ class TrainingImages:
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """The rows of an epoch, int64 [n]; ``balanced``: every class equally often."""
-        from accelerando.data.order import balanced_rows, epoch_order
-
         rows = balanced_rows(self.files.classes, seed, epoch) if self.balanced else np.arange(len(self))
-        return rows[epoch_order(len(rows), seed, epoch)]
+        order = rows[epoch_order(len(rows), seed, epoch)]
+        return number_repeats(order, len(self)) if self.balanced else order
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Nothing is remote."""
 
     def problem(self, row: int) -> str:
         """Which file a row is and why it cannot be read."""
@@ -157,6 +161,7 @@ class EvaluationImages:
 
     files: ImageFiles
     size: int
+    unit: ClassVar[str] = "images"
 
     def __len__(self) -> int:
         return len(self.files)

@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from accelerando.base.errors import UserError, first_line
+from accelerando.base.log import progress_bar
+from accelerando.data.duplicates import join_pairs
+from accelerando.data.order import epoch_order
+from accelerando.data.tables import SUFFIXES, read_text_table
 from accelerando.data.transforms import ImageTransform
 
 if TYPE_CHECKING:
-    from accelerando.data.folders import TablePairs
-    from accelerando.data.shards import ShardPairs
+    pass
+
+
+class PairSource(Protocol):
+    """Where pairs are read from, by row number."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, row: int) -> tuple[bytes, bytes]:
+        """The image file and the caption, UTF-8."""
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        """What else is known of the row: a shard's .json, a table's other columns."""
+
+    def where(self, row: int) -> str:
+        """Where the row stands, for a message."""
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """The rows of an epoch, int64 [n], in an order that suits reading."""
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Has what ``rows`` need, in this order, fetched ahead where it is remote."""
 
 
 @dataclass
@@ -29,24 +54,25 @@ class PairDataset:
     ``rows`` [n] chooses rows of the source.
     """
 
-    source: ShardPairs | TablePairs
+    source: PairSource
     transform: ImageTransform
     seed: int = 0
     parts: str = "both"  # both, image or text
     rows: np.ndarray | None = None
+    unit: ClassVar[str] = "pairs"
 
     def __len__(self) -> int:
         return len(self.source if self.rows is None else self.rows)
 
-    def at(self, row: int, epoch: int) -> dict[str, Any]:
-        """The sample as ``epoch`` augments it."""
+    def at(self, row: int, epoch: int, draw: int = 0) -> dict[str, Any]:
+        """The sample as ``epoch`` augments it, each ``draw`` of it in another way."""
         row = int(row if self.rows is None else self.rows[row])
         sample: dict[str, Any] = {"valid": 1.0, "image_id": 0, "text_id": 0}
         try:
             file, text = self.source.read(row)
             sample.update(image_id=identity(file), text_id=identity(text))
             if self.parts != "text":
-                sample["pixel_values"] = self.transform(file, (self.seed, epoch, row))
+                sample["pixel_values"] = self.transform(file, (self.seed, epoch, row, *([draw] if draw else [])))
             if self.parts != "image":
                 sample["caption"] = read_caption(text)
         except (ValueError, OSError) as error:
@@ -63,14 +89,11 @@ class PairDataset:
 
     def prefetch(self, rows: np.ndarray) -> None:
         """Has what ``rows`` need, in this order, fetched ahead where it is remote."""
-        if self.rows is None and hasattr(self.source, "prefetch"):
-            self.source.prefetch(rows)
+        self.source.prefetch(rows if self.rows is None else self.rows[rows])
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """The rows of an epoch, int64 [n], as the source likes to be read."""
-        from accelerando.data.order import epoch_order
-
-        if self.rows is None and hasattr(self.source, "epoch_order"):
+        if self.rows is None:
             return self.source.epoch_order(seed, epoch)
         return epoch_order(len(self), seed, epoch)
 
@@ -88,12 +111,10 @@ class PairDataset:
 
 def open_pairs(
     where: str, cache: Path, cache_gb: float, image_folder: str | None, image_column: str, caption_column: str
-) -> ShardPairs | TablePairs:
+) -> PairSource:
     """The pairs that ``where`` names: shards here or at a URL, or a table of captions of images in ``image_folder``."""
-    from accelerando.data.folders import TablePairs
     from accelerando.data.remote import FileCache, RangeReader, is_remote, list_remote
     from accelerando.data.shards import ShardPairs, list_shards
-    from accelerando.data.tables import SUFFIXES
 
     if is_remote(where):
         remote = FileCache(cache / "remote", int(cache_gb * 1e9)) if cache_gb else RangeReader()
@@ -104,36 +125,127 @@ def open_pairs(
     return ShardPairs(list_shards(where), cache)
 
 
-@dataclass
-class FirstPairs:
-    """The first ``count`` pairs of a source."""
+class TablePairs:
+    """Image files in a folder and a table that names them, one caption a row; an image may have several rows.
 
-    source: ShardPairs | TablePairs
-    count: int
+    Raises:
+        UserError: the table cannot be read, or names an image that is not there (with its row).
+    """
+
+    def __init__(self, table: str, folder: Path, image_column: str = "image", caption_column: str = "caption") -> None:
+        rows = read_text_table(
+            table,
+            text_column=caption_column,
+            text_pair_column=image_column,
+            label_column="",
+            require_labels=False,
+            other_columns=True,
+        )
+        self.table, self.folder, self.captions, self.names = table, folder, rows.texts, rows.pairs
+        self.others = rows.others
+        there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        for row, name in enumerate(self.names.to_pylist()):
+            if name not in there:
+                close = difflib.get_close_matches(name, there, n=1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise UserError(f"{table}: row {row + 1}: no image {name} in {folder}{hint}")
 
     def __len__(self) -> int:
-        return min(self.count, len(self.source))
+        return len(self.captions)
 
-    def __getattr__(self, name: str) -> Any:
-        if name in ("read", "metadata", "where"):
-            return getattr(self.source, name)
-        raise AttributeError(name)
+    def read(self, row: int) -> tuple[bytes, bytes]:
+        """The image file and the caption of a row."""
+        return (self.folder / self.names[row].as_py()).read_bytes(), self.captions[row].as_py().encode()
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        """The row's other columns."""
+        return self.others.slice(row, 1).to_pylist()[0] if self.others.num_columns else {}
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """The rows of an epoch, int64 [n], shuffled."""
+        return epoch_order(len(self), seed, epoch)
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Nothing is remote."""
+
+    def where(self, row: int) -> str:
+        """Table, row and image of a row, for a message."""
+        return f"{self.table}: row {row + 1}: {self.folder / self.names[row].as_py()}"
 
 
-def report_unreadable(
-    accelerator: Any, dataset: Any, split: str, rows: Iterable[int], shown: int = 10, what: str = "pairs"
-) -> None:
-    """Logs how many pairs of ``split``, on all processes, could not be read, and which. A collective."""
-    from accelerando.base.log import log
-    from accelerando.base.processes import gather_objects
+@dataclass
+class PairSubset:
+    """The ``rows`` [n] of a source."""
 
-    everybody = sorted(set().union(*gather_objects(accelerator, [int(row) for row in rows])))
-    if everybody and accelerator.is_main_process:
-        log.warning("%d of %d %s %s cannot be read and were left out:", len(everybody), len(dataset), split, what)
-        for row in everybody[:shown]:
-            log.warning("  %s", dataset.problem(row))
-        if len(everybody) > shown:
-            log.warning("  ... and %d more", len(everybody) - shown)
+    source: PairSource
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row: int) -> tuple[bytes, bytes]:
+        """The image file and the caption of a row."""
+        return self.source.read(int(self.rows[row]))
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        """What else is known of a row."""
+        return self.source.metadata(int(self.rows[row]))
+
+    def where(self, row: int) -> str:
+        """Where a row stands, for a message."""
+        return self.source.where(int(self.rows[row]))
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """The rows of an epoch, int64 [n], shuffled."""
+        return epoch_order(len(self), seed, epoch)
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Has what ``rows`` need fetched ahead where it is remote."""
+        self.source.prefetch(self.rows[rows])
+
+
+def hold_out_images(source: PairSource, fraction: float, seed: int) -> tuple[PairSubset, PairSubset]:
+    """(rest, held out): about ``fraction`` of the pairs, each image and each caption with all of its pairs on one side.
+
+    Reads every pair once. A function of (source, fraction, seed) alone.
+
+    Raises:
+        UserError: one side would be empty.
+    """
+    gallery = make_gallery(source, "splitting")
+    links = zip(gallery.image_of, len(gallery.image_rows) + gallery.text_of, strict=True)
+    groups = join_pairs(len(gallery.image_rows) + len(gallery.text_rows), links)[gallery.image_of]
+    order = np.random.default_rng(seed).permutation(np.unique(groups))
+    sizes = np.bincount(groups)[order]
+    chosen = order[: max(1, int(np.searchsorted(np.cumsum(sizes), fraction * len(source), side="right")))]
+    held = np.isin(groups, chosen)
+    if held.all() or not held.any():
+        raise UserError(f"{len(source)} pairs are too few, or too much alike, to hold any out: name --validation_data")
+    return PairSubset(source, np.flatnonzero(~held)), PairSubset(source, np.flatnonzero(held))
+
+
+def split_locations(data_dir: str | None, named: dict[str, str | None]) -> dict[str, str | None]:
+    """Where the pairs of each split are: as ``named``, or else in the folders of ``data_dir``."""
+    found = dict(named)
+    if data_dir:
+        for split, names in {"train": ["train"], "validation": ["validation", "val"], "test": ["test"]}.items():
+            there = [str(Path(data_dir) / name) for name in names if (Path(data_dir) / name).is_dir()]
+            found[split] = found[split] or next(iter(there), None)
+    return found
+
+
+def bucket_locations(bucket: str, prefix: str, validation_prefix: str | None, validation: str | None) -> dict[str, str]:
+    """URLs of the training and validation shards in an S3 bucket; ``validation`` wins over a prefix.
+
+    Raises:
+        UserError: no prefix for validation is given, and none follows from that of training.
+    """
+    prefix = prefix.strip("/")
+    folder, _, name = prefix.rpartition("/")
+    other = (validation_prefix or f"{folder}/{name.replace('train', 'val')}").strip("/")
+    if not validation and other == prefix:
+        raise UserError(f"--s3_validation_prefix is missing: {prefix} has no `train` to put `val` for")
+    return {"train": f"s3://{bucket}/{prefix}", "validation": validation or f"s3://{bucket}/{other}"}
 
 
 @dataclass
@@ -141,6 +253,7 @@ class Captions:
     """Texts without pictures, as samples."""
 
     texts: list[str]
+    unit: ClassVar[str] = "texts"
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -149,7 +262,7 @@ class Captions:
         return {"valid": 1.0, "image_id": 0, "text_id": row, "caption": self.texts[row]}
 
 
-def captions(source: Any) -> Iterator[str]:
+def captions(source: PairSource) -> Iterator[str]:
     """The captions of a source that can be read, one by one."""
     for row in range(len(source)):
         with contextlib.suppress(ValueError):
@@ -183,10 +296,8 @@ class Gallery:
     text_of: np.ndarray
 
 
-def make_gallery(source: ShardPairs | TablePairs, description: str) -> Gallery:
+def make_gallery(source: PairSource, description: str) -> Gallery:
     """Reads every pair once to find out which pictures and captions are the same."""
-    from accelerando.base.log import progress_bar
-
     ids = np.zeros((2, len(source)), np.int64)
     with progress_bar(len(source), 0, " pairs", description) as bar:
         for row in range(len(source)):
@@ -198,7 +309,7 @@ def make_gallery(source: ShardPairs | TablePairs, description: str) -> Gallery:
     return Gallery(image_rows, text_rows, image_of, text_of)
 
 
-def class_names_of(source: Any, rows: np.ndarray, field: str) -> list[str]:
+def class_names_of(source: PairSource, rows: np.ndarray, field: str) -> list[str]:
     """The classes that the metadata of ``rows`` names in ``field``, sorted.
 
     Raises:
@@ -210,7 +321,7 @@ def class_names_of(source: Any, rows: np.ndarray, field: str) -> list[str]:
     return sorted(map(str, values))
 
 
-def image_classes(source: Any, rows: np.ndarray, field: str, names: Sequence[str]) -> np.ndarray:
+def image_classes(source: PairSource, rows: np.ndarray, field: str, names: Sequence[str]) -> np.ndarray:
     """The class of each of ``rows`` by the ``field`` of its metadata, int64 [n]; -1 where it has none.
 
     Raises:

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.data.keypoints import NUM_POINTS, WIDTH, ClipAugmentation, NormalisationName, normalise_by_body
-from accelerando.data.order import balanced_rows, epoch_order
+from accelerando.data.order import balanced_rows, epoch_order, number_repeats
 
 if TYPE_CHECKING:
     from accelerando.data.sign_labels import Labels
@@ -44,6 +44,7 @@ class ClipTable:
     gloss: np.ndarray
     cat: np.ndarray
     occluded: np.ndarray | None = None
+    unit: ClassVar[str] = "clips"
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -80,6 +81,7 @@ class TrainingClips:
     seed: int = 0
     balanced: bool = False
     buckets: bool = True
+    unit: ClassVar[str] = "clips"
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -98,7 +100,15 @@ class TrainingClips:
         """The clips of an epoch in their order, int64 [n]."""
         rows = balanced_rows(self.clips.gloss, seed, epoch) if self.balanced else np.arange(len(self))
         lengths = self.clips.lengths[rows] if self.buckets else None
-        return rows[epoch_order(len(rows), seed, epoch, lengths)]
+        order = rows[epoch_order(len(rows), seed, epoch, lengths)]
+        return number_repeats(order, len(self)) if self.balanced else order
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Nothing is remote."""
+
+    def problem(self, row: int) -> str:
+        """The clip's file; all of them were read when they were packed."""
+        return self.clips.names[row]
 
 
 # -------------------------------------------------------------------------------------------------- reading, packing

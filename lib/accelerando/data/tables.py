@@ -33,9 +33,15 @@ class TextTable:
     pairs: pa.ChunkedArray | None
     labels: pa.ChunkedArray | None
     source: str
+    others: pa.Table | None = None  # the other columns, where they were asked for
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    def text(self, row: int) -> str:
+        """The text (or pair of texts) of a row, for people."""
+        first = self.texts[row].as_py()
+        return first if self.pairs is None else f"{first} / {self.pairs[row].as_py()}"
 
     def take(self, rows: np.ndarray) -> TextTable:
         """The given rows, in that order."""
@@ -43,7 +49,7 @@ class TextTable:
 
         index = pa.array(rows)
         columns = [None if column is None else column.take(index) for column in (self.texts, self.pairs, self.labels)]
-        return TextTable(*columns, self.source)
+        return TextTable(*columns, self.source, None if self.others is None else self.others.take(index))
 
 
 def read_text_table(
@@ -55,10 +61,12 @@ def read_text_table(
     label_column: str = "label",
     require_labels: bool = True,
     allow_blank: bool = False,
+    other_columns: bool = False,
 ) -> TextTable:
     """Reads ``source``: a file, a folder of `datasets`, or ``name`` or ``name:config`` of a set on the Hub.
 
-    ``split`` matters to `datasets` alone; ``allow_blank`` lets empty texts pass. Rows count from 1 in messages.
+    ``split`` matters to `datasets` alone; ``allow_blank`` lets empty texts pass; ``other_columns`` keeps the others
+    too. Rows count from 1 in messages.
 
     Raises:
         UserError: the file is missing, broken or empty; a column is unknown; a row lacks its text or label.
@@ -76,20 +84,21 @@ def read_text_table(
         if path.stat().st_size == 0:
             raise UserError(f"{source}: the file is empty")
     if suffix == ".parquet":
-        table = _select(read_parquet(path), columns, source)
+        table = _select(read_parquet(path), columns, source, other_columns)
     elif suffix in SUFFIXES:
         records = csv_records(path, columns) if suffix in (".csv", ".tsv") else json_records(path)
-        table = _pack(records, columns, label_column if require_labels else None, source)
+        table = _pack(records, columns, label_column if require_labels else None, source, other_columns)
         if suffix in (".csv", ".tsv") and require_labels:
             table = _numbers_from_text(table, label_column)
     else:
-        table = _select(_read_datasets(source, split), columns, source)
+        table = _select(_read_datasets(source, split), columns, source, other_columns)
     if table.num_rows == 0:
         raise UserError(f"{source}: no rows in it")
     texts = _check_texts(table[text_column], text_column, source, allow_blank)
     pairs = _check_texts(table[text_pair_column], text_pair_column, source, True) if text_pair_column else None
     labels = _check_labels(table[label_column], label_column, source) if require_labels else None
-    return TextTable(texts, pairs, labels, source)
+    others = table.drop_columns(columns) if other_columns else None
+    return TextTable(texts, pairs, labels, source, others)
 
 
 def label_names(table: TextTable) -> list[str]:
@@ -224,9 +233,15 @@ def _read_datasets(source: str, split: str) -> pa.Table:
     return table
 
 
-def _pack(records: Iterator[tuple[str, Any]], columns: list[str], label: str | None, source: str) -> pa.Table:
-    """Checks records one by one and packs the wanted columns."""
+def _pack(
+    records: Iterator[tuple[str, Any]], columns: list[str], label: str | None, source: str, others: bool
+) -> pa.Table:
+    """Checks records one by one and packs the wanted columns; with ``others`` those of the first record too."""
     import pyarrow as pa
+
+    beside: list[str] = []  # names of the other columns
+    extra: dict[str, list[Any]] = {}
+    extra_chunks: dict[str, list[pa.Array]] = {}
 
     pending: dict[str, list[Any]] = {name: [] for name in columns}
     chunks: dict[str, list[pa.Array]] = {name: [] for name in columns}
@@ -242,6 +257,9 @@ def _pack(records: Iterator[tuple[str, Any]], columns: list[str], label: str | N
             except UnicodeEncodeError:
                 raise UserError(f"{source}: a {name} holds half a character (a lone surrogate)") from None
             pending[name].clear()
+        for name in beside:
+            extra_chunks[name].append(_array_of_any(extra[name]))
+            extra[name].clear()
 
     for where, record in records:
         if not isinstance(record, dict):
@@ -260,10 +278,37 @@ def _pack(records: Iterator[tuple[str, Any]], columns: list[str], label: str | N
             if name == label and label_type is None:
                 label_type = type(value)
             pending[name].append(value)
+        if others and not beside:
+            beside = [name for name in record if name not in columns]
+            extra, extra_chunks = {name: [] for name in beside}, {name: [] for name in beside}
+        for name in beside:
+            extra[name].append(record.get(name))
         if len(pending[columns[0]]) == CHUNK:
             flush()
     flush()
-    return pa.table({name: pa.chunked_array(chunks[name]) for name in columns})
+    table = {name: pa.chunked_array(chunks[name]) for name in columns}
+    return pa.table(table | {name: _one_type(extra_chunks[name]) for name in beside})
+
+
+def _array_of_any(values: list[Any]) -> pa.Array:
+    """``values`` as Arrow infers them, or as texts where they are of several kinds."""
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):
+        return pa.array([None if value is None else str(value) for value in values], pa.large_string())
+
+
+def _one_type(chunks: list[pa.Array]) -> pa.ChunkedArray:
+    """The chunks as one column: of their common type, or as texts."""
+    import pyarrow as pa
+
+    kinds = {chunk.type for chunk in chunks if chunk.null_count < len(chunk)}
+    kind = next(iter(kinds)) if len(kinds) == 1 else pa.large_string()
+    texts = [pa.array([None if value is None else str(value) for value in chunk.to_pylist()], pa.large_string())
+             for chunk in chunks] if kind == pa.large_string() else [chunk.cast(kind) for chunk in chunks]  # fmt: skip
+    return pa.chunked_array(texts, kind)
 
 
 def _numbers_from_text(table: pa.Table, label: str) -> pa.Table:
@@ -283,11 +328,11 @@ _KINDS = {int: "a whole number", str: "a name"}
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
-def _select(table: pa.Table, columns: list[str], source: str) -> pa.Table:
+def _select(table: pa.Table, columns: list[str], source: str, others: bool) -> pa.Table:
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise UserError(f"{source}: no column {missing[0]!r}; there are {', '.join(table.column_names)}")
-    return table.select(columns)
+    return table if others else table.select(columns)
 
 
 def _check_texts(column: pa.ChunkedArray, name: str, source: str, may_be_blank: bool) -> pa.ChunkedArray:

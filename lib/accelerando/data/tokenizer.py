@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
-from accelerando.base.errors import UserError
+from accelerando.base.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # ids 0 to 4
 # Without any of these transformers may make an empty tokenizer instead of an error.
@@ -19,6 +19,16 @@ VOCABULARY_FILES = (
 )  # fmt: skip
 CHUNK = 4096  # texts that are Python strings at one time
 NO_LIMIT = int(1e30)  # what transformers writes for a tokenizer that cuts nothing
+
+
+def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or under a name on the Hub; UserError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no tokenizer in {name}: {first_line(error)}") from None
 
 
 def train_tokenizer(

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class TokenTable:
     offsets: np.ndarray
     types: np.ndarray | None = None
     labels: np.ndarray | None = None
+    unit: ClassVar[str] = "rows"
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -1,14 +1,12 @@
-"""The model card, and uploading a folder to the Hugging Face Hub."""
+"""Uploading a folder to the Hugging Face Hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError, first_line
-
-if TYPE_CHECKING:
-    pass
+from accelerando.base.log import success
+from accelerando.train.state import Run
 
 
 def check_push(push_to_hub: bool, repo_id: str | None) -> None:
@@ -21,6 +19,13 @@ def check_push(push_to_hub: bool, repo_id: str | None) -> None:
 
     if get_token() is None:
         raise UserError("--push_to_hub: nobody is logged in; run `hf auth login` or set HF_TOKEN")
+
+
+def push_best(run: Run, push_to_hub: bool, repo_id: str | None, private: bool) -> None:
+    """Uploads the best weights where that was asked for. Main process only."""
+    if push_to_hub:
+        best = run.directory / "best"
+        success("Pushed %s to %s", best, push_folder(best, repo_id, private))
 
 
 def push_folder(folder: Path, repo_id: str, private: bool) -> str:

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 
-def open_clip_model(name: str, adapter: str | None = None) -> torch.nn.Module:
+def open_clip_model(name: str, adapter: str | None = None, attention_dropout: float | None = None) -> torch.nn.Module:
     """The model of a folder or Hub name in float32; ``name`` or ``adapter`` may be a LoRA adapter, which is merged.
+
+    ``attention_dropout``: of attention weights; None leaves the model's own.
 
     Raises:
         UserError: it cannot be opened, is no model of pairs, or the adapter belongs to another base model.
@@ -39,7 +41,12 @@ def open_clip_model(name: str, adapter: str | None = None) -> torch.nn.Module:
         raise UserError(f"--model_name {name} lacks weights: {missing[0]} (and {len(missing) - 1} more)")
     if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
         raise UserError(f"--model_name {name} is a {model.config.model_type}, not a CLIP or SigLIP model")
-    return model if adapter is None else merge_adapter(model, name, Path(adapter))
+    model = model if adapter is None else merge_adapter(model, name, Path(adapter))
+    if attention_dropout is not None:
+        for module in model.modules():
+            if hasattr(module, "q_proj"):
+                module.dropout = attention_dropout
+    return model
 
 
 def merge_adapter(model: torch.nn.Module, name: str, adapter: Path) -> torch.nn.Module:

@@ -37,22 +37,3 @@ def override_config(config: Any, args: Any, has_weights: bool) -> None:
                 f"--{flag} {value}, but the pretrained model has {getattr(config, name)}: drop it, or --from_scratch"
             )
         setattr(config, name, value)
-
-
-SHORT = 128  # tokens up to which spelt-out attention costs little memory
-
-
-def spell_out_attention(model: Any, precision: str, tokens: int) -> None:
-    """On a CPU in bf16: torch's fused attention goes backward several times slower than matrix products do.
-
-    Measured with torch 2.14 at 50 tokens: 40 ms against 6 ms; a whole step of CLIP is 1.3 to 1.4 times as fast.
-    """
-    if precision == "bf16" and tokens <= SHORT:
-        model.set_attn_implementation("eager")
-
-
-def attention_for_cpu(config: Any, on_cpu: bool) -> dict[str, str]:
-    """Keyword arguments for ``from_pretrained``: a CPU has no fused kernel for attention with dropout, and spelt out it
-    is faster."""
-    dropout = max(getattr(config, name, 0) or 0 for name in DROPOUT["attention_probs_dropout_prob"])
-    return {"attn_implementation": "eager"} if on_cpu and dropout else {}

@@ -1,10 +1,13 @@
-"""Classification metrics as ``evaluate.Metric`` classes that need no network, and the numbers under plain names."""
+"""Metrics of classification and retrieval under plain names, computed without network."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import evaluate
 
 
 def classification_metrics(labels: np.ndarray, logits: np.ndarray, losses: np.ndarray) -> dict[str, float]:
@@ -13,32 +16,24 @@ def classification_metrics(labels: np.ndarray, logits: np.ndarray, losses: np.nd
     ``labels`` int [n], ``logits`` float [n, C], ``losses`` float [n]. Macro means are over the C classes of the model;
     a class without samples or predictions counts 0.
     """
-    metric = _metric_class()(keep_in_memory=True)
-    values = metric.compute(predictions=logits.argmax(axis=1), references=labels, num_labels=logits.shape[1])
-    return {"loss": float(losses.astype(np.float64).mean()), **values}
+    matrix = confusion_matrix(labels, logits.argmax(axis=1), logits.shape[1])
+    return {"loss": float(losses.astype(np.float64).mean()), **matrix_metrics(matrix)}
 
 
-def sign_metrics(found: dict[str, np.ndarray], occluded: np.ndarray | None = None) -> dict[str, float]:
-    """The metrics of the glosses as :func:`classification_metrics` names them, those of the categories as ``cat_...``.
+def matrix_metrics(matrix: np.ndarray) -> dict[str, float]:
+    """:func:`classification_metrics` but the loss, from a confusion matrix [C, C]."""
+    values, support = per_class(matrix), matrix.sum(axis=1)
+    result = {"accuracy": float(np.trace(matrix) / max(1, matrix.sum()))}
+    for name in ("precision", "recall", "f1"):
+        result[f"{name}_macro"] = float(values[name].mean())
+        result[f"{name}_weighted"] = float(np.average(values[name], weights=support))
+    return result
 
-    ``found``: ``gloss`` and ``cat`` int [n], ``gloss_logits`` [n, G], ``cat_logits`` [n, C] and ``losses`` [n]. Also
-    ``gloss_top5`` where there are more than five, and the accuracy of clips that are ``occluded`` [n] or not.
-    """
-    gloss = classification_metrics(found["gloss"], found["gloss_logits"], found["losses"])
-    cat = classification_metrics(found["cat"], found["cat_logits"], found["losses"])
-    values = {"loss": gloss.pop("loss"), "gloss_accuracy": gloss.pop("accuracy")}
-    if found["gloss_logits"].shape[1] > 5:
-        own = np.take_along_axis(found["gloss_logits"], found["gloss"][:, None], axis=1)
-        values["gloss_top5"] = float(((~(found["gloss_logits"] < own)).sum(axis=1) <= 5).mean())
-    values["cat_accuracy"] = cat["accuracy"]
-    values |= {f"gloss_{name}": value for name, value in gloss.items()}
-    values |= {f"cat_{name}": cat[name] for name in ("f1_macro", "f1_weighted")}
-    if occluded is not None:
-        right = found["gloss_logits"].argmax(axis=1) == found["gloss"]
-        for name, rows in (("occluded", occluded), ("visible", ~occluded)):
-            if rows.any():
-                values[f"{name}_accuracy"] = float(right[rows].mean())
-    return values
+
+def top_k_accuracy(labels: np.ndarray, logits: np.ndarray, k: int) -> float:
+    """The share of rows whose label [n] is among the ``k`` largest logits [n, C]; equal ones count against it."""
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    return float(((~(logits < own)).sum(axis=1) <= k).mean())
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:
@@ -163,8 +158,11 @@ def _evaluate_package() -> Any:
     return evaluate
 
 
-def _metric_class() -> type:
-    """Made on first use: importing ``evaluate`` takes seconds."""
+def evaluate_metric() -> evaluate.Metric:
+    """The same numbers as a metric of Hugging Face's ``evaluate``, which needs no network; importing it takes seconds.
+
+    ``compute(predictions=..., references=..., num_labels=C)`` with class numbers.
+    """
     import datasets
 
     evaluate = _evaluate_package()
@@ -172,7 +170,7 @@ def _metric_class() -> type:
     class Classification(evaluate.Metric):
         """Accuracy and macro and weighted precision, recall and F1, from class numbers."""
 
-        def _info(self) -> Any:
+        def _info(self) -> evaluate.MetricInfo:
             return evaluate.MetricInfo(
                 description=self.__doc__,
                 citation="",
@@ -182,12 +180,6 @@ def _metric_class() -> type:
             )
 
         def _compute(self, predictions: Any, references: Any, num_labels: int) -> dict[str, float]:
-            matrix = confusion_matrix(np.asarray(references), np.asarray(predictions), num_labels)
-            values, support = per_class(matrix), matrix.sum(axis=1)
-            result = {"accuracy": float(np.trace(matrix) / max(1, matrix.sum()))}
-            for name in ("precision", "recall", "f1"):
-                result[f"{name}_macro"] = float(values[name].mean())
-                result[f"{name}_weighted"] = float(np.average(values[name], weights=support))
-            return result
+            return matrix_metrics(confusion_matrix(np.asarray(references), np.asarray(predictions), num_labels))
 
-    return Classification
+    return Classification(keep_in_memory=True)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-    from accelerando.train.state import Run
+from accelerando.base.config import to_yaml
+from accelerando.base.processes import command_line
+from accelerando.train.state import Run
 
 
 def write_model_card(
@@ -15,21 +14,17 @@ def write_model_card(
     run: Run,
     task: str,
     base_model: str | None,
-    metrics: dict[str, float],
     usage: str,
 ) -> None:
     """Writes ``README.md`` with the Hub's metadata: task, base model, measured metrics, how to load, how it was made.
 
-    ``task`` is the Hub's pipeline tag; ``metrics`` are those of the validation rows, if any.
+    ``task`` is the Hub's pipeline tag; the metrics are those of the last evaluation, if there was one.
     """
     import yaml
 
-    from accelerando.base.config import to_yaml
-    from accelerando.base.processes import command_line
-
-    name = run.directory.name
+    name, metrics = run.directory.name, run.state.metrics
     metadata: dict = {"library_name": "transformers", "pipeline_tag": task, "tags": ["accelerando"]}
-    # The Hub takes names of its own as a base model, not folders of somebody's disk.
+    # The Hub takes names of its own as a base model, not folders of this disk.
     if base_model and not Path(base_model).exists():
         metadata["base_model"] = base_model
     measured = ""
@@ -43,7 +38,7 @@ def write_model_card(
                 ],
             }
         ]
-        table = "\n".join(f"| {key} | {value:.4f} |" for key, value in metrics.items())
+        table = "\n".join(f"| {key} | {value} |" for key, value in run.written(metrics))
         measured = f"Validation at step {run.state.step}:\n\n| metric | value |\n|---|---:|\n{table}\n\n"
     card = f"""---
 {yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}

@@ -14,16 +14,21 @@ if TYPE_CHECKING:
     pass
 
 
-def worst_mistakes(score: dict[str, np.ndarray], label_names: list[str], limit: int = 20) -> list[dict[str, Any]]:
-    """The most confident errors: dicts with ``row``, ``true``, ``predicted`` and ``confidence``, the worst first."""
-    chances = probabilities(score["logits"])
-    confidence, predicted = chances.max(axis=1), chances.argmax(axis=1)
-    wrong = np.flatnonzero(predicted != score["labels"])
+def worst_mistakes(
+    labels: np.ndarray, logits: np.ndarray, label_names: Sequence[str], limit: int = 20
+) -> list[dict[str, Any]]:
+    """The most confident errors: dicts with ``row``, ``true``, ``predicted`` and ``confidence``, the worst first.
+
+    ``labels`` int [n], ``logits`` [n, C].
+    """
+    shares = probabilities(logits)
+    confidence, predicted = shares.max(axis=1), shares.argmax(axis=1)
+    wrong = np.flatnonzero(predicted != labels)
     chosen = wrong[np.argsort(-confidence[wrong], kind="stable")][:limit]
     return [
         {
             "row": int(row),
-            "true": label_names[score["labels"][row]],
+            "true": label_names[labels[row]],
             "predicted": label_names[predicted[row]],
             "confidence": float(confidence[row]),
         }
@@ -34,8 +39,8 @@ def worst_mistakes(score: dict[str, np.ndarray], label_names: list[str], limit: 
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax over the classes, float64 [n, C]."""
     logits = logits.astype(np.float64)
-    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return odds / odds.sum(axis=1, keepdims=True)
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def write_predictions(path: Path, files: Sequence[str], label_names: list[str], chances: np.ndarray,

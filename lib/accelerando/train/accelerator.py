@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     pass
     import torch
     from accelerate import Accelerator
+    from accelerate.optimizer import AcceleratedOptimizer
 
 
 def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, changing: bool = False) -> Accelerator:
@@ -35,8 +36,8 @@ def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, ch
 
     disable_progress_bar()  # loading and saving weights; ours are shown only on a terminal
     # Accelerate's launcher sets one thread unless told otherwise; without a GPU that would waste the other cores.
-    told = any(word.startswith("--num_cpu_threads_per_process") for word in launcher_command())
-    if not torch.cuda.is_available() and os.environ.get("OMP_NUM_THREADS") == "1" and not told:
+    chosen = any(word.startswith("--num_cpu_threads_per_process") for word in launcher_command())
+    if not torch.cuda.is_available() and os.environ.get("OMP_NUM_THREADS") == "1" and not chosen:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     if amp == "auto":
@@ -47,9 +48,9 @@ def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, ch
     if wanted == "fp16" and not torch.cuda.is_available():
         raise UserError("fp16 needs a CUDA GPU: --amp bf16 is the mixed precision of a CPU, --amp no the full one")
     try:
-        # The others wait while the main process tokenises or writes; ten minutes, the default, can be too short.
-        patience = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
-        handlers = [patience, DistributedDataParallelKwargs(find_unused_parameters=changing)]
+        # The others wait while the main process tokenizes or writes; ten minutes, the default, can be too short.
+        process_group = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
+        handlers = [process_group, DistributedDataParallelKwargs(find_unused_parameters=changing)]
         accelerator = Accelerator(mixed_precision=amp, gradient_accumulation_steps=1, kwargs_handlers=handlers)
     except ValueError as error:
         raise UserError(f"--amp {amp}: {error}") from None
@@ -132,6 +133,62 @@ def describe_processes(accelerator: Accelerator) -> str:
     return f"{count} process{'es' if count > 1 else ''} ({kind}) on {device}{threads}, precision {precision}"
 
 
+def prepare(
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    compile_model: bool = False,
+    dynamic: bool | None = True,
+) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
+    """Model and optimizer as this launch needs them: compiled, on their device, wrapped (DDP) or sharded (FSDP2).
+
+    ``dynamic``: compile once for batches of any shape; None: for the shape that comes.
+    """
+    if compile_model:
+        import torch
+
+        model = torch.compile(model, dynamic=dynamic)
+    choose_sharded_layers(accelerator, model)
+    return accelerator.prepare(model, optimizer)
+
+
+def log_trained(model: torch.nn.Module, what: str) -> None:
+    """One line on how many parameters are trained; ``what`` names the strategy.
+
+    Raises:
+        UserError: none is.
+    """
+    trainable, total = count_parameters(model)
+    if not trainable:
+        raise UserError(f"{what}: nothing is trainable")
+    share = 100 * trainable / total
+    log.info("%s: %s of %s parameters are trained (%.2f %%)", what, f"{trainable:,}", f"{total:,}", share)
+
+
+def log_trained_parts(model: torch.nn.Module) -> None:
+    """A line for each part of the model with trained parameters: adapters by what they adapt, the rest by module."""
+    counts: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            words = [word for word in name.removeprefix("base_model.model.").split(".") if not word.isdigit()]
+            part = words[0] + (f" {words[-4]} (LoRA)" if ".lora_" in name else "")
+            counts[part] = counts.get(part, 0) + parameter.numel()
+    for part, count in counts.items():
+        log.info("  %-30s %14s", part, f"{count:,}")
+
+
+def memory_use(accelerator: Accelerator) -> dict[str, float]:
+    """``gpu_allocated_mb`` and ``gpu_reserved_mb`` now, in MB; empty without a GPU."""
+    if accelerator.device.type != "cuda":
+        return {}
+    import torch
+
+    return {
+        "gpu_allocated_mb": torch.cuda.memory_allocated() / 1e6,
+        "gpu_reserved_mb": torch.cuda.memory_reserved() / 1e6,
+    }
+
+
 def peak_memory_mb(accelerator: Accelerator) -> float:
     """The most memory this process has used, in MB (10^6 bytes): the GPU's where there is one, else resident."""
     import resource
@@ -152,16 +209,22 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 
 def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
     """The model without DDP's and torch.compile's wrappers; FSDP2 wraps nothing, but is brought to its sharded form."""
-    plain = accelerator.unwrap_model(model, keep_torch_compile=False)
+    reshard(accelerator, model)
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
+def reshard(accelerator: Accelerator, model: torch.nn.Module) -> None:
+    """Under FSDP, has each process hold its part of the parameters alone; elsewhere nothing happens.
+
+    An evaluation ends without the backward that frees the root's gathered parameters, and the optimizer knows only the
+    sharded ones.
+    """
     if is_sharded(accelerator):
         from torch.distributed.fsdp import FSDPModule
 
-        # An evaluation ends without the backward that frees the root's gathered parameters, and the optimizer knows
-        # only the sharded ones.
-        for module in model.modules():  # a compiled model's root is its wrapper
-            if isinstance(module, FSDPModule):
+        for module in accelerator.unwrap_model(model, keep_torch_compile=False).modules():
+            if isinstance(module, FSDPModule):  # a compiled model's root is its wrapper
                 module.reshard()
-    return plain
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

@@ -14,19 +14,29 @@ class Ema:
     """Averages of all parameters of ``optimizer``: average <- decay * average + (1 - decay) * weight.
 
     The decay grows towards ``decay`` as (1 + step) / (10 + step), so that the first weights are soon forgotten. Works
-    on whole and on sharded parameters.
+    on whole and on sharded parameters. With a ``decay`` of None or 0 nothing is averaged and every call does nothing.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, decay: float) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, decay: float | None) -> None:
         self.decay = decay
-        self.weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.steps = 0  # optimizer steps so far, also those before a resume
+        groups = optimizer.param_groups if decay else []
+        self.weights = [parameter for group in groups for parameter in group["params"]]
         self.averages = [parameter.detach().clone() for parameter in self.weights]
 
-    def update(self, step: int) -> None:
-        """Once after each optimizer step; ``step`` counts them from 1."""
+    @property
+    def is_on(self) -> bool:
+        """Whether weights are averaged."""
+        return bool(self.decay)
+
+    def update(self) -> None:
+        """Once after each optimizer step."""
         import torch
 
-        decay = min(self.decay, (1 + step) / (10 + step))
+        self.steps += 1
+        if not self.is_on:
+            return
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         with torch.no_grad():
             for average, weight in zip(self.averages, self.weights, strict=True):
                 average.lerp_(weight.detach(), 1 - decay)
@@ -38,11 +48,8 @@ class Ema:
 
 
 @contextmanager
-def averaged(ema: Ema | None) -> Iterator[None]:
-    """Inside, the model has the averages as its weights (nothing changes where there is no ``ema``)."""
-    if ema is None:
-        yield
-        return
+def averaged(ema: Ema) -> Iterator[None]:
+    """Inside, the model has the averages as its weights, if there are any."""
     _exchange(ema)
     try:
         yield

@@ -1,4 +1,4 @@
-"""The order of samples, and how an optimizer step's samples are dealt to processes and micro-batches.
+"""Batches for training and evaluation, the same samples on any number of processes and workers.
 
 The order of an epoch is a function of (seed, epoch) alone. It is then cut into *windows*, one for each optimizer step;
 a window is dealt to the processes and their micro-batches so that every sample is used once. A position in the epoch
@@ -12,21 +12,84 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from accelerando.base.errors import UserError
-from accelerando.base.processes import signal_when_parent_dies
-from accelerando.data.order import deal, epoch_order, number_repeats, poisson_rows
+from accelerando.base.log import log
+from accelerando.base.processes import gather_objects, signal_when_parent_dies
+from accelerando.data.order import deal, epoch_order, poisson_rows
 from accelerando.train.shared_memory import slots_for
 
 if TYPE_CHECKING:
     import torch
+    from accelerate import Accelerator
 
     from accelerando.train.shared_memory import InSlot, Slots
+
+
+@runtime_checkable
+class TrainingData(Protocol):
+    """A data set that is told the epoch, and chooses the order it is read in.
+
+    A plain sequence of samples (``len`` and ``[row]``) does too: see :class:`Rows`.
+    """
+
+    unit: str  # what a sample is called in messages: "images"
+
+    def __len__(self) -> int: ...
+
+    def at(self, row: int, epoch: int, draw: int = 0) -> Any:
+        """The sample ``row`` as ``epoch`` augments it; ``draw`` counts the times that the epoch had it before."""
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """The rows of an epoch, int64 [n]; a row's repetition is row + len * draw (:func:`number_repeats`)."""
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Has what ``rows`` need, in this order, fetched ahead where it is remote."""
+
+    def problem(self, row: int) -> str:
+        """Where the sample ``row`` comes from and why it cannot be read."""
+
+
+@dataclass
+class Rows:
+    """A sequence of samples as :class:`TrainingData`: shuffled, with ``lengths`` [n] in runs of like length."""
+
+    samples: Sequence[Any]
+    lengths: np.ndarray | None = None
+
+    @property
+    def unit(self) -> str:
+        """What a sample is called in messages."""
+        return getattr(self.samples, "unit", "samples")
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def at(self, row: int, epoch: int, draw: int = 0) -> Any:
+        """The sample ``row``, the same in each epoch."""
+        return self.samples[row]
+
+    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+        """The order of an epoch; see :func:`data.order.epoch_order`."""
+        return epoch_order(len(self.samples), seed, epoch, self.lengths)
+
+    def prefetch(self, rows: np.ndarray) -> None:
+        """Nothing is remote."""
+
+    def problem(self, row: int) -> str:
+        """Which sample it is; what the sequence says of it, if it has a ``problem`` of its own."""
+        return self.samples.problem(row) if hasattr(self.samples, "problem") else f"row {row}"
+
+
+def as_training_data(dataset: TrainingData | Sequence[Any], lengths: np.ndarray | None = None) -> TrainingData:
+    """``dataset`` itself, or :class:`Rows` of a plain sequence."""
+    return dataset if isinstance(dataset, TrainingData) else Rows(dataset, lengths)
 
 
 @dataclass
@@ -35,53 +98,92 @@ class Window:
 
     ``num_samples`` counts the samples of the step on all processes, ``position`` those of the epoch after the step.
     Each batch is a dict of tensors with ``index`` [B] (row numbers) and ``weight`` [B] (1, or 0 where a row only
-    keeps processes in step).
+    keeps processes in step). ``loss_sum`` is the sum of this process's losses so far.
     """
 
     num_samples: int
     position: int
     num_micro_batches: int
+    batches: TrainBatches
+    starts_epoch: bool
     _fetch: Callable[[], dict[str, torch.Tensor]]
+    _fetched: int = 0
+
+    def __post_init__(self) -> None:
+        import torch
+
+        self.loss_sum = torch.zeros((), device=self.batches.device)
 
     def __len__(self) -> int:
         return self.num_micro_batches
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for _ in range(self.num_micro_batches):
-            yield self._fetch()
+            batch = self._fetch()
+            self._fetched += 1
+            yield batch
+
+    @property
+    def at_last(self) -> bool:
+        """Whether the current micro-batch is the last one."""
+        return self._fetched == self.num_micro_batches
+
+    def sync(self, model: torch.nn.Module) -> AbstractContextManager:
+        """Around forward and backward: gradients are reduced over processes after the last micro-batch only."""
+        return nullcontext() if self.at_last else self.batches.accelerator.no_sync(model)
+
+    def backward(self, losses: torch.Tensor, weight: torch.Tensor, mean: bool = True) -> None:
+        """Adds the gradient of a micro-batch: of the mean loss over all samples of the window, on all processes.
+
+        ``losses`` and ``weight`` [B]. With ``mean=False`` that of the sum over this process's samples.
+        """
+        accelerator = self.batches.accelerator
+        loss = (losses * weight).sum()
+        # DDP and FSDP average over processes, so each one scales its share up.
+        accelerator.backward(loss * accelerator.num_processes / self.num_samples if mean else loss)
+        self.loss_sum += loss.detach()
+
+    def add_mean_loss(self, loss: torch.Tensor) -> None:
+        """Notes the mean loss over all samples of the window, where its gradient was computed in another way."""
+        self.loss_sum += loss * self.num_samples / self.batches.num_processes
 
 
 @dataclass
 class TrainBatches:
-    """Windows of micro-batches over a map-style ``dataset``, in the order of :func:`epoch_order`.
+    """Windows of micro-batches over ``dataset``, in an order that depends on the seed and the epoch alone.
 
     ``batch_size`` is per process and micro-batch; ``effective_batch_size`` fixes the samples of an optimizer step over
-    all processes instead of ``gradient_accumulation_steps``. ``lengths`` turns on length buckets; a data set with an
-    ``epoch_order(seed, epoch)`` of its own is read in that order, and one with ``at(row, epoch, draw)`` is told the
-    epoch, and how often its order had the row before.
-    Any number of ``num_workers`` gives the same batches. ``seconds_waited`` adds up the time spent waiting for data.
-    A sample with ``valid`` 0 (it could not be read) gets the weight 0 and its row into ``unreadable``. With a
-    ``poisson_seed`` a step's samples are drawn instead, each with probability ``window_size`` / n (differential
-    privacy's accounting assumes it); positions are then those of windows of equal size.
+    all processes instead of ``gradient_accumulation_steps``. ``lengths`` [n] (tokens, frames) turns on length buckets
+    for a plain sequence of samples. Any number of ``num_workers`` gives the same batches. A sample with ``valid`` 0 (it
+    could not be read) gets the weight 0. With a ``poisson_seed`` a step's samples are drawn instead, each with
+    probability ``window_size`` / n (differential privacy's accounting assumes it); positions are then those of windows
+    of equal size.
     """
 
-    dataset: Sequence[Any]
+    dataset: TrainingData | Sequence[Any]
     collate: Callable[[list[Any]], dict[str, torch.Tensor]]
     batch_size: int
     gradient_accumulation_steps: int = 1
     seed: int = 0
     lengths: np.ndarray | None = None
     num_workers: int = 0
+    accelerator: Accelerator | None = None  # tells the three that follow
     num_processes: int = 1
     process_index: int = 0
     device: torch.device | str = "cpu"
     effective_batch_size: int | None = None
     pin_memory: bool = True  # on a GPU: page-locked batches
     poisson_seed: int | None = None
-    seconds_waited: float = 0.0
+    seconds_waited: float = 0.0  # for data
     unreadable: set[int] = field(default_factory=set, repr=False)
-    _loader: Any = field(default=None, repr=False)
+    _loader: torch.utils.data.DataLoader | None = field(default=None, repr=False)
     _plan: Plan = field(default_factory=lambda: Plan(), repr=False)
+
+    def __post_init__(self) -> None:
+        self.dataset = as_training_data(self.dataset, self.lengths)
+        if self.accelerator is not None:
+            self.num_processes, self.process_index = self.accelerator.num_processes, self.accelerator.process_index
+            self.device = self.accelerator.device
 
     @property
     def window_size(self) -> int:
@@ -93,6 +195,11 @@ class TrainBatches:
         seconds, self.seconds_waited = self.seconds_waited, 0.0
         return seconds
 
+    def take_unreadable(self) -> set[int]:
+        """The rows that could not be read since the last call, on this process."""
+        rows, self.unreadable = self.unreadable, set()
+        return rows
+
     def num_windows(self, position: int = 0) -> int:
         """Optimizer steps from ``position`` (in samples) to the end of an epoch."""
         return -(-(len(self.dataset) - position) // self.window_size)
@@ -100,13 +207,12 @@ class TrainBatches:
     def windows(self, epoch: int, position: int = 0) -> Iterator[Window]:
         """The windows of ``epoch`` from ``position`` (samples of it already used) on."""
         starts = range(position, len(self.dataset), self.window_size)
-        order = None if self.poisson_seed is not None else self._order(epoch)
+        order = None if self.poisson_seed is not None else self.dataset.epoch_order(self.seed, epoch)
         rows = [self._rows_of(order, epoch, start) for start in starts]
         shares = [deal(part, self.batch_size, self.num_processes, self.process_index) for part in rows]
         self._plan.epoch = epoch
         self._plan.batches = [rows for share in shares for rows in share.micro_batches]
-        if hasattr(self.dataset, "prefetch"):
-            self.dataset.prefetch(np.concatenate(rows) % len(self.dataset) if rows else np.zeros(0, np.int64))
+        self.dataset.prefetch(np.concatenate(rows) % len(self.dataset) if rows else np.zeros(0, np.int64))
         batches = start_workers(self._make_loader())
         for start, part, share in zip(starts, rows, shares, strict=True):
             pending = iter(share.counts)
@@ -114,14 +220,10 @@ class TrainBatches:
                 num_samples=len(part),
                 position=min(start + self.window_size, len(self.dataset)),
                 num_micro_batches=len(share.counts),
+                batches=self,
+                starts_epoch=start == 0,
                 _fetch=lambda pending=pending: self._next(batches, next(pending)),
             )
-
-    def _order(self, epoch: int) -> np.ndarray:
-        if hasattr(self.dataset, "epoch_order"):
-            order = self.dataset.epoch_order(self.seed, epoch)
-            return number_repeats(order, len(self.dataset)) if getattr(self.dataset, "balanced", False) else order
-        return epoch_order(len(self.dataset), self.seed, epoch, self.lengths)
 
     def _rows_of(self, order: np.ndarray | None, epoch: int, start: int) -> np.ndarray:
         """The rows of the window that begins at position ``start``."""
@@ -151,7 +253,7 @@ class TrainBatches:
 
 
 def evaluation_batches(
-    dataset: Sequence[Any],
+    dataset: TrainingData | Sequence[Any],
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
     batch_size: int,
     *,
@@ -180,7 +282,21 @@ def evaluation_batches(
         yield to_device({**batch, "weight": _weights(batch, share.counts[0])}, device)
 
 
-def gather_rows(accelerator: Any, num_samples: int, columns: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+def report_unreadable(
+    accelerator: Accelerator, dataset: TrainingData, split: str, rows: Iterable[int], shown: int = 10
+) -> None:
+    """Logs how many samples of ``split``, on all processes, could not be read, and which. A collective."""
+    everywhere = sorted(set().union(*gather_objects(accelerator, [int(row) for row in rows])))
+    if everywhere and accelerator.is_main_process:
+        count = f"{len(everywhere)} of {len(dataset)} {split} {dataset.unit}"
+        log.warning("%s cannot be read and were left out:", count)
+        for row in everywhere[:shown]:
+            log.warning("  %s", dataset.problem(row))
+        if len(everywhere) > shown:
+            log.warning("  ... and %d more", len(everywhere) - shown)
+
+
+def gather_rows(accelerator: Accelerator, num_samples: int, columns: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Puts per-sample results of all processes into the order of the data set, on every process.
 
     ``columns`` holds ``index`` [n_local] and ``weight`` [n_local] beside tensors [n_local, ...]; rows of weight 0 are
@@ -230,7 +346,7 @@ class _PlannedBatches:
 class _Indexed:
     """Adds the row number to every sample; it becomes ``index`` in the batch."""
 
-    def __init__(self, dataset: Sequence[Any]) -> None:
+    def __init__(self, dataset: TrainingData) -> None:
         self.dataset = dataset
 
     def __len__(self) -> int:
@@ -238,9 +354,7 @@ class _Indexed:
 
     def __getitem__(self, place: tuple[int, int, int]) -> tuple[int, Any]:
         row, epoch, draw = place
-        if not hasattr(self.dataset, "at"):
-            return row, self.dataset[row]
-        return row, self.dataset.at(row, epoch, draw) if draw else self.dataset.at(row, epoch)
+        return row, self.dataset.at(row, epoch, draw)
 
 
 class _CollateIndexed:
@@ -256,7 +370,7 @@ class _CollateIndexed:
 
 
 def make_loader(
-    dataset: Sequence[Any],
+    dataset: TrainingData | Sequence[Any],
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
     plan: Plan,
     num_workers: int,
@@ -273,7 +387,7 @@ def make_loader(
     pin_memory = pin_memory and torch.device(device).type == "cuda"
     prefetch = max(2, -(-ahead // num_workers)) if num_workers else None
     return torch.utils.data.DataLoader(
-        _Indexed(dataset),
+        _Indexed(as_training_data(dataset)),
         batch_sampler=_PlannedBatches(plan, len(dataset)),
         collate_fn=_CollateIndexed(collate, slots_for(num_workers, prefetch, pin_memory) if num_workers else None),
         num_workers=num_workers,

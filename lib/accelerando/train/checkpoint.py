@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +49,8 @@ def save_checkpoint(
     schedule: Schedule,
     state: dict[str, Any],
     keep: int,
-    best: Path | None = None,
-    ema: Ema | None = None,
+    best: Path,
+    ema: Ema,
     history: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Saves everything exact resume needs as ``folder/step_NNNNNN`` and removes all but the ``keep`` newest.
@@ -63,7 +64,7 @@ def save_checkpoint(
     tensors, optimizer_rest = _split_tensors(_optimizer_state(accelerator, model, optimizer))
     weights = model_state(accelerator, model)
     with averaged(ema):
-        average = {} if ema is None else {name: t.clone() for name, t in model_state(accelerator, model).items()}
+        average = {} if not ema.is_on else {name: t.clone() for name, t in model_state(accelerator, model).items()}
     rng = gather_objects(accelerator, rng_state(accelerator))
     scaler = getattr(accelerator, "scaler", None)
     content = {
@@ -87,7 +88,7 @@ def save_checkpoint(
         (draft / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
         (draft / "rng.json").write_text(json.dumps(rng), encoding="utf-8")
         (draft / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
-        if best is not None and best.is_dir():
+        if best.is_dir():
             _copy_model(best, draft / "best")
         _write_manifest(draft)
 
@@ -185,10 +186,13 @@ def what_is_wrong(checkpoint: Path) -> str | None:
     return None
 
 
-def find_checkpoint(accelerator: Accelerator, folder: Path, warn: Callable[[str], None]) -> Path | None:
+def find_checkpoint(
+    accelerator: Accelerator, folder: Path, warn: Callable[[str], None], verified: Path | None = None
+) -> Path | None:
     """The newest complete checkpoint in ``folder`` (or ``folder`` itself), the same on every process.
 
-    A damaged one is passed over with a warning. None where there is none at all.
+    A damaged one is ignored with a warning; one that was just ``verified`` is not hashed again. None where there is
+    none at all.
 
     Raises:
         UserError: there are checkpoints and none is complete.
@@ -203,7 +207,7 @@ def find_checkpoint(accelerator: Accelerator, folder: Path, warn: Callable[[str]
         damaged = []
         good = None
         for path in candidates:
-            problem = what_is_wrong(path)
+            problem = None if path == verified else what_is_wrong(path)
             if problem is None:
                 good = str(path)
                 break
@@ -218,47 +222,64 @@ def find_checkpoint(accelerator: Accelerator, folder: Path, warn: Callable[[str]
 
 
 def remove_later_checkpoints(checkpoint: Path, warn: Callable[[str], None]) -> None:
-    """Removes what comes after the ``checkpoint`` a run goes on from: damaged, or of a course that is given up.
+    """Removes what comes after the ``checkpoint`` that a run continues from: damaged, or about to be replaced.
 
     Left there, they would push the new ones out and be found by the next resume.
     """
     for path in step_folders(checkpoint.parent):
         if int(path.name[5:]) > int(checkpoint.name[5:]):
-            warn(f"removed {path}: the run goes on from {checkpoint.name}")
+            warn(f"removed {path}: the run continues from {checkpoint.name}")
             shutil.rmtree(path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was checked: its folder and the content of its ``state.json``."""
+
+    path: Path
+    content: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps that were taken."""
+        return int(self.path.name[5:])
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in the folder ``path``, which :func:`find_checkpoint` found complete."""
+    return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
 
 
 def load_checkpoint(
     accelerator: Accelerator,
-    checkpoint: Path,
+    checkpoint: Checkpoint,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     schedule: Schedule,
-    ema: Ema | None = None,
-) -> dict[str, Any]:
-    """Loads ``checkpoint`` into all of them, restores this process's random states and returns the saved ``state``.
+    ema: Ema,
+) -> None:
+    """Loads ``checkpoint`` into all of them and restores this process's random states.
 
     Raises:
         UserError: the checkpoint belongs to another model or another optimizer.
     """
     from safetensors.torch import load_file
 
-    content = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    if ema is not None:
-        name = "ema" if (checkpoint / "ema.safetensors").is_file() else "model"  # switched on later: from here on
-        set_model_state(accelerator, model, load_file(checkpoint / f"{name}.safetensors"), source=str(checkpoint))
+    path, content = checkpoint.path, checkpoint.content
+    if ema.is_on:
+        name = "ema" if (path / "ema.safetensors").is_file() else "model"  # switched on later: from here on
+        set_model_state(accelerator, model, load_file(path / f"{name}.safetensors"), source=str(path))
         ema.take_from_weights()
-    set_model_state(accelerator, model, load_file(checkpoint / "model.safetensors"), source=str(checkpoint))
-    tensors = load_file(checkpoint / "optimizer.safetensors")
-    _set_optimizer_state(accelerator, model, optimizer, _join_tensors(content["optimizer"], tensors), checkpoint)
+    set_model_state(accelerator, model, load_file(path / "model.safetensors"), source=str(path))
+    tensors = load_file(path / "optimizer.safetensors")
+    _set_optimizer_state(accelerator, model, optimizer, _join_tensors(content["optimizer"], tensors), path)
     schedule.load_state_dict(content["schedule"])
     scaler = getattr(accelerator, "scaler", None)
     if scaler is not None and content["scaler"]:
         scaler.load_state_dict(content["scaler"])
-    rng = json.loads((checkpoint / "rng.json").read_text(encoding="utf-8"))
+    rng = json.loads((path / "rng.json").read_text(encoding="utf-8"))
     if accelerator.process_index < len(rng):
         set_rng_state(rng[accelerator.process_index])
-    return content["state"]
 
 
 # ------------------------------------------------------------------------------------------------- states of a model

@@ -1,36 +1,101 @@
-"""The bookkeeping of a training loop: steps, epochs, patience, what is due."""
+"""The bookkeeping of a training loop: steps, epochs, clock, patience, what is due, log lines.
+
+A loop has three calls::
+
+    for window in training_steps(run, batches):
+        ...                                            # forward, backward, optimizer, schedule
+        step = finish_step(run, window, grad_norm, lr)
+        if step.evaluates:
+            ...                                        # record_evaluation(run, metrics, schedule)
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from accelerando.base.log import log
-from accelerando.train.accelerator import peak_memory_mb
+from accelerando.base.errors import UserError
+from accelerando.base.log import log, progress_bar, success
+from accelerando.train.accelerator import memory_use, peak_memory_mb
+from accelerando.train.batches import TrainBatches, Window, report_unreadable
+from accelerando.train.state import Run, TrainState
+from accelerando.train.stop import StopRequested, stop_noted
 from accelerando.train.tracking import record
 
 if TYPE_CHECKING:
-    from accelerando.train.state import Run, TrainState
-
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
     import torch
 
-    from accelerando.train.batches import TrainBatches, Window
+    from accelerando.train.optim import Schedule
 
 
-def after_step(run: Run, window: Window, loss_sum: torch.Tensor) -> bool:
-    """Counts the optimizer step over ``window``; True when some process was asked to stop.
+def plan_steps(run: Run, batches: TrainBatches) -> None:
+    """Sets ``run.total_steps``: the steps taken and those left of ``epochs``, but ``max_steps`` at most."""
+    state, args = run.state, run.args
+    state.epoch_size = len(batches.dataset)
+    left = sum(
+        batches.num_windows(state.position if epoch == state.epoch else 0) for epoch in range(state.epoch, args.epochs)
+    )
+    run.total_steps = state.step + left if args.max_steps is None else min(state.step + left, args.max_steps)
 
-    ``loss_sum`` is the sum of this process's sample losses; one collective adds them up and carries the stop signal.
+
+def training_steps(run: Run, batches: TrainBatches) -> Iterator[Window]:
+    """The windows (samples of an optimizer step) from where the run stands to its last step, epoch after epoch.
+
+    Ends early where evaluations brought no improvement for ``early_stop`` times.
+    """
+    state = run.state
+    run.bar = progress_bar(run.total_steps, state.step, " steps", "training")
+    with run.bar:
+        while not run.is_over:
+            if state.position >= state.epoch_size:
+                raise UserError(
+                    f"the run has used {state.position:,} samples of this epoch, but the data has "
+                    f"{state.epoch_size:,}: it has changed; start again with --overwrite or another --run_name"
+                )
+            log.info("Epoch %d/%d", state.epoch + 1, run.args.epochs)
+            run.step_started = time.perf_counter()
+            for window in batches.windows(state.epoch, state.position):
+                before = state.step
+                yield window
+                if state.step == before:
+                    raise RuntimeError("finish_step was not called for the last window")
+                if run.is_over:
+                    break
+                run.step_started = time.perf_counter()  # evaluating and saving is not training
+    if run.out_of_patience:
+        log.info("Stopped early: no better %s in %d evaluations", run.args.best_metric, run.args.early_stop)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is due after an optimizer step."""
+
+    run: Run
+    evaluates: bool
+    save_is_due: bool
+
+    @property
+    def saves(self) -> bool:
+        """Whether a checkpoint is due; also where the evaluation of this step was the last one."""
+        return self.save_is_due or self.run.is_over
+
+
+def finish_step(run: Run, window: Window, grad_norm: torch.Tensor | float, lr: float) -> Step:
+    """Counts the optimizer step over ``window``, on every process; writes a log line where one is due.
+
+    ``lr``: the learning rate of this step. One collective adds up the losses and carries the stop signal.
+
+    Raises:
+        StopRequested: some process was asked to stop; :func:`train.stop.stoppable` saves and leaves.
     """
     import torch
 
-    stop = float(run.stop.received is not None)
-    totals = torch.stack([loss_sum.detach().double(), loss_sum.new_tensor(stop, dtype=torch.float64)])
+    state, args = run.state, run.args
+    stop = window.loss_sum.new_tensor(float(stop_noted()), dtype=torch.float64)
+    totals = torch.stack([window.loss_sum.double(), stop])
     loss, stop = run.accelerator.reduce(totals, reduction="sum").tolist()
-    state = run.state
     state.step += 1
     state.position = window.position
     state.samples += window.num_samples
@@ -38,60 +103,80 @@ def after_step(run: Run, window: Window, loss_sum: torch.Tensor) -> bool:
     state.loss_count += window.num_samples
     state.log_loss_sum += loss
     state.log_loss_count += window.num_samples
-    return stop > 0
+    state.seconds += time.perf_counter() - run.step_started
+    state.wait_seconds += window.batches.take_seconds_waited()
+    run.bar.update()
+    if state.step % args.log_every == 0:
+        _log_step(run, lr, float(grad_norm))
+    ends_epoch, last = state.position == state.epoch_size, state.step >= run.total_steps
+    if ends_epoch:
+        state.epoch, state.position = state.epoch + 1, 0
+    if ends_epoch or last or stop:
+        report_unreadable(run.accelerator, window.batches.dataset, "training", window.batches.take_unreadable())
+    if stop:
+        raise StopRequested
+    evaluates, saves = (is_due(every, state.step, ends_epoch, last) for every in (args.eval_every, args.save_every))
+    return Step(run, evaluates, saves)
 
 
-def plan_steps(run: Run, batches: TrainBatches, epochs: int, max_steps: int | None) -> int:
-    """The optimizer steps of the whole run: those taken and those left of ``epochs``, but ``max_steps`` at most."""
-    state = run.state
-    state.epoch_size = len(batches.dataset)
-    left = sum(
-        batches.num_windows(state.position if epoch == state.epoch else 0) for epoch in range(state.epoch, epochs)
-    )
-    return state.step + left if max_steps is None else min(state.step + left, max_steps)
-
-
-def log_step(run: Run, bar: Any, total_steps: int, lr: float, grad_norm: float) -> None:
-    """One line on the steps since the last one: mean loss, learning rate, gradient norm, samples per second."""
+def _log_step(run: Run, lr: float, grad_norm: float) -> None:
     state = run.state
     loss = state.log_loss_sum / max(1, state.log_loss_count)
     state.log_loss_sum, state.log_loss_count = 0.0, 0
     record(run, "train", {"loss": loss, "lr": lr, "grad_norm": grad_norm})
     if loss != loss:
         log.warning("The loss is nan: lower --lr, set --warmup_steps, keep --grad_clip")
-    bar.set_postfix_str(f"loss {loss:.4f}")
+    run.bar.set_postfix_str(f"loss {loss:.4f}")
     log.info(
         "train step %d/%d  epoch %.2f  loss %.4f  lr %.3g  grad norm %.3f  %.0f samples/s",
-        state.step, total_steps, state.epochs_done, loss, lr, grad_norm, state.samples / state.seconds,
+        state.step, run.total_steps, state.epochs_done, loss, lr, grad_norm, state.samples / state.seconds,
     )  # fmt: skip
 
 
-def speed(run: Run) -> dict[str, float]:
-    """Seconds of training, samples per second, the share of waiting for data, and memory, for the records."""
+def evaluation_is_due(run: Run) -> bool:
+    """Whether the evaluation that belongs to the last step is still to be done: the run was stopped inside it."""
     state = run.state
-    values = {
+    due = is_due(run.args.eval_every, state.step, state.position == 0, state.step >= run.total_steps)
+    return due and state.step > 0 and state.evaluated_step < state.step
+
+
+def record_evaluation(run: Run, metrics: dict[str, float], schedule: Schedule) -> bool:
+    """Notes what an evaluation found: history, trackers, patience, schedule, log. True: the best so far.
+
+    Without ``metrics`` (nothing was held out for validation) the weights of the last step are the best.
+    """
+    state, args = run.state, run.args
+    state.metrics = metrics
+    if not metrics:
+        state.evaluated_step = state.best_step = state.step
+        return run.is_over
+    train_loss = state.loss_sum / max(1, state.loss_count)
+    state.loss_sum, state.loss_count = 0.0, 0
+    value = metrics[args.best_metric]
+    best = count_evaluation(state, value, args.early_stop_min_delta, run.higher_is_better)
+    record(run, "validation", {"train_loss": train_loss, **metrics, "lr": schedule.current_lr, **speed(run)})
+    schedule.evaluated(value)
+    numbers = "  ".join(f"{name} {text}" for name, text in run.written(metrics, log_only=True))
+    log.info("validation %s  (step %d, train loss %.4f)", numbers, state.step, train_loss)
+    if best:
+        success("New best %s %.4f, kept in %s", args.best_metric, value, run.directory / "best")
+    return best
+
+
+def speed(run: Run) -> dict[str, float]:
+    """Seconds of training, samples per second, the share of waiting for data, and memory in MB, for the records."""
+    state = run.state
+    return {
         "seconds": state.seconds,
         "samples_per_second": state.samples / state.seconds,
         "data_wait_share": state.wait_seconds / state.seconds,
         "peak_memory_mb": peak_memory_mb(run.accelerator),
+        **memory_use(run.accelerator),
     }
-    if run.accelerator.device.type == "cuda":
-        import torch
-
-        values["gpu_allocated_mb"] = torch.cuda.memory_allocated() / 1e6
-        values["gpu_reserved_mb"] = torch.cuda.memory_reserved() / 1e6
-    return values
-
-
-def take_train_loss(state: TrainState) -> float:
-    """The mean loss of the samples since the last evaluation; the count starts anew."""
-    loss = state.loss_sum / max(1, state.loss_count)
-    state.loss_sum, state.loss_count = 0.0, 0
-    return loss
 
 
 def count_evaluation(state: TrainState, value: float, min_delta: float, higher_is_better: bool) -> bool:
-    """Notes what an evaluation found, for the best weights and for patience; True when ``value`` is the best so far."""
+    """Counts an evaluation for the best weights and for patience; True when ``value`` is the best so far."""
     state.evaluated_step = state.step
     state.bad_evaluations += 1
     if is_improvement(value, state.patience_value, min_delta, higher_is_better):
@@ -100,12 +185,6 @@ def count_evaluation(state: TrainState, value: float, min_delta: float, higher_i
     if best:
         state.best_value, state.best_step = value, state.step
     return best
-
-
-def evaluation_was_stopped(state: TrainState, eval_every: int, total_steps: int) -> bool:
-    """Whether the run was stopped inside the evaluation that belongs to its last step."""
-    due = is_due(eval_every, state.step, state.position == 0, state.step == total_steps)
-    return due and state.step > 0 and state.evaluated_step < state.step
 
 
 def is_due(every: int, step: int, end_of_epoch: bool, last_step: bool) -> bool:
@@ -118,8 +197,3 @@ def is_improvement(value: float, best: float | None, min_delta: float, higher_is
     if best is None or best != best:
         return True
     return value > best + min_delta if higher_is_better else value < best - min_delta
-
-
-def out_of_patience(state: TrainState, early_stop: int | None) -> bool:
-    """Whether ``early_stop`` evaluations in a row brought no improvement."""
-    return early_stop is not None and state.bad_evaluations >= early_stop

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from accelerando.base.rng import random_state, set_random_state
 
@@ -41,6 +41,18 @@ class Pairs:
     image_ids: torch.Tensor
     text_ids: torch.Tensor
     weight: torch.Tensor
+
+
+class Embedded(NamedTuple):
+    """What a model makes of a micro-batch: its pairs, exp(logit scale), SigLIP's bias, a further loss of each pair.
+
+    The mean of ``further`` [n] over all pairs of the batch is added to the contrastive loss.
+    """
+
+    pairs: Pairs
+    scale: torch.Tensor
+    bias: torch.Tensor | None = None
+    further: torch.Tensor | None = None
 
 
 def contrastive_loss(
@@ -139,15 +151,15 @@ def backward_contrastive(
     accelerator: Accelerator,
     model: torch.nn.Module,
     micro_batches: Window | list[dict[str, torch.Tensor]],
-    embed: Callable[[torch.nn.Module, dict[str, torch.Tensor]], tuple[Pairs, torch.Tensor, torch.Tensor | None]],
+    embed: Callable[[torch.nn.Module, dict[str, torch.Tensor]], Embedded],
     loss: LossName = "clip",
     mask_duplicates: bool = True,
 ) -> torch.Tensor:
     """Adds the gradient of the loss over all ``micro_batches`` of all processes to the weights; returns the mean loss.
 
-    ``embed(model, batch)`` gives the pairs of a micro-batch, exp(logit scale) and the bias or None. One graph exists at
-    a time, so memory is that of one micro-batch; the last one's is kept from the first pass, so that k micro-batches
-    cost k - 1 forward passes more than plain training, and a single one costs nothing more.
+    ``embed(model, batch)`` gives what a micro-batch contributes. One graph exists at a time, so memory is that of one
+    micro-batch; the last one's is kept from the first pass, so that k micro-batches cost k - 1 forward passes more than
+    plain training, and a single one costs nothing more.
     """
     import torch
 
@@ -158,31 +170,38 @@ def backward_contrastive(
         kept.append(batch)
         states.append(random_state(accelerator.device))
         with alone if number == last else torch.no_grad():
-            part, scale, bias = embed(model, batch)
-        parts.append(part)
+            embedded = Embedded(*embed(model, batch))
+        parts.append(embedded.pairs)
     after = random_state(accelerator.device)
     pairs = Pairs(*(torch.cat([vars(part)[name].detach() for part in parts]) for name in vars(parts[0])))
-    value, gradients = embedding_gradients(accelerator, pairs, scale, bias, loss, mask_duplicates)
+    value, gradients = embedding_gradients(accelerator, pairs, embedded.scale, embedded.bias, loss, mask_duplicates)
     sizes = [len(part.weight) for part in parts]
     image_gradients, text_gradients = gradients["image"].split(sizes), gradients["text"].split(sizes)
+    further = None if embedded.further is None else torch.zeros_like(value)
+    if further is not None:
+        num_pairs = accelerator.reduce(pairs.weight.sum(), reduction="sum").clamp(min=1)
 
     for number in [last, *range(last)]:
         final = number == last - 1 or last == 0  # DDP and FSDP add up over processes in the final backward
         with nullcontext() if final else accelerator.no_sync(model):
             if number == last:
-                part, parts = parts[last], []
+                parts = []  # the graph of the last micro-batch is kept by `embedded` alone
             else:
                 set_random_state(accelerator.device, states[number])
-                part, scale, bias = embed(model, kept[number])
+                embedded = Embedded(*embed(model, kept[number]))
+            part = embedded.pairs
             surrogate = (part.image * image_gradients[number]).sum() + (part.text * text_gradients[number]).sum()
+            if further is not None:
+                mean = (embedded.further * part.weight).sum() / num_pairs
+                surrogate, further = surrogate + mean, further + mean.detach()
             # Scale and bias act on the whole batch once; with a factor of 0 DDP still sees them used.
-            for name, tensor in (("scale", scale), ("bias", bias)):
+            for name, tensor in (("scale", embedded.scale), ("bias", embedded.bias)):
                 if tensor is not None and tensor.requires_grad:
                     surrogate = surrogate + (tensor * gradients[name]).sum() * float(number == last)
             # They average over processes, and the gradients are those of a mean over all.
             accelerator.backward(surrogate * accelerator.num_processes)
     set_random_state(accelerator.device, after)
-    return value
+    return value if further is None else value + accelerator.reduce(further, reduction="sum")
 
 
 def clamp_logit_scale(logit_scale: torch.Tensor) -> None:

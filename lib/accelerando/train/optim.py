@@ -30,7 +30,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters in two groups: matrices decay, vectors (biases, norms, scales) do not.
 
-    With ``layers`` (names of parameters, from the input to the head; see :func:`train.layerwise.layers_of`) each layer has
+    With ``layers`` (names of parameters from the input to the head, :func:`train.layerwise.layers_of`) each layer has
     groups of its own, the last one with ``lr`` and each before it with ``layer_decay`` times the rate of the next
     (Howard and Ruder 2018, arXiv:1801.06146; Bao et al. 2021, arXiv:2106.08254). The head's groups come first.
     """
@@ -110,7 +110,6 @@ def make_scheduler(
     ``step_size`` optimizer steps.
     """
     import torch
-    from transformers import get_scheduler
 
     total_steps = max(1, total_steps)
     if name == "warmup_cosine":
@@ -128,22 +127,36 @@ def make_scheduler(
             optimizer, rates, total_steps + 1, pct_start=share, cycle_momentum=False
         )
         return Schedule(inner, None)
-    if name == "step":
-        inner = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: step / steps if step < steps else factor ** (step // step_size)
-        )
-        return Schedule(inner, None)
     if name == "plateau":
-        inner = get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=steps)
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            optimizer,
-            mode="max" if higher_is_better else "min",
-            factor=factor,
-            patience=plateau_patience,
+            optimizer, mode="max" if higher_is_better else "min", factor=factor, patience=plateau_patience
         )
-        return Schedule(inner, plateau, warmup_steps=steps)
-    full_name = "constant_with_warmup" if name == "constant" else name
-    return Schedule(get_scheduler(full_name, optimizer, num_warmup_steps=steps, num_training_steps=total_steps), None)
+    else:
+        plateau = None
+    peak = optimizer.defaults["lr"]
+    inner = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: rate_factor(name, step, total_steps, steps, peak, factor, step_size)
+    )
+    return Schedule(inner, plateau, warmup_steps=0 if plateau is None else steps)
+
+
+def rate_factor(
+    name: str, step: int, total_steps: int, warmup: int, peak: float, factor: float = 0.5, step_size: int = 1
+) -> float:
+    """The learning rate of optimizer step ``step`` (from 0) over its ``peak``, as transformers' schedules have it."""
+    if step < warmup:
+        return step / warmup
+    if name == "step":
+        return factor ** (step // step_size)
+    progress = (step - warmup) / max(1, total_steps - warmup)
+    if name == "linear":
+        return max(0.0, (total_steps - step) / max(1, total_steps - warmup))
+    if name == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+    if name == "polynomial":
+        least = 1e-7
+        return least / peak if step > total_steps else ((peak - least) * (1 - progress) + least) / peak
+    return 1.0  # constant, plateau
 
 
 class Schedule:
@@ -154,9 +167,18 @@ class Schedule:
         self.plateau = plateau
         self.warmup_steps = warmup_steps
         self.steps = 0
+        self.lr = self.current_lr  # learning rate of the last step (of the first group)
 
-    def step(self) -> None:
-        """Once after each optimizer step."""
+    @property
+    def current_lr(self) -> float:
+        """The learning rate of the step to come (of the first group)."""
+        return self.inner.optimizer.param_groups[0]["lr"]
+
+    def step(self, skipped: bool = False) -> None:
+        """Once after each optimizer step; ``skipped``: fp16's scaler met an overflow, so the weights did not change."""
+        self.lr = self.current_lr
+        if skipped:
+            return
         self.steps += 1
         if self.plateau is None or self.steps <= self.warmup_steps:
             self.inner.step()

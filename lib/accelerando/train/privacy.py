@@ -1,7 +1,7 @@
 """Differentially private training (DP-SGD, Abadi et al. 2016, arXiv:1607.00133) with Opacus.
 
-Each picture's gradient is clipped to a norm, the clipped ones of a step are added up, and noise is added to the sum. A
-step's pictures are a Poisson sample (train.batches), which is what the accounting of the spent epsilon assumes.
+Each sample's gradient is clipped to a norm, the clipped ones of a step are added up, and noise is added to the sum. A
+step's samples are a Poisson sample (train.batches), which is what the accounting of the spent epsilon assumes.
 """
 
 from __future__ import annotations
@@ -17,31 +17,40 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from accelerando.base.errors import UserError, first_line
+from accelerando.base.log import log
+from accelerando.base.processes import gather_objects
+from accelerando.base.rng import random_state_of
+from accelerando.train.batches import TrainBatches
+from accelerando.train.state import Run, TrainState
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
-
-    from accelerando.train.state import TrainState
+    from opacus.optimizers import DPOptimizer
 
 ACCOUNTANT = "prv"  # Gopi et al. 2021, arXiv:2106.02848: tight, and an upper bound
 MOST_NOISE = 1000  # a multiplier of the noise that drowns any sum of gradients
-WRONG = 0.05  # relative error of a picture's gradient from which a net is refused; rounding gives up to 0.01
+WRONG = 0.05  # relative error of a sample's gradient from which a net is refused; rounding gives up to 0.01
 
 
 @dataclass
 class Privacy:
-    """What a private step needs; see :func:`start_privacy`.
+    """What a private step needs; see :func:`start_privacy`."""
 
-    ``state.spent`` is the accountant's history: (noise multiplier, sample rate, steps) one after another.
-    """
-
-    optimizer: Any  # Opacus' own: clips, adds up and adds noise
+    optimizer: DPOptimizer  # Opacus' own: clips, adds up and adds noise
     noise_multiplier: float  # standard deviation of the noise, over the largest norm of a gradient
-    sample_rate: float  # probability that a picture is in a step
+    sample_rate: float  # probability that a sample is in a step
     target_delta: float
     state: TrainState
-    last_step: int  # of the run: where the budget or the epochs end
+
+    @property
+    def epsilon(self) -> float:
+        """What was spent so far, for ``target_delta``."""
+        return epsilon_of(spent(self.state), self.target_delta)
+
+
+def spent(state: TrainState) -> list[list[float]]:
+    """The accountant's history: (noise multiplier, sample rate, steps) one after another."""
+    return state.extra.setdefault("spent", [])
 
 
 def require_opacus() -> None:
@@ -130,8 +139,6 @@ def check_budget(
     target_delta: float,
 ) -> None:
     """UserError where a new run could not take a step within its budget; see :func:`start_privacy`."""
-    from accelerando.base.log import log
-
     if batch > samples:
         raise UserError(_too_large(batch, samples))
     rate = batch / samples
@@ -144,23 +151,23 @@ def check_budget(
             f"{target_epsilon:g}: give more noise or a larger budget"
         )
     if target_delta >= 1 / samples:
-        log.warning("--target_delta %g promises little for %d pictures: it should be below 1 / %d", target_delta,
+        log.warning("--target_delta %g promises little for %d samples: it should be below 1 / %d", target_delta,
                     samples, samples)  # fmt: skip
 
 
 def _too_large(batch: int, samples: int) -> str:
-    return f"--batch_size: {batch:,} pictures a step on average, but there are {samples:,} to train on: lower it"
+    return f"--batch_size: {batch:,} samples a step on average, but there are {samples:,} to train on: lower it"
 
 
 # ------------------------------------------------------------------------------------------------------------ model
 
 
 def make_valid(model: torch.nn.Module, size: int) -> None:
-    """Prepares a model for gradients of single pictures of side ``size``: no layer changes its input in place.
+    """Prepares a model for gradients of single samples of side ``size``: no layer changes its input in place.
 
     Raises:
-        UserError: it has trained layers for which Opacus computes none (batch norms mix the pictures of a batch), or
-            wrong ones: those of two pictures are compared with what each gives alone.
+        UserError: it has trained layers for which Opacus computes none (batch norms mix the samples of a batch), or
+            wrong ones: those of two samples are compared with what each gives alone.
     """
     from torch import nn
 
@@ -186,11 +193,9 @@ def make_valid(model: torch.nn.Module, size: int) -> None:
 
 
 def _what_opacus_cannot(model: torch.nn.Module, size: int) -> str | None:
-    """Why gradients of single pictures are not to be had or wrong; None where they are right."""
+    """Why gradients of single samples are not to be had or wrong; None where they are right."""
     import torch
     from opacus.validators import ModuleValidator
-
-    from accelerando.base.rng import random_state_of
 
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     modes = {module: module.training for module in model.modules()}
@@ -227,7 +232,7 @@ def _what_opacus_cannot(model: torch.nn.Module, size: int) -> str | None:
         for module, training in modes.items():
             module.training = training
         model.zero_grad()
-    return None if max(errors) < WRONG else f"its gradients of single pictures are off by {max(errors):.0%}"
+    return None if max(errors) < WRONG else f"its gradients of single samples are off by {max(errors):.0%}"
 
 
 @contextlib.contextmanager
@@ -259,68 +264,69 @@ def _out_of_place() -> Any:
 
 
 def start_privacy(
-    accelerator: Accelerator,
+    run: Run,
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    batch: int,
-    samples: int,
-    total_steps: int,
+    batches: TrainBatches,
     max_grad_norm: float,
     noise_multiplier: float | None,
     noise_seed: int | None,
     target_epsilon: float | None,
     target_delta: float,
 ) -> Privacy:
-    """Attaches Opacus to ``model`` and ``optimizer``, on every process; no DDP is wanted around the model.
+    """Attaches Opacus to ``model`` and ``optimizer``, on every process; the model needs no DDP around it.
+
+    ``batches`` become Poisson samples, and ``run.total_steps`` ends where the budget does.
 
     Args:
-        batch: pictures of a step on average, over all processes, of ``samples`` in all.
-        total_steps: of the run; ``last_step`` is where the budget ends before.
-        noise_multiplier: None: the least that ``target_epsilon`` allows, or that of before where a run goes on.
+        noise_multiplier: None: the least that ``target_epsilon`` allows, or that of before in a resumed run.
     """
     from opacus.grad_sample import GradSampleHooks
     from opacus.optimizers import DistributedDPOptimizer, DPOptimizer
 
-    from accelerando.base.log import log
-    from accelerando.base.processes import gather_objects
-
+    accelerator, state = run.accelerator, run.state
+    batch, samples = batches.window_size, len(batches.dataset)
     if batch > samples:
         raise UserError(_too_large(batch, samples))
-    rate = batch / samples
+    rate, history = batch / samples, spent(state)
     if noise_multiplier is None:
-        noise_multiplier = state.spent[-1][0] if state.spent else None
+        noise_multiplier = history[-1][0] if history else None
     if noise_multiplier is None:
-        noise_multiplier = noise_for(target_epsilon, target_delta, rate, total_steps)
-    last_step = total_steps
-    if target_epsilon is not None and total_steps > state.step:
-        left = steps_within(state.spent, noise_multiplier, rate, target_epsilon, target_delta, total_steps - state.step)
-        last_step = state.step + left
+        noise_multiplier = noise_for(target_epsilon, target_delta, rate, run.total_steps)
     log.info("Private: noise multiplier %.3f, gradients clipped to %g, sampling rate %.4g", noise_multiplier,
              max_grad_norm, rate)  # fmt: skip
-    if last_step < total_steps:
-        log.warning("The budget of epsilon %g ends the run at step %d of %d", target_epsilon, last_step, total_steps)
-    if state.noise_seed is None:
+    if target_epsilon is not None and run.total_steps > state.step:
+        most = run.total_steps - state.step
+        left = steps_within(history, noise_multiplier, rate, target_epsilon, target_delta, most)
+        if left < most:
+            last = state.step + left
+            log.warning("The budget of epsilon %g ends the run at step %d of %d", target_epsilon, last, run.total_steps)
+            run.total_steps = last
+    if state.extra.get("noise_seed") is None:
         # Who knows the seed can subtract the noise: it is kept in the checkpoints, which exact resume needs, alone.
         drawn = gather_objects(accelerator, secrets.randbits(62))[0]
-        state.noise_seed = drawn if noise_seed is None else noise_seed
+        state.extra["noise_seed"] = drawn if noise_seed is None else noise_seed
+    batches.poisson_seed = state.extra["noise_seed"]
     GradSampleHooks(model, loss_reduction="sum")
     several = accelerator.num_processes > 1
     private = (DistributedDPOptimizer if several else DPOptimizer)(
         optimizer, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm,
         expected_batch_size=batch / accelerator.num_processes,
     )  # fmt: skip
-    return Privacy(private, noise_multiplier, rate, target_delta, state, last_step)
+    return Privacy(private, noise_multiplier, rate, target_delta, state)
 
 
 def clip_and_add(privacy: Privacy, last: bool) -> None:
-    """After the backward of a micro-batch: clips each picture's gradient and adds it up; after the ``last`` one of a
-    step also adds noise, so that the parameters' ``grad`` is what the optimizer is to use, alike on all processes."""
+    """After the backward of a micro-batch: clips each sample's gradient and adds it up.
+
+    After the ``last`` one of a step also adds noise, so that the parameters' ``grad`` is what the optimizer is to use,
+    alike on all processes, and counts the step for the accountant.
+    """
     import numpy as np
     import torch
 
     optimizer, state = privacy.optimizer, privacy.state
-    rng = np.random.default_rng([state.noise_seed, state.step, 3])
+    rng = np.random.default_rng([state.extra["noise_seed"], state.step, 3])
     deviation = optimizer.noise_multiplier * optimizer.max_grad_norm
 
     def add_noise() -> None:
@@ -333,27 +339,31 @@ def clip_and_add(privacy: Privacy, last: bool) -> None:
 
     optimizer.add_noise = add_noise
     optimizer.signal_skip_step(do_skip=not last)
-    if optimizer.pre_step():
-        if hasattr(optimizer, "reduce_gradients"):
-            optimizer.reduce_gradients()
+    if not optimizer.pre_step():
+        optimizer.zero_grad()  # of this micro-batch; the sum is kept
+        return
+    if hasattr(optimizer, "reduce_gradients"):
+        optimizer.reduce_gradients()
+    for parameter in optimizer.params:  # nothing of single samples is left for the next step
+        parameter.grad_sample = parameter.summed_grad = None
+    history, part = spent(state), [privacy.noise_multiplier, privacy.sample_rate]
+    if history and list(history[-1][:2]) == part:
+        history[-1][2] += 1
     else:
-        optimizer.zero_grad()
-
-
-def count_private_step(privacy: Privacy) -> None:
-    """After an optimizer step: tells the accountant and forgets the gradients of single pictures."""
-    spent, part = privacy.state.spent, [privacy.noise_multiplier, privacy.sample_rate]
-    if spent and spent[-1][:2] == part:
-        spent[-1][2] += 1
-    else:
-        spent.append([*part, 1])
-    privacy.optimizer.zero_grad()
+        history.append([*part, 1])
 
 
 def privacy_results(state: TrainState, delta: float) -> dict[str, Any]:
     """What results.json says of what was spent; nothing where training was not private."""
-    if not state.spent:
+    history = spent(state)
+    if not history:
         return {}
     names = ("noise_multiplier", "sample_rate", "steps")
-    steps = [dict(zip(names, part, strict=True)) for part in state.spent]
-    return {"epsilon": epsilon_of(state.spent, delta), "delta": delta, "private": steps}
+    steps = [dict(zip(names, part, strict=True)) for part in history]
+    return {"epsilon": epsilon_of(history, delta), "delta": delta, "private": steps}
+
+
+def privacy_notes(state: TrainState, delta: float) -> dict[str, str]:
+    """A line of the summary on what was spent; nothing where training was not private."""
+    history = spent(state)
+    return {"privacy spent": f"epsilon {epsilon_of(history, delta):.3f} at delta {delta:g}"} if history else {}

@@ -1,22 +1,65 @@
-"""Where a run is, and what belongs to it."""
+"""Where a run is, and what belongs to it: plain data that the other modules read and write."""
 
 from __future__ import annotations
 
-import time
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from accelerando.train.stop import StopSignal
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    pass
     from accelerate import Accelerator
+    from accelerate.tracking import GeneralTracker
+    from tqdm import tqdm
+
+    from accelerando.train.checkpoint import Checkpoint
+
+
+class RunArgs(Protocol):
+    """The settings of every script that the library reads; a script's ``Args`` has them and more."""
+
+    output_dir: str
+    run_name: str | None
+    overwrite: bool
+    resume: str | None
+    seed: int
+    epochs: int
+    max_steps: int | None
+    scheduler: str
+    best_metric: str
+    early_stop: int | None
+    early_stop_min_delta: float
+    eval_every: int
+    save_every: int
+    keep_checkpoints: int
+    log_every: int
+    report_to: tuple[str, ...]
+    wandb_project: str
+    wandb_entity: str | None
+    wandb_name: str | None
+    wandb_tags: tuple[str, ...]
+    wandb_notes: str | None
+    experiment_name: str
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How a metric is shown: its ``format`` in tables, and whether it stands in the log line of an evaluation.
+
+    A script lists its metrics in the order of its tables. One that is measured and not listed is shown everywhere
+    too, after the others.
+    """
+
+    name: str
+    format: str = ".4f"
+    in_log: bool = False
+    higher_is_better: bool = True
 
 
 @dataclass
 class TrainState:
-    """Where the run is; saved in every checkpoint."""
+    """Where the run is; saved in every checkpoint, and so made of what JSON can hold."""
 
     step: int = 0  # optimizer steps taken
     epoch: int = 0
@@ -27,7 +70,7 @@ class TrainState:
     patience_value: float | None = None  # what an evaluation has to beat by early_stop_min_delta
     bad_evaluations: int = 0  # evaluations in a row without an improvement
     evaluated_step: int = -1
-    finished: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     loss_sum: float = 0.0  # of the samples since the last evaluation
     loss_count: int = 0
     log_loss_sum: float = 0.0  # of the samples since the last line of the log
@@ -35,36 +78,67 @@ class TrainState:
     seconds: float = 0.0  # of training, over all restarts
     wait_seconds: float = 0.0  # of these, spent waiting for data
     epoch_size: int = 0  # samples of an epoch
-    micro_batch_size: int = 0  # as it was found; a run that goes on keeps it, since dropout masks depend on it
-    trackers: dict[str, str] = field(default_factory=dict)  # ids under which trackers go on
-    spent: list[list[float]] = field(default_factory=list)  # privacy: noise multiplier, sample rate, steps
-    noise_seed: int | None = None  # privacy: of the noise and the sampling
+    micro_batch_size: int = 0  # as it was measured; a resumed run keeps it, since dropout masks depend on it
+    trackers: dict[str, str] = field(default_factory=dict)  # ids under which trackers continue
+    extra: dict[str, Any] = field(default_factory=dict)  # a script's or an option's own: what it names, it finds again
 
     @property
     def epochs_done(self) -> float:
         """Epochs with their fraction, for the log."""
         return self.epoch + (self.position / self.epoch_size if self.epoch_size else 0.0)
 
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> TrainState:
+        """The state of a checkpoint; entries of other versions are kept in ``extra``."""
+        names = {each.name for each in dataclasses.fields(cls)}
+        state = cls(**{name: value for name, value in content.items() if name in names})
+        state.extra |= {name: value for name, value in content.items() if name not in names}
+        return state
+
 
 @dataclass
 class Run:
-    """One run: its folder, its processes, the numbers it recorded.
-
-    ``resumed`` is the checkpoint it goes on from; ``remote`` the URL under which checkpoints are kept too.
-    """
+    """One run: its folder, its processes, its settings, and the numbers it recorded."""
 
     directory: Path
     accelerator: Accelerator
-    args: Any
+    args: RunArgs
     state: TrainState
-    history: list[dict[str, Any]] = field(default_factory=list)
-    resumed: Path | None = None
-    remote: str | None = None
-    trackers: list[Any] = field(default_factory=list)
-    stop: StopSignal | None = None
-    started: float = field(default_factory=time.perf_counter)
+    metrics: Sequence[Metric] = ()  # in the order in which they are shown
+    model_title: str = ""  # for people
+    total_steps: int = 0  # optimizer steps of the whole run
+    history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
+    resumed: Checkpoint | None = None  # the checkpoint it continues from
+    remote: str | None = None  # URL under which checkpoints are kept too
+    trackers: list[GeneralTracker] = field(default_factory=list)
+    bar: tqdm | None = None  # of the training, while it lasts
+    step_started: float = 0.0  # time.perf_counter() when the current step began
 
     @property
     def checkpoints(self) -> Path:
         """Where exact resume finds what it needs."""
         return self.directory / "checkpoints"
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether the metric that chooses the best weights grows as they get better."""
+        known = {metric.name: metric.higher_is_better for metric in self.metrics}
+        return known.get(self.args.best_metric, True)
+
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether ``early_stop`` evaluations in a row brought no improvement."""
+        return self.args.early_stop is not None and self.state.bad_evaluations >= self.args.early_stop
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last training step was taken."""
+        return self.state.step >= self.total_steps or self.out_of_patience
+
+    def written(self, metrics: dict[str, float], log_only: bool = False) -> list[tuple[str, str]]:
+        """(name, value as text) of ``metrics``, the listed ones first; ``log_only``: those of a log line."""
+        listed = {metric.name: metric for metric in self.metrics}
+        order = [*(name for name in listed if name in metrics), *(name for name in metrics if name not in listed)]
+        shown = [listed.get(name, Metric(name, in_log=True)) for name in order]
+        return [(metric.name, f"{metrics[metric.name]:{metric.format}}") for metric in shown
+                if metric.in_log or not log_only]  # fmt: skip

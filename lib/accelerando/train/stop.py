@@ -1,55 +1,84 @@
-"""Stop signals, on which all processes agree."""
+"""Stop signals: SIGTERM, SIGINT and SIGUSR1 on any process end the run on all of them, after a checkpoint."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from accelerando.base.processes import signal_when_parent_dies
-
-if TYPE_CHECKING:
-    from accelerando.train.state import Run
-
 import signal
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 
-from accelerando.base.processes import launcher_command
-
-if TYPE_CHECKING:
-    pass
-
-
-def stop_requested(run: Run) -> bool:
-    """True on every process when one of them was asked to stop; a collective."""
-    if run.accelerator.num_processes == 1:
-        return run.stop.received is not None
-    import torch
-
-    flag = torch.tensor([float(run.stop.received is not None)], device=run.accelerator.device)
-    return run.accelerator.reduce(flag, reduction="sum").item() > 0
+from accelerando.base.errors import Stopped
+from accelerando.base.log import log
+from accelerando.base.processes import launcher_command, signal_when_parent_dies
+from accelerando.train.state import Run
 
 
-class StopSignal:
-    """Notes SIGTERM, SIGINT and SIGUSR1 so that the loop can save and leave; a second SIGINT leaves at once.
+class StopRequested(Exception):  # noqa: N818
+    """Some process was asked to stop. Raised on all processes at the same place."""
 
-    ``received`` is this process's own; the processes agree on it together with the loss of each step. Where the
-    launcher dies without telling its child (Accelerate's does, on one process), Linux sends the SIGTERM.
+
+_received: int | None = None  # the signal that this process got
+
+
+def listen_for_signals() -> None:
+    """Notes stop signals from here on instead of dying of them; a second SIGINT leaves at once.
+
+    The processes agree on what they noted at the end of each step and of each batch of an evaluation. Where the
+    launcher dies without telling its child (Accelerate's does, on one process), Linux sends a SIGTERM.
     """
+    global _received
+    _received = None
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, _note)
+        if launcher_command():
+            signal_when_parent_dies(signal.SIGTERM)
 
-    def __init__(self) -> None:
-        self.received: int | None = None
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                signal.signal(number, self._note)
-            if launcher_command():
-                signal_when_parent_dies(signal.SIGTERM)
 
-    def _note(self, number: int, _frame: Any) -> None:
-        if self.received is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
+def _note(number: int, _frame: FrameType | None) -> None:
+    global _received
+    if _received is not None and number == signal.SIGINT:
+        raise KeyboardInterrupt
+    _received = number
 
-    @property
-    def exit_code(self) -> int:
-        """The shell's code for an end by this signal."""
-        return 128 + (self.received or signal.SIGTERM)
+
+def stop_noted() -> bool:
+    """Whether this process got a stop signal; what the others got is not known."""
+    return _received is not None
+
+
+def raise_if_stopped(run: Run) -> None:
+    """Raises :class:`StopRequested` on every process when one of them was asked to stop; a collective."""
+    stop = stop_noted()
+    if run.accelerator.num_processes > 1:
+        import torch
+
+        flag = torch.tensor([float(stop)], device=run.accelerator.device)
+        stop = run.accelerator.reduce(flag, reduction="sum").item() > 0
+    if stop:
+        raise StopRequested
+
+
+@contextmanager
+def stoppable(run: Run, on_stop: Callable[[], Path | None] | None = None) -> Iterator[None]:
+    """Inside, a stop signal on any process ends the run in order, with exit code 128 + signal.
+
+    ``on_stop`` saves a checkpoint and returns its path; without it, the last one is what ``--resume`` continues from.
+    What the block opened (averaged weights, a progress bar) is closed before it is called.
+
+    Raises:
+        Stopped: the run was asked to stop and has saved.
+    """
+    try:
+        yield
+    except StopRequested:
+        checkpoint = on_stop() if on_stop else run.checkpoints
+        for tracker in run.trackers:
+            tracker.finish()
+        exit_code = 128 + (_received or signal.SIGTERM)
+        if checkpoint is None:
+            raise Stopped("stopped by a signal", exit_code) from None
+        log.warning("Stopped by a signal: %s is complete; the same command with --resume continues", checkpoint)
+        raise Stopped("", exit_code) from None

@@ -1,0 +1,107 @@
+"""Evaluation on all processes: every sample once, its results gathered in the order of the data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from accelerando.base.errors import UserError
+from accelerando.base.log import progress_bar
+from accelerando.train.accelerator import reshard
+from accelerando.train.batches import TrainingData, as_training_data, evaluation_batches, gather_rows, report_unreadable
+from accelerando.train.state import Run, RunArgs
+from accelerando.train.stop import raise_if_stopped
+
+if TYPE_CHECKING:
+    import torch
+
+
+class EvaluationRows:
+    """The batches of an evaluation, and what a script computed of each of their samples::
+
+        rows = EvaluationRows(run, model, dataset, data.collate, args.eval_batch_size, "validation")
+        for batch in rows:
+            rows.add(logits=model(**batch).logits)     # [B, ...] each
+        found = rows.gathered()                        # logits [n, ...], numpy, on every process
+
+    ``lengths`` [n]: samples of like length share a batch, which changes the padding and nothing else. Shows a progress
+    bar called ``what``.
+
+    Raises:
+        StopRequested: some process was asked to stop, noticed after the batch.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: torch.nn.Module,
+        dataset: TrainingData | Sequence[Any],
+        collate: Callable[[list[Any]], dict[str, torch.Tensor]],
+        batch_size: int,
+        what: str,
+        *,
+        lengths: np.ndarray | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        self.run, self.model, self.what = run, model, what
+        self.dataset = as_training_data(dataset)
+        accelerator = run.accelerator
+        self._batches = evaluation_batches(
+            self.dataset, collate, batch_size, lengths=lengths, num_workers=num_workers,
+            num_processes=accelerator.num_processes, process_index=accelerator.process_index, device=accelerator.device,
+        )  # fmt: skip
+        self._columns: dict[str, list[torch.Tensor]] = {}
+        self._batch: dict[str, torch.Tensor] = {}
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        with progress_bar(len(self.dataset), 0, f" {self.dataset.unit}", self.what) as bar:
+            for batch in self._batches:
+                self._batch = batch
+                yield batch
+                bar.update(len(batch["index"]) * self.run.accelerator.num_processes)
+                raise_if_stopped(self.run)
+        # Under FSDP the gathered weights stay until a backward, and may be those of an average.
+        reshard(self.run.accelerator, self.model)
+
+    def add(self, **columns: torch.Tensor) -> None:
+        """Keeps results of the current batch's samples, [B, ...] each."""
+        for name, values in {"index": self._batch["index"], "weight": self._batch["weight"], **columns}.items():
+            self._columns.setdefault(name, []).append(values)
+
+    def gathered(self) -> dict[str, np.ndarray]:
+        """The results of all processes, [n, ...] each, in the order of the data set, on every process. A collective.
+
+        Raises:
+            RuntimeError: a sample is missing or was evaluated twice.
+        """
+        import torch
+
+        columns = {name: torch.cat(parts) for name, parts in self._columns.items()}
+        return gather_rows(self.run.accelerator, len(self.dataset), columns)
+
+    def gathered_readable(self) -> dict[str, np.ndarray]:
+        """:meth:`gathered` without the samples whose ``valid`` is 0: they could not be read, and are named in the log.
+
+        ``row`` int64 [n]: where each of the others stands in the data set.
+
+        Raises:
+            UserError: none could be read.
+        """
+        found = self.gathered()
+        readable = found.pop("valid") > 0
+        report_unreadable(self.run.accelerator, self.dataset, self.what, np.flatnonzero(~readable))
+        if not readable.any():
+            raise UserError(f"none of the {self.dataset.unit} of {self.what} can be read")
+        return {name: values[readable] for name, values in found.items()} | {"row": np.flatnonzero(readable)}
+
+
+def check_validation(args: RunArgs, splits: Collection[str], report_on_train: bool = False) -> None:
+    """UserError where nothing is held out for validation, but a setting needs it or nothing would be scored."""
+    if "validation" in splits:
+        return
+    if args.early_stop or args.scheduler == "plateau":
+        raise UserError("--validation_fraction 0: --early_stop and --scheduler plateau need validation data")
+    if "test" not in splits and not report_on_train:
+        raise UserError("--validation_fraction 0: nothing would be scored; name test data or give --report_on_train")
