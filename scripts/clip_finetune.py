@@ -49,7 +49,6 @@ from accelerando.report.metrics import contrastive_metrics, retrieval_metrics, z
 from accelerando.report.model_card import write_model_card
 from accelerando.report.retrieval import example_rows, keep_examples, retrieval_examples
 from accelerando.train.accelerator import (
-    count_parameters,
     is_sharded,
     log_trained,
     log_trained_parts,
@@ -381,6 +380,20 @@ def model_inputs(batch: dict[str, torch.Tensor], data: Data) -> dict[str, torch.
     return inputs
 
 
+def choose_micro_batch_size(model: torch.nn.Module, train_data: PairDataset, data: Data, run: Run, args: Args) -> int:
+    """Pairs that a process computes at once: as given, as measured before a resume, or the most that fit."""
+    if args.micro_batch_size or run.state.micro_batch_size:
+        return args.micro_batch_size or run.state.micro_batch_size
+    # Captions of the full length: what fits must fit for the longest.
+    longest = PairCollate(data.preprocessing.tokenizer, data.preprocessing.max_length, full_length=True)
+    run.state.micro_batch_size = find_micro_batch_size(
+        run.accelerator, model, lambda size: longest([train_data.at(row % len(train_data), 0) for row in range(size)]),
+        lambda plain, batch: embeddings_loss(plain, batch, data),
+        most=-(-args.effective_batch_size // run.accelerator.num_processes),
+    )  # fmt: skip
+    return run.state.micro_batch_size
+
+
 def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
     """Embeddings of every image [I, d] and every caption [T, d] of a split once.
 
@@ -517,10 +530,8 @@ def write_report(
         split: {"pairs": counts[split], "images": len(gallery.image_rows), "captions": len(gallery.text_rows)}
         for split, gallery in data.galleries.items()
     }
-    trainable, parameters = count_parameters(model)
-    details = {"parameters": parameters, "trainable_parameters": trainable, "base": base, "galleries": galleries,
-               "wise_ft": mixtures}  # fmt: skip
-    results.write_results(run, final, counts, details)
+    details = {"base": base, "galleries": galleries, "wise_ft": mixtures}
+    results.write_results(run, model, final, counts, details)
     last = results.split_to_show(final)
     tiles = [
         (f"{last}, {label}", f"{100 * final[last][f'{way}_r1']:.1f} %",
@@ -605,11 +616,8 @@ def main() -> None:
     model = build_model(args, data, accelerator)
     remote = f"s3://{args.s3_bucket}/{args.s3_checkpoint_prefix.strip('/')}" if args.enable_s3_checkpoints else None
     run = start_run(accelerator, args, directory, METRICS, model_title(args), remote)
-    here = {
-        "GPU": accelerator.device.type == "cuda",
-        "tables": any(Path(where).suffix.lower() in SUFFIXES for where in locations(args).values()),
-    }
-    for line in without_effect(args, ONLY_WITH, **here):
+    tables = any(Path(where).suffix.lower() in SUFFIXES for where in locations(args).values())
+    for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda", tables=tables):
         log.warning("%s", line)
 
     # What an optimizer step trains on: the same samples on any number of processes.
@@ -622,15 +630,8 @@ def main() -> None:
         return finish_run(run)
 
     # What an optimizer step trains on: the same samples on any number of processes.
-    train_data, micro_batch_size = training_pairs(args, data), args.micro_batch_size or run.state.micro_batch_size
-    if not micro_batch_size:
-        # Captions of the full length: what fits must fit for the longest.
-        longest = PairCollate(data.preprocessing.tokenizer, data.preprocessing.max_length, full_length=True)
-        micro_batch_size = run.state.micro_batch_size = find_micro_batch_size(
-            accelerator, model, lambda size: longest([train_data.at(row % len(train_data), 0) for row in range(size)]),
-            lambda plain, batch: embeddings_loss(plain, batch, data),
-            most=-(-args.effective_batch_size // accelerator.num_processes),
-        )  # fmt: skip
+    train_data = training_pairs(args, data)
+    micro_batch_size = choose_micro_batch_size(model, train_data, data, run, args)
     batches = TrainBatches(
         train_data, data.collate, micro_batch_size, seed=args.seed, num_workers=args.num_workers,
         effective_batch_size=args.effective_batch_size, accelerator=accelerator, pin_memory=args.pin_memory,

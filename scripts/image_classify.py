@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from accelerando.base.config import check_ranges, parse_args, without_effect
 from accelerando.base.errors import UserError, errors_in_one_line
@@ -29,14 +29,13 @@ from accelerando.data.splits import stratified_split
 from accelerando.data.transforms import normalise
 from accelerando.inference.hub import check_push, push_best
 from accelerando.models.cpu import speed_up_dropout
-from accelerando.models.pretrained import class_labels, open_model
+from accelerando.models.pretrained import class_labels, colour_statistics, head_names, open_classifier
 from accelerando.report import page, results
 from accelerando.report.metrics import classification_metrics
 from accelerando.report.model_card import write_model_card
 from accelerando.report.predictions import probabilities, worst_mistakes, write_predictions
 from accelerando.report.saliency import add_pictures
 from accelerando.train.accelerator import (
-    count_parameters,
     is_sharded,
     log_trained,
     make_accelerator,
@@ -202,9 +201,6 @@ class Data:
     collate: ImageCollate
 
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
 def load_data(args: Args, accelerator: Accelerator) -> Data:
     import numpy as np
     import torch
@@ -233,23 +229,8 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     check_validation(args, splits, args.report_on_train)
     counts = np.bincount(splits["train"].classes, minlength=len(names))
     weights = torch.from_numpy(counts.sum() / (len(counts) * np.maximum(counts, 1))).float()
-    return Data(splits, names, weights, *normalisation_of(args), ImageCollate())
-
-
-def normalisation_of(args: Args) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each colour that the model was trained with."""
-    from accelerando.models.vision import TIMM, timm_settings
-
-    if not args.model_name:
-        settings = timm_settings(args.architecture) if args.architecture.startswith(TIMM) else None
-        return (tuple(settings.mean), tuple(settings.std)) if settings else IMAGENET
-    from transformers import AutoImageProcessor
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(args.model_name)
-    except (OSError, ValueError):  # from a config alone
-        return IMAGENET
-    return tuple(processor.image_mean), tuple(processor.image_std)
+    mean, std = colour_statistics(args.model_name, args.architecture)
+    return Data(splits, names, weights, mean, std, ImageCollate())
 
 
 def training_images(args: Args, data: Data) -> TrainingImages:
@@ -266,8 +247,7 @@ def training_images(args: Args, data: Data) -> TrainingImages:
 
 def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedModel:
     import torch
-
-    from accelerando.models.vision import VisionNet, VisionNetConfig, load_pretrained
+    from accelerando.models.vision_net import VisionNet, VisionNetConfig, load_pretrained
 
     labels = class_labels(data.label_names)
     if args.model_name:
@@ -289,27 +269,6 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         model = model.to(memory_format=torch.channels_last)
     log_trained(model, f"Strategy {args.strategy}")
     return model
-
-
-def open_classifier(name: str, **settings: Any) -> PreTrainedModel:
-    """A classifier of transformers, with a new head where its own is for other classes."""
-    from transformers import AutoModelForImageClassification
-
-    import accelerando.models.vision  # noqa: F401  (so that a net saved by this script opens too)
-
-    return open_model(AutoModelForImageClassification, name, **settings)
-
-
-def head_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """How the names of the head's parameters begin."""
-    if hasattr(model, "head_name"):
-        return (f"{model.head_name()}.",)
-    if hasattr(model, "timm_model"):  # timm's nets inside transformers
-        last = model.timm_model.get_classifier()
-        return tuple(f"{name}." for name, module in model.named_modules() if module is last)
-    bodies = (model.base_model_prefix, "vision_model")  # CLIP's and SigLIP's classifiers have half of their model
-    others = {name: child for name, child in model.named_children() if name not in bodies}
-    return tuple(f"{name}." for name, child in others.items() if list(child.parameters()))
 
 
 def unfreeze(model: PreTrainedModel, args: Args, epoch: int) -> None:
@@ -391,10 +350,7 @@ def write_report(
 ) -> None:
     """Results and report of the best weights; ``found``: what :func:`evaluate` found in each split. Main process."""
     metrics = {split: score(rows, data, split, args) for split, rows in found.items()}
-    matrices = {
-        split: results.write_class_report(run, split, rows["labels"], rows["logits"], data.label_names)
-        for split, rows in found.items()
-    }
+    matrices = results.write_class_reports(run, found, data.label_names)
     files = {
         split: [data.splits[split].names[row].as_py() for row in rows["row"].tolist()] for split, rows in found.items()
     }
@@ -409,12 +365,10 @@ def write_report(
     sharded = is_sharded(run.accelerator)
     net = open_classifier(str(run.directory / "best")) if sharded else unwrapped(run.accelerator, model)
     add_pictures(worst, found[last], EvaluationImages(data.splits[last], args.image_size), net, data.mean, data.std)
-    trainable, parameters = count_parameters(model)
-    details = {"parameters": parameters, "trainable_parameters": trainable, "label_names": data.label_names,
-               "confusion_matrix": matrices[last].tolist(),
-               **privacy_results(run.state, args.target_delta)}  # fmt: skip
     counts = {split: len(rows["labels"]) for split, rows in found.items()}
-    results.write_results(run, metrics, counts, details)
+    details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist()}
+    details |= privacy_results(run.state, args.target_delta)
+    results.write_results(run, model, metrics, counts, details)
     shown = args.best_metric if args.best_metric != "loss" else "accuracy"  # the loss has curves of its own
     tiles = [
         (f"{last} accuracy", f"{100 * metrics[last]['accuracy']:.2f} %", f"{counts[last]:,} images"),

@@ -38,7 +38,7 @@ from accelerando.report import page, results
 from accelerando.report.metrics import classification_metrics, top_k_accuracy
 from accelerando.report.model_card import write_model_card
 from accelerando.report.predictions import worst_mistakes
-from accelerando.train.accelerator import count_parameters, is_sharded, log_trained, make_accelerator, prepare
+from accelerando.train.accelerator import is_sharded, log_trained, make_accelerator, prepare
 from accelerando.train.autotune import choose_num_workers, find_micro_batch_size
 from accelerando.train.averages import Ema, averaged
 from accelerando.train.batches import TrainBatches
@@ -338,6 +338,21 @@ def loss_weights(args: Args, progress: float) -> tuple[float, float]:
     }[args.curriculum]
 
 
+def choose_batch_size(model: torch.nn.Module, data: Data, run: Run, args: Args) -> int:
+    """Clips per micro-batch: as given, as measured before a resume, or the most that fit and pay."""
+    if not args.auto_batch_size:
+        return args.batch_size
+    if run.state.micro_batch_size:
+        return run.state.micro_batch_size
+    longest = data.splits["train"][int(data.splits["train"].lengths.argmax())]
+    run.state.micro_batch_size = find_micro_batch_size(
+        run.accelerator, model, lambda size: data.collate([longest] * size),
+        lambda plain, batch: compute_loss(plain, batch, data, args)[0].sum(), most=64, flag="--auto_batch_size",
+        hint="--amp bf16, or a smaller model",
+    )  # fmt: skip
+    return run.state.micro_batch_size
+
+
 def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
     """Classes [n], logits [n, G] and [n, C], and losses [n] of every clip once, in the order of the labels."""
     import torch
@@ -409,20 +424,17 @@ def write_report(
     """Results and report of the best weights; ``found``: what :func:`evaluate` found in each split. Main process."""
     metrics = {split: score(rows, data, split, args) for split, rows in found.items()}
     matrices = {
-        (split, head): results.write_class_report(run, f"{split}_{head}", rows[head], rows[f"{head}_logits"], names)
-        for split, rows in found.items()
+        head: results.write_class_reports(run, found, names, head, f"{head}_logits", head)
         for head, names in data.names.items()
     }
     last = results.split_to_show(found)
     worst = worst_mistakes(found[last]["gloss"], found[last]["gloss_logits"], data.names["gloss"])
     for mistake in worst:
         mistake["text"] = data.splits[last].names[mistake["row"]]
-    trainable, parameters = count_parameters(model)
-    details = {"parameters": parameters, "trainable_parameters": trainable}
-    details |= {f"{head}_names": names for head, names in data.names.items()}
-    details |= {f"{head}_confusion_matrix": matrices[last, head].tolist() for head in data.names}
     counts = {split: len(rows["gloss"]) for split, rows in found.items()}
-    results.write_results(run, metrics, counts, details)
+    details = {f"{head}_names": names for head, names in data.names.items()}
+    details |= {f"{head}_confusion_matrix": matrices[head][last].tolist() for head in data.names}
+    results.write_results(run, model, metrics, counts, details)
     glosses, categories = len(data.names["gloss"]), len(data.names["cat"])
     tiles = [
         (
@@ -433,8 +445,8 @@ def write_report(
         (f"{last}, category", f"{100 * metrics[last]['cat_accuracy']:.1f} %", f"{categories} categories"),
     ]
     blocks = [
-        *results.class_blocks(matrices[last, "gloss"], data.names["gloss"], f"glosses, {last}"),
-        *results.class_blocks(matrices[last, "cat"], data.names["cat"], f"categories, {last}"),
+        *results.class_blocks(matrices["gloss"][last], data.names["gloss"], f"glosses, {last}"),
+        *results.class_blocks(matrices["cat"][last], data.names["cat"], f"categories, {last}"),
         page.mistakes(worst, title=f"Worst mistakes, {last}"),
     ]
     lines = {"validation/gloss_accuracy": "gloss", "validation/cat_accuracy": "category"}
@@ -502,15 +514,7 @@ def main() -> None:
         log.warning("%s", line)
 
     # What an optimizer step trains on: the same samples on any number of processes.
-    train_data, batch_size = training_clips(args, data), args.batch_size
-    if args.auto_batch_size:
-        longest = data.splits["train"][int(data.splits["train"].lengths.argmax())]
-        batch_size = run.state.micro_batch_size or find_micro_batch_size(
-            accelerator, model, lambda size: data.collate([longest] * size),
-            lambda plain, batch: compute_loss(plain, batch, data, args)[0].sum(), most=64, flag="--auto_batch_size",
-            hint="--amp bf16, or a smaller model",
-        )  # fmt: skip
-        run.state.micro_batch_size = batch_size
+    train_data, batch_size = training_clips(args, data), choose_batch_size(model, data, run, args)
     if args.auto_workers:
         args.num_workers = choose_num_workers()
     batches = TrainBatches(

@@ -27,12 +27,12 @@ from accelerando.data.tokens import TokenTable, tokenize_table
 from accelerando.inference.hub import check_push, push_best
 from accelerando.models.cpu import attention_for_cpu, speed_up_dropout
 from accelerando.models.overrides import override_config
-from accelerando.models.pretrained import class_labels, most_tokens, open_config, open_model
+from accelerando.models.pretrained import class_labels, head_names, most_tokens, open_config, open_model
 from accelerando.report import page, results
 from accelerando.report.metrics import classification_metrics
 from accelerando.report.model_card import write_model_card
 from accelerando.report.predictions import worst_mistakes
-from accelerando.train.accelerator import count_parameters, is_sharded, log_trained, make_accelerator, prepare
+from accelerando.train.accelerator import is_sharded, log_trained, make_accelerator, prepare
 from accelerando.train.averages import Ema, averaged
 from accelerando.train.batches import TrainBatches
 from accelerando.train.evaluation import EvaluationRows, check_validation
@@ -232,12 +232,13 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> torch.nn.Mo
         model = build_transformer(args, data, labels, on_cpu)
     head = head_names(model)
     if args.strategy == "lora":
-        model = attach_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, head)
+        kept = [name.rstrip(".") for name in head]
+        model = attach_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, kept)
 
     def is_trained(name: str) -> bool:
         if args.strategy == "lora":
             return ".lora_" in name or ".modules_to_save." in name
-        return args.strategy == "full" or name.split(".")[0] in head
+        return args.strategy == "full" or name.startswith(head)
 
     for name, parameter in model.named_parameters():
         parameter.requires_grad = is_trained(name)
@@ -280,15 +281,6 @@ def build_cnn(args: Args, data: Data, labels: dict) -> PreTrainedModel:
         **labels,
     )
     return TextCnnForSequenceClassification(config)
-
-
-def head_names(model: PreTrainedModel) -> tuple[str, ...]:
-    """The top-level modules that are not the pretrained body: the classification head."""
-    body = getattr(model, "base_model_prefix", "")
-    if not body:  # the cnn
-        return ("classifier",)
-    children = {name: list(child.parameters()) for name, child in model.named_children()}
-    return tuple(name for name, parameters in children.items() if name != body and parameters)
 
 
 # ------------------------------------------------------------------------------------------------ loss and evaluation
@@ -352,19 +344,14 @@ def write_report(
 ) -> None:
     """Results and report of the best weights; ``found``: what :func:`evaluate` found in each split. Main process."""
     metrics = {split: score(rows, data, split, args) for split, rows in found.items()}
-    matrices = {
-        split: results.write_class_report(run, split, rows["labels"], rows["logits"], data.label_names)
-        for split, rows in found.items()
-    }
+    matrices = results.write_class_reports(run, found, data.label_names)
     last = results.split_to_show(found)
     worst = worst_mistakes(found[last]["labels"], found[last]["logits"], data.label_names)
     for mistake in worst:
         mistake["text"] = data.tables[last].text(mistake["row"])
-    trainable, parameters = count_parameters(model)
-    details = {"parameters": parameters, "trainable_parameters": trainable, "label_names": data.label_names,
-               "confusion_matrix": matrices[last].tolist()}  # fmt: skip
     counts = {split: len(rows["labels"]) for split, rows in found.items()}
-    results.write_results(run, metrics, counts, details)
+    details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist()}
+    results.write_results(run, model, metrics, counts, details)
     shown = args.best_metric if args.best_metric != "loss" else "accuracy"  # the loss has curves of its own
     tiles = [
         (f"{last} accuracy", f"{100 * metrics[last]['accuracy']:.2f} %", f"{counts[last]:,} rows"),

@@ -85,6 +85,10 @@ class TextCnnForSequenceClassification(PreTrainedModel):
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
 
+    def head_name(self) -> str:
+        """The name of the last layer."""
+        return "classifier"
+
     def forward(
         self,
         input_ids: torch.Tensor,

@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,9 +19,12 @@ from accelerando.base.processes import command_line
 from accelerando.report import page
 from accelerando.report.metrics import confusion_matrix, per_class, report_text
 from accelerando.report.plots import Curve, plot_confusion, plot_curves
-from accelerando.train.accelerator import peak_memory_mb
+from accelerando.train.accelerator import count_parameters, peak_memory_mb
 from accelerando.train.state import Run
 from accelerando.train.tracking import evaluations
+
+if TYPE_CHECKING:
+    import torch
 
 Columns = Mapping[str, Mapping[str, float]]  # metrics by the heading of their column, such as a split
 
@@ -101,11 +104,18 @@ def training_curves(title: str, lines: Mapping[str, str]) -> list[Curve]:
     ]
 
 
-def write_results(run: Run, splits: Columns, counts: Mapping[str, int], details: Mapping[str, Any]) -> None:
+def write_results(
+    run: Run,
+    model: torch.nn.Module,
+    splits: Columns,
+    counts: Mapping[str, int],
+    details: Mapping[str, Any],
+) -> None:
     """Writes ``results.json`` and sends the final metrics of each split to the trackers. Main process only.
 
     ``counts``: samples of each split; ``details``: further entries, as JSON can hold them.
     """
+    trainable, parameters = count_parameters(model)
     state = run.state
     results = {
         "run": run.directory.name,
@@ -120,6 +130,8 @@ def write_results(run: Run, splits: Columns, counts: Mapping[str, int], details:
         "peak_memory_mb": round(peak_memory_mb(run.accelerator), 1),
         "num_processes": run.accelerator.num_processes,
         "precision": run.accelerator.mixed_precision,
+        "parameters": parameters,
+        "trainable_parameters": trainable,
         **details,
         "command": command_line(),
         "config": grouped(run.args),
@@ -168,22 +180,32 @@ def write_page(
     return path
 
 
-def write_class_report(
-    run: Run, name: str, labels: np.ndarray, logits: np.ndarray, class_names: Sequence[str]
-) -> np.ndarray:
-    """The report per class in words and the confusion matrix as a plot, in the run directory and in TensorBoard.
+def write_class_reports(
+    run: Run,
+    found: Mapping[str, Mapping[str, np.ndarray]],
+    class_names: Sequence[str],
+    labels: str = "labels",
+    logits: str = "logits",
+    head: str = "",
+) -> dict[str, np.ndarray]:
+    """For each split the report per class as text and the confusion matrix as a plot, also in TensorBoard.
 
-    ``labels`` int [n], ``logits`` [n, C]. Returns the confusion matrix [C, C]. Main process only.
+    ``found``: for each split ``labels`` int [n] and ``logits`` [n, C] under these names; ``head`` names one of several.
+    Returns the confusion matrices [C, C]. Main process only.
     """
-    matrix = confusion_matrix(labels, logits.argmax(axis=1), len(class_names))
-    text = report_text(matrix, list(class_names))
-    write_text(run.directory / "logs" / f"classification_report_{name}.txt", text)
-    plot = plot_confusion(matrix, class_names, run.directory / "plots" / f"confusion_{name}.png")
-    for tracker in run.trackers:
-        if tracker.name == "tensorboard":
-            tracker.writer.add_image(f"{name}/confusion_matrix", plot, run.state.step, dataformats="HWC")
-            tracker.writer.add_text(f"{name}/classification_report", f"```\n{text}```", run.state.step)
-    return matrix
+    matrices = {}
+    for split, rows in found.items():
+        name = f"{split}_{head}" if head else split
+        matrix = confusion_matrix(rows[labels], rows[logits].argmax(axis=1), len(class_names))
+        text = report_text(matrix, list(class_names))
+        write_text(run.directory / "logs" / f"classification_report_{name}.txt", text)
+        plot = plot_confusion(matrix, class_names, run.directory / "plots" / f"confusion_{name}.png")
+        for tracker in run.trackers:
+            if tracker.name == "tensorboard":
+                tracker.writer.add_image(f"{name}/confusion_matrix", plot, run.state.step, dataformats="HWC")
+                tracker.writer.add_text(f"{name}/classification_report", f"```\n{text}```", run.state.step)
+        matrices[split] = matrix
+    return matrices
 
 
 def class_blocks(matrix: np.ndarray, class_names: Sequence[str], what: str) -> list[str]:

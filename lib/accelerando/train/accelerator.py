@@ -163,6 +163,9 @@ def log_trained(model: torch.nn.Module, what: str) -> None:
         raise UserError(f"{what}: nothing is trainable")
     share = 100 * trainable / total
     log.info("%s: %s of %s parameters are trained (%.2f %%)", what, f"{trainable:,}", f"{total:,}", share)
+    if not hasattr(model, "save_pretrained"):
+        name = type(model).__name__
+        log.info("%s has no save_pretrained: best/ and last/ hold model.safetensors and a config.json", name)
 
 
 def log_trained_parts(model: torch.nn.Module) -> None:

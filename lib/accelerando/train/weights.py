@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.files import fresh_draft, sync_files
@@ -29,7 +30,8 @@ def save_model_folder(
 ) -> None:
     """Saves the model in Hugging Face layout, to be opened with ``from_pretrained``; to be called on every process.
 
-    With LoRA ``folder`` holds the merged model and ``folder/adapter`` the adapter. ``extra`` writes what belongs
+    With LoRA ``folder`` holds the merged model and ``folder/adapter`` the adapter; of a module without
+    ``save_pretrained`` it holds ``model.safetensors`` and :func:`module_config`. ``extra`` writes what belongs
     beside the weights (tokenizer, model card) into the folder it is given; ``saved_form`` turns the state dict of
     training into the one that the model's class expects, where they differ. Each file is replaced whole.
     """
@@ -51,8 +53,11 @@ def save_model_folder(
             plain.save_pretrained(draft / "adapter", state_dict=state, save_embedding_layers=False)
             with contextlib.suppress(FileNotFoundError):
                 (draft / "adapter" / "README.md").unlink()  # PEFT's template, all of it placeholders
-        else:
+        elif hasattr(plain, "save_pretrained"):
             plain.save_pretrained(draft, state_dict=contiguous(saved))
+        else:
+            save_file(contiguous(saved), draft / "model.safetensors", metadata={"format": "pt"})
+            (draft / "config.json").write_text(json.dumps(module_config(plain), indent=2) + "\n", encoding="utf-8")
         if extra is not None:
             extra(draft)
 
@@ -91,6 +96,17 @@ def main_process_writes(accelerator: Accelerator, what: str) -> Iterator[None]:
         raise UserError(
             f"cannot write {what}: {problem}; what was saved before is intact: free space, then go on with --resume"
         )
+
+
+def module_config(model: torch.nn.Module) -> dict[str, Any]:
+    """What ``config.json`` says of a plain torch module: its class, and its own ``config`` where that is a dict."""
+    own = getattr(model, "config", None)
+    kind = type(model)
+    return {
+        "model_type": "torch_module",
+        "class": f"{kind.__module__}:{kind.__qualname__}",
+        **(own if isinstance(own, dict) else {}),
+    }
 
 
 def model_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
