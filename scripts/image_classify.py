@@ -247,7 +247,7 @@ def training_images(args: Args, data: Data) -> TrainingImages:
 
 def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedModel:
     import torch
-    from accelerando.models.vision_net import VisionNet, VisionNetConfig, load_pretrained
+    from accelerando.models.vision import VisionNet, VisionNetConfig, load_pretrained
 
     labels = class_labels(data.label_names)
     if args.model_name:
