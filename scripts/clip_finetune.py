@@ -94,7 +94,7 @@ class Args:
     s3_prefix: str = "data/train"  # s3: where the training shards are; validation: the same with val for train
     s3_validation_prefix: str | None = None  # s3: where the validation shards are
     cache_dir: str | None = None  # indexes and fetched shards (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
-    cache_gb: float = 50.0  # fetched shards that are kept, in GB; 0: none, each pair is read where it lies
+    cache_gb: float = 50.0  # cached remote shards, in GB; 0: none, each pair is read remotely
     mini_train: bool = False  # 256 training and 128 validation pairs, for a quick look
     augmentation: AugmentationName = "simple"  # of training images: none, simple (flip, crop), advanced
     class_field: str | None = None  # zero-shot classification: field of the .json with a image's class
@@ -118,10 +118,10 @@ class Args:
     lora_r: int = 16  # lora: rank
     lora_alpha: float = 32.0  # lora: the adapters' scale is lora_alpha / lora_r
     lora_dropout: float = 0.05  # lora: dropout before the adapters
-    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # lora: layers that get an adapter
-    lock_image_tower: bool = False  # full: the image tower stays as it is (LiT)
-    lock_text_tower: bool = False  # full: the text tower stays as it is
-    train_logit_scale: bool | None = None  # the temperature too (default: with full, and with siglip)
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # lora: layers with an adapter
+    lock_image_tower: bool = False  # full: the image tower is frozen (LiT)
+    lock_text_tower: bool = False  # full: the text tower is frozen
+    train_logit_scale: bool | None = None  # train the temperature (default: with full, and with siglip)
     logit_scale_init: float | None = None  # start the temperature's factor here (default: the model's, 100 for CLIP)
     logit_bias_init: float = -10.0  # siglip: bias of the logits, for a model without one
     # -- training --
@@ -132,25 +132,27 @@ class Args:
     eval_batch_size: int = 64  # images or captions per process in evaluation
     loss_batch_size: int = 64  # pairs of one contrastive batch in the validation loss, on any number of processes
     loss: LossName = "clip"  # softmax over the batch (clip) or sigmoid of each pair (siglip)
-    mask_duplicates: bool = True  # the same caption or image twice in a batch: not each other's negatives
+    mask_duplicates: bool = True  # duplicates of a caption or image in a batch are no negatives
     lr: float = 1e-4  # peak learning rate
-    weight_decay: float = 0.1  # on matrices; biases, norms and the temperature are spared
+    weight_decay: float = 0.1  # of matrices; biases, norms and the temperature have none
     optimizer: OptimizerName = "adamw"  # 8-bit and paged ones come from bitsandbytes
     adam_beta1: float = 0.9  # decay of the first moment
     adam_beta2: float = 0.98  # decay of the second moment
-    adam_epsilon: float = 1e-6  # term that keeps the division finite
+    adam_epsilon: float = 1e-6  # added to the denominator
     momentum: float = 0.9  # sgd: Nesterov momentum
-    scheduler: SchedulerName = "onecycle"  # how the rate changes over the optimizer steps
-    scheduler_patience: int = 2  # plateau: evaluations without improvement before the rate falls
-    scheduler_step_size: int = 7  # step: epochs from one fall of the rate to the next
-    scheduler_factor: float = 0.5  # plateau, step: what the rate is multiplied by when it falls
+    scheduler: SchedulerName = "onecycle"  # how the learning rate changes over the optimizer steps
+    scheduler_patience: int = 2  # plateau: evaluations without improvement before the learning rate drops
+    scheduler_step_size: int = 7  # step: epochs between drops of the learning rate
+    scheduler_factor: float = 0.5  # plateau, step: factor of each drop of the learning rate
     warmup_steps: float = 100.0  # optimizer steps of warm-up; below 1, a share of all steps
     grad_clip: float | None = 1.0  # largest gradient norm; None: not clipped
-    ema_decay: float | None = None  # average the weights over the steps and evaluate the average: 0.999, say
-    amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 if it is fast (default: launch's)
+    ema_decay: float | None = None  # moving average of the weights, which is evaluated instead: 0.999, say
+    amp: Literal["auto", "no", "bf16", "fp16"] | None = (
+        None  # precision; auto: bf16 where fast (default: launch config's)
+    )
     compile_model: bool = False  # torch.compile
-    deterministic: bool = False  # GPU: only kernels that give the same bits each time, slower where convolutions are
-    activation_checkpointing: bool = False  # compute activations twice to save memory
+    deterministic: bool = False  # GPU: only kernels that give the same bits each time; slows convolutions
+    activation_checkpointing: bool = False  # recompute activations to save memory
     best_metric: Literal["loss", "recall_mean"] = "loss"  # chooses the best weights
     early_stop: int | None = 2  # evaluations without improvement before the run ends
     early_stop_min_delta: float = 0.001  # what counts as an improvement
@@ -163,12 +165,12 @@ class Args:
     output_dir: str = "runs"  # folder of the run directories
     run_name: str | None = None  # name of this one (default: data set, model, scenario, batch and seed)
     overwrite: bool = False  # start again where a run of this name exists
-    resume: str | None = None  # go on with a run: its folder, or no value for the one this command made
-    enable_s3_checkpoints: bool = False  # keep checkpoints in the bucket too, and find them there
+    resume: str | None = None  # continue a run: its folder, or no value for the one this command made
+    enable_s3_checkpoints: bool = False  # store checkpoints in the bucket too, and resume from there
     s3_checkpoint_prefix: str = "checkpoints"  # s3: where in the bucket
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
-    keep_checkpoints: int = 2  # how many checkpoints stay
-    log_every: int = 10  # optimizer steps between lines of the log
+    keep_checkpoints: int = 2  # checkpoints to keep
+    log_every: int = 10  # optimizer steps between log lines
     report_on_train: bool = False  # score the best weights on the training pairs too
     report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, several of them, or none
     wandb_project: str = "clip-furniture-finetune"  # wandb: project
@@ -666,12 +668,12 @@ def main() -> None:
 
     def validate() -> None:
         """Scores the validation pairs, and keeps the weights in best/ if they are the best so far."""
-        metrics = {}  # without validation pairs the last weights count
+        metrics, further = {}, {}  # without validation pairs the last weights count
         with averaged(ema):
             if "validation" in data.galleries:
                 found = evaluate(model, data, "validation", run, args)
-                metrics = score(found, data, "validation", args)
-            if record_evaluation(run, metrics, schedule):
+                metrics, further = score(found, data, "validation", args), {"logit_scale": float(found["scale"])}
+            if record_evaluation(run, metrics, schedule, **further):
                 save_weights("best")
         results.write_summary(run, {"base": base.get("validation", {}), "validation": metrics})
 

@@ -76,17 +76,17 @@ class Args:
     data_dir: str = ""  # folder with raw/ and splits/, or with train/ and val/ (and test/)
     dataset_name: str | None = None  # what to call it (default: the folder's name)
     fold: int = 0  # which fold is validated on; the others are trained on
-    validation_fraction: float = 0.1  # share split off train/, stratified and seeded, where there is no val/; 0: none
+    validation_fraction: float = 0.1  # share of train/ held out, stratified, where there is no val/; 0: none
     image_size: int = 224  # side of the images in pixels
     crop_scale: float = 0.08  # augmentation: the smallest share of a image that is cut out; 1: the middle, as it is
     flip: float = 0.5  # augmentation: probability of a left-right mirror
-    augmentation: Literal["none", "randaugment", "trivialaugment"] = "none"  # more changes of shape and colour
+    augmentation: Literal["none", "randaugment", "trivialaugment"] = "none"  # further changes of geometry and colour
     erasing: float = 0.0  # augmentation: probability that a rectangle is erased
     mixup: float = 0.0  # two images in one, shares from Beta(mixup, mixup): 0.2, say
     cutmix: float = 0.0  # a rectangle of another image, its share from Beta(cutmix, cutmix): 1, say
-    progressive_sizes: tuple[int, ...] = ()  # smaller sides for the first epochs, as 128 160; image_size comes last
-    balanced: bool = False  # every class is drawn equally often
-    cache: bool = False  # decode the images once, and read them from a memory map
+    progressive_sizes: tuple[int, ...] = ()  # smaller sides for the first epochs: 128 160, say; image_size is the last
+    balanced: bool = False  # every class is sampled equally often
+    cache: bool = False  # decode the images once, then read them from a memory map
     cache_side: int | None = None  # cache: shorter side of what is kept, in pixels (default: what evaluation needs)
     cache_dir: str | None = None  # cache: where (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
     # -- model --
@@ -94,12 +94,14 @@ class Args:
     weights: str | None = None  # of the net: a file, or DEFAULT for ImageNet's, downloaded; None: random
     model_name: str | None = None  # instead of architecture: folder or Hub name of a classifier of transformers
     num_classes: int | None = None  # checked against the data
-    strategy: Literal["full", "head", "gradual"] = "full"  # what is trained: all, the head, or it and then more
+    strategy: Literal["full", "head", "gradual"] = (
+        "full"  # what is trained: all, the head, or first the head and then more
+    )
     unfreeze_every: int = 1  # gradual: epochs until the next layer below is trained too
-    layer_decay: float = 1.0  # learning rate of a layer over that of the next one above: 0.75, say
+    layer_decay: float = 1.0  # learning rate of a layer relative to the next one above: 0.75, say
     # -- loss --
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
-    class_weights: bool = False  # a class counts by the inverse of its frequency
+    class_weights: bool = False  # weight each class by the inverse of its frequency
     tta: bool = False  # evaluation averages a image and its mirror image
     # -- training --
     trainer_type: Literal["standard", "accelerate", "mixed_precision", "dp"] = "standard"  # dp: private (Opacus)
@@ -109,16 +111,16 @@ class Args:
     eval_batch_size: int = 64  # images per process in evaluation
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     lr: float = 1e-3  # peak learning rate
-    weight_decay: float = 0.0  # on matrices; biases and norms are spared
+    weight_decay: float = 0.0  # of matrices; biases and norms have none
     optimizer: OptimizerName = "adamw"  # 8-bit and paged ones come from bitsandbytes
     adam_beta1: float = 0.9  # decay of the first moment
     adam_beta2: float = 0.999  # decay of the second moment
-    adam_epsilon: float = 1e-8  # term that keeps the division finite
+    adam_epsilon: float = 1e-8  # added to the denominator
     momentum: float = 0.9  # sgd: Nesterov momentum
-    scheduler: SchedulerName = "cosine"  # how the rate changes over the optimizer steps
-    scheduler_patience: int = 5  # plateau: evaluations without improvement before the rate falls
-    scheduler_step_size: int = 7  # step: epochs from one fall of the rate to the next
-    scheduler_factor: float = 0.5  # plateau, step: what the rate is multiplied by when it falls
+    scheduler: SchedulerName = "cosine"  # how the learning rate changes over the optimizer steps
+    scheduler_patience: int = 5  # plateau: evaluations without improvement before the learning rate drops
+    scheduler_step_size: int = 7  # step: epochs between drops of the learning rate
+    scheduler_factor: float = 0.5  # plateau, step: factor of each drop of the learning rate
     warmup_steps: float = 0.0  # optimizer steps of linear warm-up; below 1, a share of all steps
     grad_clip: float | None = None  # largest gradient norm, with dp of each image; None: not clipped (dp: 1)
     noise_multiplier: float | None = (
@@ -127,11 +129,13 @@ class Args:
     target_epsilon: float | None = None  # dp: privacy budget, at which training stops: 3, say
     target_delta: float = 1e-5  # dp: probability that the budget does not hold, less than 1 over the training images
     noise_seed: int | None = None  # dp: for tests; who knows it can subtract the noise (default: drawn, kept secret)
-    ema_decay: float | None = None  # average the weights over the steps and evaluate the average: 0.999, say
-    amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 if it is fast (default: launch's)
+    ema_decay: float | None = None  # moving average of the weights, which is evaluated instead: 0.999, say
+    amp: Literal["auto", "no", "bf16", "fp16"] | None = (
+        None  # precision; auto: bf16 where fast (default: launch config's)
+    )
     compile_model: bool = False  # torch.compile
-    deterministic: bool = False  # GPU: only kernels that give the same bits each time, slower where convolutions are
-    channels_last: bool = True  # the memory layout that convolutions are fastest in
+    deterministic: bool = False  # GPU: only kernels that give the same bits each time; slows convolutions
+    channels_last: bool = True  # memory layout in which convolutions are fastest
     best_metric: Literal["accuracy", "f1_macro", "f1_weighted", "loss"] = "accuracy"  # chooses the best weights
     early_stop: int | None = None  # evaluations without improvement before the run ends
     early_stop_min_delta: float = 0.0  # what counts as an improvement
@@ -141,12 +145,12 @@ class Args:
     seed: int = 42  # of weights, order, augmentation and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
-    run_name: str | None = None  # name of this one (default: data set, model, batch, fold and seed)
+    run_name: str | None = None  # name of this one (default: data set, model, strategy, batch, fold and seed)
     overwrite: bool = False  # start again where a run of this name exists
-    resume: str | None = None  # go on with a run: its folder, or no value for the one this command made
+    resume: str | None = None  # continue a run: its folder, or no value for the one this command made
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
-    keep_checkpoints: int = 2  # how many checkpoints stay
-    log_every: int = 50  # optimizer steps between lines of the log
+    keep_checkpoints: int = 2  # checkpoints to keep
+    log_every: int = 50  # optimizer steps between log lines
     report_on_train: bool = False  # score the best weights on the training images too
     report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, several of them, or none
     wandb_project: str = "accelerando"  # wandb: project
@@ -247,6 +251,7 @@ def training_images(args: Args, data: Data) -> TrainingImages:
 
 def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedModel:
     import torch
+
     from accelerando.models.vision import VisionNet, VisionNetConfig, load_pretrained
 
     labels = class_labels(data.label_names)

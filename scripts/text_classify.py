@@ -58,13 +58,13 @@ class Args:
     train_file: str = ""  # training rows: .json, .jsonl, .csv, .tsv, .parquet or a `datasets` name
     validation_file: str | None = None  # validation rows; without them, validation_fraction of the training rows
     test_file: str | None = None  # test rows, scored once at the end with the best weights
-    validation_fraction: float = 0.1  # share split off, stratified and seeded, without validation_file; 0: none
+    validation_fraction: float = 0.1  # share of train_file held out, stratified, without validation_file; 0: none
     text_column: str = "text"  # column of the text
     text_pair_column: str | None = None  # column of a second text, for pairs
     label_column: str = "label"  # column of the label: names or whole numbers
     max_length: int = 128  # tokens kept of each text
-    length_buckets: bool = True  # batches of texts of a like length: little padding
-    cache_dir: str | None = None  # where tokenised text is kept (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
+    length_buckets: bool = True  # texts of similar length share a batch: little padding
+    cache_dir: str | None = None  # where tokenized text is kept (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
     # -- model --
     architecture: Literal["transformer", "cnn"] = "transformer"  # transformer, or Kim's convolutional net
     model_name: str = "bert-base-uncased"  # transformer: folder or Hub name
@@ -75,7 +75,7 @@ class Args:
     lora_r: int = 16  # lora: rank
     lora_alpha: float = 32.0  # lora: the adapters' scale is lora_alpha / lora_r
     lora_dropout: float = 0.05  # lora: dropout before the adapters
-    lora_targets: tuple[str, ...] = ()  # lora: layers that get an adapter (default: query and value projections)
+    lora_targets: tuple[str, ...] = ()  # lora: layers with an adapter (default: query and value projections)
     num_labels: int | None = None  # checked against the data
     hidden_size: int | None = None  # transformer from scratch: width
     num_layers: int | None = None  # transformer from scratch: layers
@@ -96,22 +96,24 @@ class Args:
     eval_batch_size: int = 64  # rows per process in evaluation
     gradient_accumulation_steps: int = 1  # micro-batches per optimizer step
     lr: float = 2e-5  # peak learning rate
-    weight_decay: float = 0.01  # on matrices; biases and norms are spared
+    weight_decay: float = 0.01  # of matrices; biases and norms have none
     optimizer: OptimizerName = "adamw"  # 8-bit and paged ones come from bitsandbytes
     adam_beta1: float = 0.9  # decay of the first moment
     adam_beta2: float = 0.999  # decay of the second moment
-    adam_epsilon: float = 1e-8  # term that keeps the division finite
+    adam_epsilon: float = 1e-8  # added to the denominator
     momentum: float = 0.9  # sgd: Nesterov momentum
-    scheduler: SchedulerName = "linear"  # how the rate changes over the optimizer steps
-    scheduler_patience: int = 2  # plateau: evaluations without improvement before the rate falls
-    scheduler_step_size: int = 7  # step: epochs from one fall of the rate to the next
-    scheduler_factor: float = 0.5  # plateau, step: what the rate is multiplied by when it falls
+    scheduler: SchedulerName = "linear"  # how the learning rate changes over the optimizer steps
+    scheduler_patience: int = 2  # plateau: evaluations without improvement before the learning rate drops
+    scheduler_step_size: int = 7  # step: epochs between drops of the learning rate
+    scheduler_factor: float = 0.5  # plateau, step: factor of each drop of the learning rate
     warmup_steps: float = 0.0  # optimizer steps of linear warm-up; below 1, a share of all steps
     grad_clip: float | None = 1.0  # largest gradient norm; None: not clipped
-    ema_decay: float | None = None  # average the weights over the steps and evaluate the average: 0.999, say
-    amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 if it is fast (default: launch's)
+    ema_decay: float | None = None  # moving average of the weights, which is evaluated instead: 0.999, say
+    amp: Literal["auto", "no", "bf16", "fp16"] | None = (
+        None  # precision; auto: bf16 where fast (default: launch config's)
+    )
     compile_model: bool = False  # torch.compile
-    deterministic: bool = False  # GPU: only kernels that give the same bits each time, slower where convolutions are
+    deterministic: bool = False  # GPU: only kernels that give the same bits each time; slows convolutions
     best_metric: Literal["accuracy", "f1_macro", "f1_weighted", "loss"] = "accuracy"  # chooses the best weights
     early_stop: int | None = None  # evaluations without improvement before the run ends
     early_stop_min_delta: float = 0.0  # what counts as an improvement
@@ -123,10 +125,10 @@ class Args:
     output_dir: str = "runs"  # folder of the run directories
     run_name: str | None = None  # name of this one (default: data set, model, strategy, batch and seed)
     overwrite: bool = False  # start again where a run of this name exists
-    resume: str | None = None  # go on with a run: its folder, or no value for the one this command made
+    resume: str | None = None  # continue a run: its folder, or no value for the one this command made
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
-    keep_checkpoints: int = 2  # how many checkpoints stay
-    log_every: int = 50  # optimizer steps between lines of the log
+    keep_checkpoints: int = 2  # checkpoints to keep
+    log_every: int = 50  # optimizer steps between log lines
     report_on_train: bool = False  # score the best weights on the training rows too
     report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, several of them, or none
     wandb_project: str = "accelerando"  # wandb: project

@@ -42,6 +42,8 @@ class TextCollate:
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
         if "label" in samples[0]:
             tensors["labels"] = torch.tensor([int(sample["label"]) for sample in samples], dtype=torch.int64)
+        for name in samples[0].keys() - {"input_ids", "token_type_ids", "label"}:  # a table's further columns
+            tensors[name] = torch.from_numpy(np.array([sample[name] for sample in samples]))
         return tensors
 
 

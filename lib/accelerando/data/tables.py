@@ -9,8 +9,8 @@ import csv
 import difflib
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,7 @@ class TextTable:
     labels: pa.ChunkedArray | None
     source: str
     others: pa.Table | None = None  # the other columns, where they were asked for
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # further numbers, [n] each: see encode_column
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -49,7 +50,8 @@ class TextTable:
 
         index = pa.array(rows)
         columns = [None if column is None else column.take(index) for column in (self.texts, self.pairs, self.labels)]
-        return TextTable(*columns, self.source, None if self.others is None else self.others.take(index))
+        others = None if self.others is None else self.others.take(index)
+        return TextTable(*columns, self.source, others, {name: values[rows] for name, values in self.columns.items()})
 
 
 def read_text_table(
@@ -122,6 +124,33 @@ def encode_labels(table: TextTable, names: list[str]) -> np.ndarray:
         label = str(table.labels[row])
         raise UserError(f"{table.source}: row {row + 1}: label {label!r} does not occur in the training rows ({known})")
     return codes.to_numpy().astype(np.int64)
+
+
+def encode_column(tables: Mapping[str, TextTable], name: str) -> tuple[dict[str, TextTable], list[str]]:
+    """The tables of all splits with a further column as numbers, and the texts that 0, 1, ... stand for, sorted.
+
+    The tables have to be read with ``other_columns``. The numbers go into each batch under ``name``.
+
+    Raises:
+        UserError: a table has no such column.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    texts = {}
+    for split, table in tables.items():
+        there = table.others.column_names if table.others is not None else []
+        if name not in there:
+            known = ", ".join(there) or "none"
+            raise UserError(f"{table.source}: no column {name!r}; beside text and label there are {known}")
+        texts[split] = pc.fill_null(pc.cast(table.others[name], pa.large_string()), "")
+    names = sorted(set().union(*(column.unique().to_pylist() for column in texts.values())))
+    values = pa.array(names, pa.large_string())
+    encoded = {}
+    for split, table in tables.items():
+        numbers = pc.index_in(texts[split], value_set=values).to_numpy().astype(np.int64)
+        encoded[split] = replace(table, columns={**table.columns, name: numbers})
+    return encoded, names
 
 
 # ---------------------------------------------------------------------------------------------------------- readers

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,13 +27,15 @@ class TokenTable:
     """Packed token ids of n texts; a map-style data set of ``{"input_ids", ("token_type_ids"), "label"}``.
 
     ``ids`` int32 [tokens] and ``offsets`` int64 [n + 1] hold the texts back to back; ``types`` uint8 [tokens] is there
-    for pairs of texts; ``labels`` int64 [n] may be None.
+    for pairs of texts; ``labels`` int64 [n] may be None. ``columns``: further numbers, [n] each, that go into samples and batches under
+    their names.
     """
 
     ids: np.ndarray
     offsets: np.ndarray
     types: np.ndarray | None = None
     labels: np.ndarray | None = None
+    columns: dict[str, np.ndarray] = field(default_factory=dict)
     unit: ClassVar[str] = "rows"
 
     def __len__(self) -> int:
@@ -51,11 +53,15 @@ class TokenTable:
             sample["token_type_ids"] = self.types[part]
         if self.labels is not None:
             sample["label"] = self.labels[row]
-        return sample
+        return sample | {name: values[row] for name, values in self.columns.items()}
 
 
 def tokenize_table(
-    table: TextTable, tokenizer: Any, max_length: int, labels: np.ndarray | None = None, cache: Path | None = None
+    table: TextTable,
+    tokenizer: Any,
+    max_length: int,
+    labels: np.ndarray | None = None,
+    cache: Path | None = None,
 ) -> TokenTable:
     """Tokenises ``table``, or maps what an earlier run kept under ``cache`` for the same texts and tokenizer.
 
@@ -70,6 +76,7 @@ def tokenize_table(
         offsets=np.load(folder / "offsets.npy", allow_pickle=False),
         types=np.load(types, mmap_mode="r", allow_pickle=False) if types.is_file() else None,
         labels=labels,
+        columns=table.columns,
     )
 
 

@@ -140,9 +140,10 @@ def evaluation_is_due(run: Run) -> bool:
     return due and state.step > 0 and state.evaluated_step < state.step
 
 
-def record_evaluation(run: Run, metrics: dict[str, float], schedule: Schedule) -> bool:
+def record_evaluation(run: Run, metrics: dict[str, float], schedule: Schedule, **further: float) -> bool:
     """Notes what an evaluation found: history, trackers, patience, schedule, log. True: the best so far.
 
+    ``further`` numbers are recorded beside the metrics, in history and trackers alone.
     Without ``metrics`` (nothing was held out for validation) the weights of the last step are the best.
     """
     state, args = run.state, run.args
@@ -154,7 +155,7 @@ def record_evaluation(run: Run, metrics: dict[str, float], schedule: Schedule) -
     state.loss_sum, state.loss_count = 0.0, 0
     value = metrics[args.best_metric]
     best = count_evaluation(state, value, args.early_stop_min_delta, run.higher_is_better)
-    record(run, "validation", {"train_loss": train_loss, **metrics, "lr": schedule.current_lr, **speed(run)})
+    record(run, "validation", {"train_loss": train_loss, **metrics, "lr": schedule.current_lr, **further, **speed(run)})
     schedule.evaluated(value)
     numbers = "  ".join(f"{name} {text}" for name, text in run.written(metrics, log_only=True))
     log.info("validation %s  (step %d, train loss %.4f)", numbers, state.step, train_loss)
