@@ -27,8 +27,8 @@ class TokenTable:
     """Packed token ids of n texts; a map-style data set of ``{"input_ids", ("token_type_ids"), "label"}``.
 
     ``ids`` int32 [tokens] and ``offsets`` int64 [n + 1] hold the texts back to back; ``types`` uint8 [tokens] is there
-    for pairs of texts; ``labels`` int64 [n] may be None. ``columns``: further numbers, [n] each, that go into samples and batches under
-    their names.
+    for pairs of texts; ``labels`` int64 [n] may be None. ``columns``: further numbers, [n] each, that go into samples
+    and batches under their names.
     """
 
     ids: np.ndarray
