@@ -6,6 +6,7 @@ import errno
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -16,7 +17,16 @@ import pytest
 
 import accelerando.base.files
 from accelerando.base.errors import UserError
-from accelerando.base.files import cache_folder, derived, locked, open_whole, whole_folder, write_text
+from accelerando.base.files import (
+    cache_folder,
+    derived,
+    hold,
+    locked,
+    open_whole,
+    release,
+    whole_folder,
+    write_text,
+)
 
 
 def killed(function: Callable[[], None]) -> None:
@@ -180,6 +190,34 @@ def test_a_lock_keeps_out_processes_and_threads_and_goes_with_its_holder(tmp_pat
 
     killed(hold_and_die)
     assert asked(context.Process) == "free"
+
+
+def test_a_run_folder_is_held_until_it_is_released_and_cleared_of_drafts(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(accelerando.base.files, "LOCK_PATIENCE", 0.1)
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+
+    def other() -> None:
+        accelerando.base.files.held_locks.clear()  # a run of its own
+        try:
+            hold(tmp_path)
+            answers.put("free")
+        except UserError as error:
+            answers.put(str(error))
+
+    def asked() -> str:
+        worker = context.Process(target=other)
+        worker.start()
+        return answers.get(timeout=10)
+
+    (tmp_path / ".best.1-ab.draft").mkdir()
+    hold(tmp_path)
+    hold(tmp_path)
+    assert names(tmp_path) == [".lock"]
+    for _ in range(2):
+        assert re.fullmatch(rf"{tmp_path} is in use by process {os.getpid()} on .+, since .+: wait for .+", asked())
+    release(tmp_path)
+    assert asked() == "free"
 
 
 def make_slowly(cache: Path, made: Path, answers: multiprocessing.Queue) -> None:

@@ -110,9 +110,9 @@ def put_back(folder: Path) -> None:
         _old_of(folder).rename(folder)
 
 
-def remove_drafts(target: Path) -> None:
-    """Removes all drafts of a file or folder; to be called by the one who may write it, who holds a lock."""
-    for draft in target.parent.glob(f".{glob.escape(target.name)}.*.draft"):
+def remove_drafts(folder: Path, name: str | None = None) -> None:
+    """Removes all drafts in ``folder``, or those of one ``name``. For whoever holds a lock: others may write them."""
+    for draft in folder.glob(f".{glob.escape(name)}.*.draft" if name else ".*.draft"):
         _remove(draft)
 
 
@@ -213,6 +213,8 @@ held_locks: dict[Path, contextlib.ExitStack] = {}
 def hold(directory: Path) -> None:
     """Keeps other processes from training in ``directory`` until the run is finished or this process ends.
 
+    What a killed one left half written in it is removed.
+
     Raises:
         UserError: another process has it, and still has after ``LOCK_PATIENCE``.
     """
@@ -230,6 +232,7 @@ def hold(directory: Path) -> None:
     except OSError:  # not writable, which the first save says
         return
     held_locks[path] = lock
+    remove_drafts(directory)
     with contextlib.suppress(OSError):  # a full disk, which the first save says
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
@@ -291,7 +294,7 @@ def derived(target: Path, read: Callable[[Path], T], make: Callable[[Path], None
         except DAMAGED as error:
             if target.exists():
                 log.warning("%s is damaged and made again: %s", target, error)
-        remove_drafts(target)
+        remove_drafts(target.parent, target.name)
         try:
             make(target)
         except OSError as error:

@@ -259,7 +259,7 @@ class FileCache:
         fetched = False
         with self._locked(path) as lock:
             if not path.is_file() or path.stat().st_size != file.size:
-                remove_drafts(path)
+                remove_drafts(self.folder, path.name)
                 self._make_room(file.size, keep=path)
                 fetch_file(file.signed or file.url, path, file.size, file.version)
                 # The name says the version. What is derived from a file (an index) is known by its mtime, which
