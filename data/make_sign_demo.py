@@ -29,7 +29,7 @@ import numpy as np
 
 from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
-from accelerando.base.files import whole_folder
+from accelerando.base.files import whole_folder, write_text
 
 VERSION = 1  # counts up when the same arguments would give other clips
 SPLITS = ("train", "val", "test")
@@ -519,7 +519,7 @@ def main() -> None:
         if not note.is_file():
             accuracy = round(baseline(folder / "train", folder / "test"), 4)
             found = {"logistic_regression": accuracy, "chance": round(1 / args.num_glosses, 4)}
-            note.write_text(json.dumps(found) + "\n", encoding="utf-8")
+            write_text(note, json.dumps(found) + "\n")
         share = json.loads(note.read_text(encoding="utf-8"))["logistic_regression"]
         print(f"Logistic regression on held-out signers: {100 * share:.1f} %")
     if args.preview:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from accelerando.base.config import parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
+from accelerando.base.files import write_text
 
 # Topic -> packages. The standard library is cut by subject.
 TOPICS = {
@@ -132,7 +133,7 @@ def main() -> None:
     for split, content in rows.items():
         content.sort(key=lambda row: order_of(row["text"], args.seed))
         lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in content)
-        (folder / f"{split}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        write_text(folder / f"{split}.json", f"[\n{lines}\n]\n")
     width = max(map(len, TOPICS))
     print(f"{'topic':<{width}}" + "".join(f"{split:>12}" for split in rows))
     for topic in TOPICS:

@@ -76,7 +76,13 @@ def test_a_second_run_opens_no_clip_and_a_changed_one_is_noticed(sign_set: Path,
     (folder / "b.npz").write_bytes(b"no archive")
     with pytest.raises(UserError):
         pack_clips(labels, folder, "X", "body", tmp_path / "cache")
-    assert len(list((tmp_path / "cache" / "clips").iterdir())) == 2
+    assert sorted(path.suffix for path in (tmp_path / "cache" / "clips").iterdir()) == [
+        "",
+        "",
+        ".lock",
+        ".lock",
+        ".lock",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -357,11 +357,11 @@ def test_a_file_is_written_whole_or_not_at_all(stub, tmp_path, monkeypatch) -> N
 
 def test_a_stale_draft_is_cleared_away(stub, tmp_path) -> None:
     write_frames(tmp_path / "clip", 2)
-    old, young = Path("out/.clip.npz.1.draft"), Path("out/.clip.npz.2.draft")
+    old, young = Path(f"out/.clip.npz.{2**22 + 1}-ab.draft"), Path(f"out/.clip.npz.{os.getpid()}-ab.draft")
     Path("out").mkdir()
     for path in (old, young):  # of a run that was killed, and of one that is at work
         path.write_bytes(b"half")
-    os.utime(old, (0, 0))
+        os.utime(path, (0, 0))
     stub("clip")
     assert leftovers(tmp_path) == [tmp_path / young]
 

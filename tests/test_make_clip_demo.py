@@ -61,7 +61,6 @@ def test_draws_once_and_again_for_other_arguments(tmp_path: Path, demo: ModuleTy
     monkeypatch.setattr(demo, "draw_picture", None)  # a call would fail
     assert "already in" in run("--count", "20", "--size", "32")
     monkeypatch.undo()
-    (tmp_path / "set.draft").mkdir()  # of an interrupted run
     assert "written to" in run("--count", "20", "--size", "32", "--seed", "1")
     assert json.loads((tmp_path / "set" / "demo.json").read_text())["seed"] == 1
     after = hashes(tmp_path / "set")

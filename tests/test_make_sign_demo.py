@@ -153,7 +153,6 @@ def test_makes_once_and_again_for_other_arguments(tmp_path: Path, demo: ModuleTy
     monkeypatch.setattr(demo, "baseline", None)
     assert "Logistic regression on held-out signers" in run()
     monkeypatch.undo()
-    (tmp_path / "set.draft").mkdir()  # of an interrupted run
     assert "written to" in run("--no_baseline", "--seed", "1")
     after = hashes(tmp_path / "set")
     assert "baseline.json" not in after  # that of the old clips

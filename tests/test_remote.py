@@ -36,6 +36,7 @@ from accelerando.data.remote import (
     without_credentials,
 )
 from accelerando.data.shards import ShardPairs, list_shards
+from accelerando.train import remote_checkpoints
 from accelerando.train.checkpoint import what_is_wrong
 from accelerando.train.remote_checkpoints import (
     fetch_checkpoint,
@@ -444,7 +445,7 @@ def test_shards_are_read_where_they_lie(proxy: Proxy, s3: Server, tmp_path: Path
     assert len(proxy.gets) <= 18 + 18 + 3
     assert there.where(7) == "s3://bucket/1.tar: 002.jpg"
     assert (there.epoch_order(1, 2) == here.epoch_order(1, 2)).all()
-    assert [path.suffix for path in (tmp_path / "there").rglob("*") if path.is_file()] == [".npy"] * 3
+    assert sorted(path.suffix for path in (tmp_path / "there").rglob("*.*")) == [".lock"] * 3 + [".npy"] * 3
     write_members(s3.root / "bucket" / "2.tar", {"0.jpg": b"short", "0.txt": b"now"})
     s3.settle()
     with pytest.raises(UserError) as error:
@@ -498,7 +499,7 @@ def test_the_bound_is_kept_and_the_least_recently_used_goes(s3: Server, tmp_path
         cache.get(files[3])
         assert cached(cache.folder) == {"00.tar", "02.tar", "03.tar"}
         assert open_file.read() == noise(1000, 1)  # removed, but still open
-    draft = cache.folder / f".{paths[1].name}.1-1.part"
+    draft = cache.folder / f".{paths[1].name}.1-ab.draft"
     draft.write_bytes(noise(900))  # a killed process left it
     for file in [files[5], *files, *files]:
         assert cache.get(file).is_file()
@@ -639,7 +640,7 @@ URL = "s3://bucket/runs/a"
 
 def test_checkpoint_goes_up_and_comes_back(s3: Server, tmp_path: Path, monkeypatch) -> None:
     assert newest_remote_checkpoint(URL) is None
-    monkeypatch.setattr(remote, "UPLOAD_PART", 5 * 2**20)
+    monkeypatch.setattr(remote_checkpoints, "UPLOAD_PART", 5 * 2**20)
     path = make_checkpoint(tmp_path, 500, size=11 * 2**20 + 1)  # in parts
     upload_checkpoint(path, URL)
     assert newest_remote_checkpoint(URL) == newest_remote_checkpoint(f"{URL}/") == "step_000500"
@@ -660,7 +661,7 @@ def test_an_upload_cut_off_does_not_count_and_is_replaced(s3: Server, tmp_path: 
     upload_checkpoint(make_checkpoint(tmp_path, 100), URL)
     path = make_checkpoint(tmp_path, 200)
     sent = []
-    compare = remote._compare
+    compare = remote_checkpoints.compare
 
     def dies(file: Path, *facts: object) -> None:
         compare(file, *facts)
@@ -669,7 +670,7 @@ def test_an_upload_cut_off_does_not_count_and_is_replaced(s3: Server, tmp_path: 
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(remote, "_compare", dies)
+        patch.setattr(remote_checkpoints, "compare", dies)
         upload_checkpoint(path, URL)
     assert "manifest.json" not in sent
     assert len(list((s3.root / "bucket/runs/a/step_000200").rglob("*.*"))) == 3
@@ -683,7 +684,7 @@ def test_an_upload_cut_off_does_not_count_and_is_replaced(s3: Server, tmp_path: 
 
 def test_an_upload_is_tried_again_and_ends_in_one_line(proxy: Proxy, s3: Server, tmp_path: Path, monkeypatch) -> None:
     path = make_checkpoint(tmp_path, 100)
-    server = remote._filesystem(URL)
+    server = remote.filesystem(URL)
     put, calls = server.put_file, []
 
     def shaky(*args, **kwargs) -> None:
@@ -749,7 +750,7 @@ def test_a_damaged_remote_checkpoint_falls_back(s3: Server, tmp_path: Path) -> N
 def test_a_program_ends_with_one_line_and_exit_code_2(s3: Server, before: str, words: str) -> None:
     code = f"{before}\nfrom accelerando.base.errors import errors_in_one_line\nfrom accelerando.data.remote import list_remote\n"
     code += "with errors_in_one_line(): list_remote('s3://nobucket/x')"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: s3") and words in done.stderr

@@ -140,7 +140,18 @@ def test_types_are_real_ones() -> None:
         assert len(re.findall(r"\bAny\b", script.read_text())) == 0, script.name
 
 
-HEAVY = ("torch", "transformers", "accelerate", "datasets", "evaluate", "pandas", "pyarrow", "matplotlib", "peft", "PIL")
+HEAVY = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "evaluate",
+    "pandas",
+    "pyarrow",
+    "matplotlib",
+    "peft",
+    "PIL",
+)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)

@@ -18,6 +18,7 @@ import tyro
 
 from accelerando.base.config import parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
+from accelerando.base.files import open_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,7 +98,7 @@ def main() -> None:
         ),
         (target / "labels.csv", ("file", "gloss", "cat"), rows),
     ):
-        with open(path, "w", encoding="utf-8", newline="") as stream:
+        with open_whole(path, newline="") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow(head)
             writer.writerows(content)

@@ -30,6 +30,7 @@ import tyro
 
 from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
+from accelerando.base.files import cache_folder, open_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -132,7 +133,6 @@ def open_sources(args: Args) -> list[Any]:
     Raises:
         UserError: something is missing or broken, or there is nothing of what ``--parts`` asks for.
     """
-    from accelerando.base.files import cache_folder
     from accelerando.data.pairs import open_pairs
 
     sources: list[Any] = []
@@ -424,12 +424,6 @@ def open_output(target: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table]
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        file = open(draft, "wb")  # noqa: SIM115  (closed below)
-    except OSError as error:
-        raise UserError(f"--output {target}: {error.strerror}") from None
     pending: list[pa.Table] = []
 
     def write(table: pa.Table | None) -> None:
@@ -438,13 +432,15 @@ def open_output(target: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table]
             writer.write_table(pa.concat_tables(pending).combine_chunks())
             pending.clear()
 
-    try:
-        with file, pq.ParquetWriter(file, schema, use_dictionary=False) as writer:  # vectors do not repeat
+    with contextlib.ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open_whole(target, "wb"))
+        except OSError as error:
+            raise UserError(f"--output {target}: {error.strerror}") from None
+        with pq.ParquetWriter(file, schema, use_dictionary=False) as writer:  # vectors do not repeat
             yield write
             write(None)
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def check_args(args: Args) -> None:

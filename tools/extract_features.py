@@ -45,6 +45,7 @@ import tyro
 
 from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
+from accelerando.base.files import open_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -491,26 +492,20 @@ def save(clip: Clip, args: Args, digest: str) -> None:
     arrays = {"X2048": features, "X2048_meta" if args.add_to else "meta": np.array(json.dumps(about))}
     if not args.add_to:
         arrays["timestamps_ms"] = np.array(clip.times, np.int64)
-    target = clip.target.resolve()  # a link stays one
-    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
-    try:
-        with zipfile.ZipFile(draft, "w") as new:
-            if args.add_to:
-                shutil.copymode(target, draft)
-                with zipfile.ZipFile(target) as old:
-                    for member in old.infolist():
-                        if member.filename.removesuffix(".npy") not in arrays:
-                            new.writestr(member, old.read(member))
-            for key, value in arrays.items():  # not compressed: features of floats would be 10% smaller, and slow
-                with new.open(f"{key}.npy", "w", force_zip64=True) as file:
-                    np.lib.format.write_array(file, value, allow_pickle=False)
-        os.replace(draft, target)
-    finally:
-        draft.unlink(missing_ok=True)
+    with open_whole(clip.target, "wb") as draft, zipfile.ZipFile(draft, "w") as new:
+        if args.add_to:
+            shutil.copymode(clip.target, draft.name)
+            with zipfile.ZipFile(clip.target) as old:
+                for member in old.infolist():
+                    if member.filename.removesuffix(".npy") not in arrays:
+                        new.writestr(member, old.read(member))
+        for key, value in arrays.items():  # not compressed: features of floats would be 10% smaller, and slow
+            with new.open(f"{key}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, value, allow_pickle=False)
 
 
 def prepare_output(args: Args) -> Path:
-    """The folder for the NPZ files, cleared of what a killed run left; UserError where it cannot be written to."""
+    """The folder for the NPZ files; UserError where it cannot be written to."""
     flag, folder = ("--add_to", Path(args.add_to)) if args.add_to else ("--output_dir", Path(args.output_dir or ""))
     try:
         if not args.add_to:
@@ -519,10 +514,6 @@ def prepare_output(args: Args) -> Path:
             raise UserError(f"{flag} {folder}: {'not to be written to' if folder.is_dir() else 'no such folder'}")
     except OSError as error:
         raise UserError(f"{flag} {folder}: {error.strerror}") from None
-    for draft in folder.glob(".*.npz.*.draft"):
-        with contextlib.suppress(OSError):
-            if time.time() - draft.stat().st_mtime > 3600:  # not one that another process is writing
-                draft.unlink()
     return folder
 
 

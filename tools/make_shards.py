@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import string
 import sys
@@ -37,6 +36,7 @@ from typing import Any, NamedTuple
 
 from accelerando.base.config import check_ranges, flat, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
+from accelerando.base.files import whole_folder
 from accelerando.base.log import watched
 from accelerando.base.processes import map_in_processes
 
@@ -536,20 +536,6 @@ def check_output(target: Path, args: Args) -> None:
         raise UserError(f"{flag} also holds {others[0]}: move that away, or choose another folder")
 
 
-def publish(draft: Path, target: Path) -> None:
-    """Puts the finished ``draft`` in the place of ``target``, which goes only once the new one is there."""
-    old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        target.rename(old)
-    try:
-        draft.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def settings(args: Args, target: Path) -> dict[str, Any]:
     """The arguments that the output depends on, paths as seen from it."""
     values = {name: value for name, value in flat(args).items() if name not in ("output_dir", "num_workers")}
@@ -601,8 +587,7 @@ def main() -> None:
         hint = f"; {len(skipped):,} rows were left out, the first one is {skipped[0]}" if skipped else ""
         raise UserError(f"{error}{hint}") from None
 
-    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
-    try:
+    with whole_folder(target) as draft:
         try:
             draft.mkdir(parents=True)
         except OSError as error:
@@ -614,9 +599,6 @@ def main() -> None:
         if skipped:
             with open(draft / "skipped.txt", "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(line + "\n" for line in skipped)
-        publish(draft, target)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
     for line in skipped[:NAMED]:
         print(f"left out: {line}", file=sys.stderr)

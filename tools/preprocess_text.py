@@ -10,9 +10,7 @@ pooled: they join the training rows where there are some, and what is missing is
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass
@@ -20,6 +18,7 @@ from pathlib import Path
 
 from accelerando.base.config import parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
+from accelerando.base.files import whole_folder
 
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "val": "validation", "dev": "validation",
           "valid": "validation", "test": "test"}  # fmt: skip
@@ -184,20 +183,14 @@ def main() -> None:
         raise UserError(f"--output_dir {target} holds the raw files: choose another folder")
     dropped: Counter = Counter()
     rows = split_rest(drop_repeats(read_folder(args, dropped), args, dropped), args)
-    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
-    draft.mkdir(parents=True)
-    try:
+    with whole_folder(target, file_by_file=True) as draft:  # nothing else that lies there is touched
+        draft.mkdir(parents=True)
         for name, split in rows.items():
             lines = [json.dumps({"text": text, "label": label}, ensure_ascii=False) for text, label in split]
             (draft / f"{name}.json").write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
         labels = sorted({label for _, label in rows["train"]}, key=lambda x: (isinstance(x, str), x))
         (draft / "classes.json").write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         (draft / "summary.txt").write_text(summary(rows, dropped), encoding="utf-8")
-        target.mkdir(exist_ok=True)
-        for path in sorted(draft.iterdir()):  # nothing else that lies there is touched
-            os.replace(path, target / path.name)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     print(summary(rows, dropped) + f"\nWritten to {target}")
 
 

@@ -14,7 +14,6 @@ are kept: labels_train.csv, labels_val.csv, labels_test.csv.
 from __future__ import annotations
 
 import csv
-import os
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
+from accelerando.base.files import whole_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -171,27 +171,18 @@ def main() -> None:
     except UserError as error:
         raise UserError(f"{args.labels}: {error}") from None
 
-    drafts: dict[Path, Path] = {}
     try:
-        target.mkdir(parents=True, exist_ok=True)
-        for number in np.flatnonzero(shares > 0):
-            path = target / f"labels_{SIDES[number]}.csv"
-            drafts[path] = path.with_name(f".{path.name}.{os.getpid()}.draft")
-            with open(drafts[path], "w", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file, lineterminator="\n")
-                writer.writerow(rows[0])
-                writer.writerows(rows[row].values() for row in np.flatnonzero(side == number))
-        for name in SIDES:  # a file of an earlier split would mix with these
-            if (path := target / f"labels_{name}.csv") not in drafts:
-                path.unlink(missing_ok=True)
-        for path, draft in drafts.items():
-            os.replace(draft, path)
+        with whole_folder(target, file_by_file=True) as draft:
+            draft.mkdir(parents=True)
+            for number in np.flatnonzero(shares > 0):
+                with open(draft / f"labels_{SIDES[number]}.csv", "w", encoding="utf-8", newline="") as file:
+                    writer = csv.writer(file, lineterminator="\n")
+                    writer.writerow(rows[0])
+                    writer.writerows(rows[row].values() for row in np.flatnonzero(side == number))
+            for number in np.flatnonzero(shares == 0):  # a file of an earlier split would mix with these
+                (target / f"labels_{SIDES[number]}.csv").unlink(missing_ok=True)
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"--output_dir {target}: {error.strerror}") from None
-    finally:
-        for draft in drafts.values():
-            if draft.exists():
-                draft.unlink()
     print(report(side, labels.gloss, group, shares, args) + f"\n\nWritten to {target}")
 
 

@@ -29,6 +29,7 @@ import tyro
 
 from accelerando.base.config import Alias, check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
+from accelerando.base.files import write_text
 from accelerando.base.processes import map_in_processes
 
 if TYPE_CHECKING:
@@ -242,12 +243,7 @@ def main() -> None:
         print(table(problems, max(60, shutil.get_terminal_size().columns)) + "\n")
     print(summary_line(summary))
     if args.json:
-        draft = Path(f"{args.json}.{os.getpid()}.draft")
-        try:
-            draft.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            os.replace(draft, args.json)
-        finally:
-            draft.unlink(missing_ok=True)
+        write_text(Path(args.json), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if summary["errors"]:
         raise SystemExit(2)
 

@@ -1,25 +1,32 @@
-"""Files and folders that are there whole or not at all, locks, and the cache folder."""
+"""Files and folders that are there whole or not at all, locks, derived data in the cache folder."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
+import functools
+import glob
+import math
 import os
 import re
 import shutil
+import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any, TypeVar
 
 from accelerando.base.errors import UserError
+from accelerando.base.log import log
 
-if TYPE_CHECKING:
-    pass
+T = TypeVar("T")
 
-
-def cache_folder(named: str | None = None) -> Path:
-    """What can be made again is kept in ``named``, else in $ACCELERANDO_CACHE, else in ~/.cache/accelerando."""
-    return Path(named or os.environ.get("ACCELERANDO_CACHE") or Path.home() / ".cache" / "accelerando")
+LOCK = ".lock"  # in a run folder
+LOCK_PATIENCE = 5.0  # seconds: a process that was told to stop needs some to save
+STALE = 60.0  # seconds that the draft of a process not seen here is untouched: it may be another machine's
+DAMAGED = (OSError, ValueError, EOFError, KeyError)  # what reading a damaged file raises
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -32,54 +39,210 @@ def expand_braces(pattern: str) -> list[str]:
     return [rest for word in words for rest in expand_braces(pattern[: match.start()] + word + pattern[match.end() :])]
 
 
-LOCK = ".lock"
+# ------------------------------------------------------------------------------------------------- files and folders
 
 
-LOCK_PATIENCE = 5.0  # seconds: a process that was told to stop needs some to save
+@contextlib.contextmanager
+def open_whole(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
+    """A file to write, which takes the place of ``path`` when the block ends well: it is there whole or not at all.
+
+    It is on the disk before it has its name. Until then it lies beside ``path`` under a name that no other process has,
+    and is removed when the block fails; what a killed process left of it goes when ``path`` is next written. Text is
+    UTF-8; ``options`` are those of ``open``.
+    """
+    target = path.resolve()  # of a link, the file behind it is replaced
+    _remove_stale_drafts(target)
+    draft = _draft_of(target)
+    try:
+        with open(draft, mode, **({} if "b" in mode else {"encoding": "utf-8", **options})) as file:
+            yield file
+        _sync(draft)
+        os.replace(draft, target)
+    finally:
+        _remove(draft)
 
 
-held_locks: dict[Path, Any] = {}
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
+    with open_whole(path) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, file_by_file: bool = False) -> Iterator[Path]:
+    """A draft to make and fill, which takes the place of ``folder`` when the block ends well: whole or not at all.
+
+    It is on the disk before it has its name. A block that fails or is interrupted leaves ``folder`` as it was; what a
+    killed one left, the next one removes, or puts back where it was killed between the two renames.
+
+    ``file_by_file``: ``folder`` keeps what else is in it, and each file is replaced whole.
+    """
+    target = folder.resolve()  # of a link, the folder behind it is replaced
+    old = _old_of(target)
+    put_back(target)
+    _remove(old)
+    _remove_stale_drafts(target)
+    draft = _draft_of(target)
+    try:
+        yield draft
+        for path in (draft, *draft.rglob("*")):
+            _sync(path)
+        if file_by_file:
+            for path in sorted(path for path in draft.rglob("*") if not path.is_dir()):
+                place = target / path.relative_to(draft)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+            _sync(target)
+        else:
+            if target.exists():
+                target.rename(old)
+            draft.rename(target)
+            _sync(target.parent)
+    finally:
+        put_back(target)
+        _remove(draft)
+    _remove(old)
+
+
+def put_back(folder: Path) -> None:
+    """Undoes half of what :func:`whole_folder` does where it was killed or failed between its two renames."""
+    if not folder.exists() and _old_of(folder).exists():
+        _old_of(folder).rename(folder)
+
+
+def remove_drafts(folder: Path, name: str | None = None) -> None:
+    """Removes all drafts in ``folder``, or those of one ``name``. For whoever holds a lock: others may write them."""
+    for draft in folder.glob(f".{glob.escape(name)}.*.draft" if name else ".*.draft"):
+        _remove(draft)
+
+
+def _draft_of(target: Path) -> Path:
+    # Process numbers alone would meet: several containers may share a disk.
+    return target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(3).hex()}.draft")
+
+
+def _old_of(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _remove_stale_drafts(target: Path) -> None:
+    for draft in _drafts_in(target.parent):
+        match = re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)-[0-9a-f]+\.draft", draft.name)
+        if match and not _is_running(int(match[1])):
+            with contextlib.suppress(FileNotFoundError):
+                if time.time() - draft.stat().st_mtime > STALE:
+                    _remove(draft)
+
+
+@functools.cache
+def _drafts_in(folder: Path) -> list[Path]:
+    """The drafts that this process found when it first wrote to ``folder``: one look, however many files it writes."""
+    return list(folder.glob(".*.draft"))
+
+
+def _is_running(process: int) -> bool:
+    with contextlib.suppress(PermissionError):  # another user's
+        try:
+            os.kill(process, 0)
+        except (ProcessLookupError, OverflowError):
+            return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _sync(path: Path) -> None:
+    """Brings a file, or a folder's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------------------------- locks
+
+
+_threads: dict[Path, threading.Lock] = {}  # POSIX locks keep processes apart, not threads
+os.register_at_fork(after_in_child=_threads.clear)  # those of threads that a child does not have
+
+
+@contextlib.contextmanager
+def locked(path: Path, patience: float = math.inf) -> Iterator[IO[str]]:
+    """Keeps other processes and threads out of the block; ``path`` is a file, which is made and stays.
+
+    A lock of POSIX: a forked process neither inherits it nor gives it away, and it goes with the process, however that
+    ends. Where the file system has none, other processes are not kept out. Nothing else in this process may open
+    ``path``: to close it would give the lock away. Yields the open file.
+
+    Raises:
+        BlockingIOError: somebody else has it, and still has after ``patience`` seconds.
+        OSError: the file cannot be made.
+    """
+    path = path.resolve()
+    limit, pause = time.monotonic() + patience, 0.01
+    own = _threads.setdefault(path, threading.Lock())
+    with contextlib.ExitStack() as stack:
+        if not own.acquire(timeout=min(patience, threading.TIMEOUT_MAX)):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
+        stack.callback(own.release)
+        file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+        while True:
+            try:  # again and again: a wait in the kernel fails where two processes' threads seem to wait for each other
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= limit:
+                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path)) from None
+                time.sleep(pause)
+                pause = min(0.2, 1.5 * pause)
+            except OSError:
+                break
+        yield file
+
+
+held_locks: dict[Path, contextlib.ExitStack] = {}
 
 
 def hold(directory: Path) -> None:
     """Keeps other processes from training in ``directory`` until the run is finished or this process ends.
 
-    A lock of POSIX: workers do not inherit it, and it goes with the process, however that ends. Where the file system
-    has none, nothing is kept out.
+    What a killed one left half written in it is removed.
 
     Raises:
         UserError: another process has it, and still has after ``LOCK_PATIENCE``.
     """
-    import fcntl
-    import socket
-
     path = directory.resolve() / LOCK
-    if path in held_locks:  # closing any file of it would give the lock away
+    if path in held_locks:
         return
+    lock = contextlib.ExitStack()
     try:
-        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+        file = lock.enter_context(locked(path, LOCK_PATIENCE))
+    except BlockingIOError:
+        holder = path.read_text(encoding="utf-8").strip() or "another process"
+        raise UserError(
+            f"{directory} is in use by {holder}: wait for its end or stop it, or give another --run_name"
+        ) from None
     except OSError:  # not writable, which the first save says
         return
-    limit = time.monotonic() + LOCK_PATIENCE
-    while True:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            break
-        except (BlockingIOError, PermissionError):
-            if time.monotonic() > limit:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise UserError(
-                    f"{directory} is in use by {holder}: wait for its end or stop it, or give another --run_name"
-                ) from None
-            time.sleep(0.2)
-        except OSError:
-            return
-    held_locks[path] = file
+    held_locks[path] = lock
+    remove_drafts(directory)
     with contextlib.suppress(OSError):  # a full disk, which the first save says
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
+
+
+def release(directory: Path) -> None:
+    """Lets others into a folder that :func:`hold` keeps."""
+    if lock := held_locks.pop(directory.resolve() / LOCK, None):
+        lock.close()
 
 
 def is_unused(directory: Path) -> bool:
@@ -87,63 +250,55 @@ def is_unused(directory: Path) -> bool:
     return not directory.exists() or (directory.is_dir() and all(path.name == LOCK for path in directory.iterdir()))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a text file whole."""
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
+# ------------------------------------------------------------------------------------------------------ derived data
 
 
-def fresh_draft(target: Path) -> Path:
-    draft = target.with_name(f".{target.name}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    return draft
+def cache_folder(named: str | None = None) -> Path:
+    """What can be made again is kept in ``named``, else in $ACCELERANDO_CACHE, else in ~/.cache/accelerando.
 
-
-def sync_files(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    sync_folder(folder)
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings a folder's list of names to the disk, after a rename in it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """A draft to fill, which takes the place of ``folder`` when the block ends well: it is there whole or not at all.
-
-    A block that fails or is interrupted leaves ``folder`` as it was; what a killed one left, the next one removes.
+    Raises:
+        UserError: there is no home directory.
     """
-    target = folder.resolve()  # of a link, the folder behind it is replaced
-    draft, old = target.with_name(f"{target.name}.draft"), target.with_name(f"{target.name}.old")
-    if old.exists() and not target.exists():  # killed between the two renames below
-        old.rename(target)
-    for leftover in (draft, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    if found := named or os.environ.get("ACCELERANDO_CACHE"):
+        return Path(found)
     try:
-        yield draft
-        if target.exists():
-            target.rename(old)
-        draft.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        return Path.home() / ".cache" / "accelerando"
+    except RuntimeError:
+        raise UserError("there is no home directory to keep data in: name a folder with --cache_dir") from None
 
 
-def release(directory: Path) -> None:
-    """Lets others into a folder that :func:`hold` keeps."""
-    if file := held_locks.pop(directory.resolve() / LOCK, None):
-        file.close()
+def derived(target: Path, read: Callable[[Path], T], make: Callable[[Path], None]) -> T:
+    """What ``read`` finds at ``target``, a file or folder in a folder of the cache; ``make`` makes it where it must.
+
+    Of processes that want it at once one makes it, and the others wait. ``read`` raises one of ``DAMAGED`` for what is
+    not whole, which is then made again; ``make`` uses :func:`open_whole` or :func:`whole_folder`.
+
+    Raises:
+        UserError: the cache cannot be written to, or the disk is full.
+    """
+    with contextlib.suppress(*DAMAGED):
+        return read(target)
+    cache, lock = target.parent.parent, target.with_name(f"{target.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(locked(lock, patience=0))
+            except BlockingIOError:
+                log.info("Another run makes %s: waiting for it", target)
+                stack.enter_context(locked(lock))
+        except OSError as error:
+            raise UserError(f"--cache_dir {cache}: {error.strerror}; name a folder to write to") from None
+        try:
+            return read(target)  # another run may have made it meanwhile
+        except DAMAGED as error:
+            if target.exists():
+                log.warning("%s is damaged and made again: %s", target, error)
+        remove_drafts(target.parent, target.name)
+        try:
+            make(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(f"--cache_dir {cache}: {error.strerror}: free space, or name another folder") from None
+        return read(target)

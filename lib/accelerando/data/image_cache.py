@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from accelerando.base.errors import UserError
+from accelerando.base.files import derived, whole_folder
 from accelerando.data.decode import Picture
 from accelerando.data.folders import ImageFiles
 
@@ -84,11 +81,8 @@ def cached_images(splits: dict[str, ImageFiles], side: int, cache: Path, workers
     names = pc.unique(pa.chunked_array([files.names for files in splits.values()]))
     names = names.take(pc.sort_indices(names))
     target = cache.absolute() / "images" / fingerprint(folder, names, side)
-    if what_is_wrong(target, len(names)):
-        with _alone(target):
-            wrong = what_is_wrong(target, len(names))  # another run may have made it meanwhile
-            if wrong:
-                _make(target, [str(folder / name) for name in names.to_pylist()], side, workers, wrong)
+    paths = [str(folder / name) for name in names.to_pylist()]
+    derived(target, lambda target: check(target, len(paths)), lambda target: _make(target, paths, side, workers))
     places = {split: pc.index_in(files.names, value_set=names).to_numpy() for split, files in splits.items()}
     return {
         split: CachedImages(files.folder, files.names, files.classes, target, side, places[split])
@@ -108,84 +102,46 @@ def fingerprint(folder: Path, names: Any, side: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def what_is_wrong(target: Path, count: int) -> str | None:
-    """Why ``target`` is no whole cache of ``count`` pictures; None: it is one."""
-    if not target.is_dir():
-        return "not there"
-    try:
-        starts, shapes = (np.load(target / f"{name}.npy", allow_pickle=False) for name in ("starts", "shapes"))
-        length = (target / "pixels.bin").stat().st_size
-    except (OSError, ValueError, EOFError) as error:
-        return str(error)
+def check(target: Path, count: int) -> None:
+    """ValueError, EOFError or OSError where ``target`` is no whole cache of ``count`` pictures."""
+    starts, shapes = (np.load(target / f"{name}.npy", allow_pickle=False) for name in ("starts", "shapes"))
+    length = (target / "pixels.bin").stat().st_size
     if starts.shape != (count + 1,) or shapes.shape != (count, 4):
-        return f"starts.npy and shapes.npy are not those of {count:,} pictures"
+        raise ValueError(f"starts.npy and shapes.npy are not those of {count:,} pictures")
     if starts[0] or (np.diff(starts) != 3 * shapes[:, 0].astype(np.int64) * shapes[:, 1]).any():
-        return "starts.npy and shapes.npy do not agree"
-    return None if length == starts[-1] else f"pixels.bin has {length:,} bytes instead of {starts[-1]:,}"
+        raise ValueError("starts.npy and shapes.npy do not agree")
+    if length != starts[-1]:
+        raise ValueError(f"pixels.bin has {length:,} bytes instead of {starts[-1]:,}")
 
 
 # ------------------------------------------------------------------------------------------------------------ making
 
 
-@contextmanager
-def _alone(target: Path) -> Iterator[None]:
-    """One process at a time; the system lets the lock go where its holder dies."""
-    from accelerando.base.log import log
-
-    path = target.with_name(f"{target.name}.lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise UserError(f"--cache_dir {target.parent.parent}: {error.strerror}; name a folder to write to") from None
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log.info("Another run makes %s: waiting for it", target)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
-def _make(target: Path, paths: list[str], side: int, workers: int, wrong: str) -> None:
-    from accelerando.base.files import whole_folder
+def _make(target: Path, paths: list[str], side: int, workers: int) -> None:
     from accelerando.base.log import log, watched
     from accelerando.base.processes import map_in_processes
 
-    cache = target.parent.parent
-    if target.exists():
-        log.warning("%s is damaged and made again: %s", target, wrong)
     size = expected_size(paths, side)
     free = shutil.disk_usage(target.parent).free
     if size > free:
-        raise UserError(f"--cache_dir {cache}: {free / 1e9:.1f} GB are free, and the decoded pictures take about "
-                        f"{size / 1e9:.1f} GB: free space, or name another folder")  # fmt: skip
+        raise UserError(f"--cache_dir {target.parent.parent}: {free / 1e9:.1f} GB are free, and the decoded pictures "
+                        f"take about {size / 1e9:.1f} GB: free space, or name another folder")  # fmt: skip
     if size > LARGE:
         log.info("Decoded pictures take about %.1f GB in %s", size / 1e9, target)
     workers = (workers or len(os.sched_getaffinity(0))) if len(paths) >= FEW else 0
     shapes = np.zeros((len(paths), 4), np.int32)
-    try:
-        with whole_folder(target) as draft:
-            draft.mkdir()
-            with open(draft / "pixels.bin", "wb") as file:
-                # Few pictures at a time: a worker's results wait in memory for those before them.
-                pictures = map_in_processes(functools.partial(_shrink, side), paths, workers, chunk=8)
-                for row, picture in enumerate(watched(pictures, len(paths), "decoding", "pictures")):
-                    if picture is not None:
-                        shapes[row] = *picture.pixels.shape[:2], *picture.size
-                        file.write(picture.pixels.data)
-                file.flush()
-                os.fsync(file.fileno())  # before its name says that it is whole
-            starts = np.concatenate([[0], np.cumsum(3 * shapes[:, 0].astype(np.int64) * shapes[:, 1])])
-            np.save(draft / "starts.npy", starts, allow_pickle=False)
-            np.save(draft / "shapes.npy", shapes, allow_pickle=False)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(f"--cache_dir {cache}: {error.strerror}; the decoded pictures take about {size / 1e9:.1f} GB: "
-                        "free space, or name another folder") from None  # fmt: skip
+    with whole_folder(target) as draft:
+        draft.mkdir()
+        with open(draft / "pixels.bin", "wb") as file:
+            # Few pictures at a time: a worker's results wait in memory for those before them.
+            pictures = map_in_processes(functools.partial(_shrink, side), paths, workers, chunk=8)
+            for row, picture in enumerate(watched(pictures, len(paths), "decoding", "pictures")):
+                if picture is not None:
+                    shapes[row] = *picture.pixels.shape[:2], *picture.size
+                    file.write(picture.pixels.data)
+        starts = np.concatenate([[0], np.cumsum(3 * shapes[:, 0].astype(np.int64) * shapes[:, 1])])
+        np.save(draft / "starts.npy", starts, allow_pickle=False)
+        np.save(draft / "shapes.npy", shapes, allow_pickle=False)
     log.info("Decoded pictures are kept in %s (%s MB)", target, f"{int(starts[-1]) / 1e6:,.1f}")
 
 

@@ -9,10 +9,10 @@ is to be seen.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import io
+import math
 import os
 import re
 import threading
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from accelerando.base.errors import UserError, first_line
-from accelerando.base.files import expand_braces, sync_folder
+from accelerando.base.files import expand_braces, locked, open_whole, remove_drafts
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -125,27 +125,20 @@ def fetch_file(url: str, target: Path, size: int | None = None, version: str = "
         UserError: not there, refused, changed since ``version``, or failed on every try.
     """
     fs = filesystem(url)
-    draft = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_native_id()}.part")
 
     def attempt() -> None:
-        fs.get_file(path_on(fs, url), str(draft))
+        fs.get_file(path_on(fs, url), file.name)
         facts = facts_of(fs, url)  # afterwards: a file replaced meanwhile is then noticed
         if version and facts["version"] and facts["version"] != version:
             raise UserError(f"{without_credentials(url)}: changed since it was listed: start again")
-        compare(draft, size if size is not None else facts["size"], facts["md5"])
+        compare(Path(file.name), size if size is not None else facts["size"], facts["md5"])
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{target.parent}: cannot be made ({error.strerror}): choose another folder") from None
-    try:
+    with open_whole(target, "wb") as file:
         retried(url, attempt)
-        with open(draft, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(draft, target)
-        sync_folder(target.parent)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def compare(path: Path, size: int | None, md5: str | None) -> None:
@@ -266,8 +259,7 @@ class FileCache:
         fetched = False
         with self._locked(path) as lock:
             if not path.is_file() or path.stat().st_size != file.size:
-                for draft in self.folder.glob(f".{path.name}.*.part"):
-                    draft.unlink(missing_ok=True)  # of a killed process: whoever holds the lock is alone
+                remove_drafts(self.folder, path.name)
                 self._make_room(file.size, keep=path)
                 fetch_file(file.signed or file.url, path, file.size, file.version)
                 # The name says the version. What is derived from a file (an index) is known by its mtime, which
@@ -276,7 +268,7 @@ class FileCache:
                 fetched = True
             if asked or fetched:
                 now = time.time_ns() if asked else 0
-                os.utime(lock, ns=(now, now))
+                os.utime(lock.fileno(), ns=(now, now))
         if fetched:
             self._make_room(0, keep=path)
         return path
@@ -296,21 +288,18 @@ class FileCache:
             return 0
 
     @contextlib.contextmanager
-    def _locked(self, path: Path, wait: bool = True) -> Iterator[int]:
+    def _locked(self, path: Path, patience: float = math.inf) -> Iterator[IO[str]]:
         """Holds the lock of a cached file, which stays as an empty file; BlockingIOError where it is taken."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise UserError(f"{self.folder}: cannot be written ({error.strerror}): name another --cache_dir") from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with contextlib.ExitStack() as stack:
             try:
-                yield lock
-            finally:
-                fcntl.flock(lock, fcntl.LOCK_UN)  # said, not left to close: a forked child holds the descriptor, too
-        finally:
-            os.close(lock)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(locked(path.with_name(f"{path.name}.lock"), patience))
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                reason = f"cannot be written ({error.strerror}): name another --cache_dir"
+                raise UserError(f"{self.folder}: {reason}") from None
+            yield lock
 
     def _make_room(self, needed: int, keep: Path) -> None:
         """Removes what was not used for longest until ``needed`` more bytes stay within the bound."""
@@ -334,7 +323,7 @@ class FileCache:
                     break
                 # Taken only by somebody who is fetching or about to return this very file.
                 taken = contextlib.suppress(BlockingIOError, FileNotFoundError)
-                with taken, self._locked(path.with_name(owner), wait=False):
+                with taken, self._locked(path.with_name(owner), patience=0):
                     if used == 0.0 or last_use(path) + self.grace < time.time():
                         size = path.stat().st_size
                         path.unlink()

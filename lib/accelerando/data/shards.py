@@ -7,7 +7,6 @@ where shards lie elsewhere and none is to be kept), so order, resume and exact e
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +18,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from accelerando.base.errors import UserError, first_line
-from accelerando.base.files import expand_braces
+from accelerando.base.files import derived, expand_braces, open_whole
 
 if TYPE_CHECKING:
     from accelerando.data.remote import FileCache, RangeReader, RemoteFile
@@ -71,24 +70,24 @@ def index_shard(
     else:
         identity = f"{remote[0].url}|{remote[0].size}|{remote[0].version}"
     target = cache / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.npy"
-    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):
-        kept = np.load(target, mmap_mode="r" if target.stat().st_size > 200 else None, allow_pickle=False)
-        if kept.dtype == INDEX:
-            return kept
-    if remote is None:
-        with open(path, "rb") as file:
-            index = _scan(file, path.stat().st_size, str(path))
-    else:
-        with remote[1].open(remote[0]) as file:
-            index = _scan(file, remote[0].size, remote[0].url)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        draft = target.with_name(f".{target.name}.{os.getpid()}")
-        with open(draft, "wb") as file:
+
+    def make(target: Path) -> None:
+        if remote is None:
+            with open(path, "rb") as file:
+                index = _scan(file, path.stat().st_size, str(path))
+        else:
+            with remote[1].open(remote[0]) as file:
+                index = _scan(file, remote[0].size, remote[0].url)
+        with open_whole(target, "wb") as file:
             np.save(file, index)
-        os.replace(draft, target)
-    except OSError as error:
-        raise UserError(f"--cache_dir {cache}: {error.strerror}") from None
+
+    return derived(target, _read_index, make)
+
+
+def _read_index(path: Path) -> np.ndarray:
+    index = np.load(path, mmap_mode="r" if path.stat().st_size > 200 else None, allow_pickle=False)
+    if index.dtype != INDEX:
+        raise ValueError("no index of a shard")
     return index
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from accelerando.base.errors import UserError, first_line
+from accelerando.base.files import derived, whole_folder
 from accelerando.data.keypoints import NUM_POINTS, WIDTH, ClipAugmentation, NormalisationName, normalise_by_body
 from accelerando.data.order import balanced_rows, epoch_order, number_repeats
 
@@ -158,31 +157,32 @@ def pack_clips(
 ) -> ClipTable:
     """Reads the clips that ``labels`` lists, or maps what an earlier run kept under ``cache`` for the same files.
 
-    Safe with several processes: each one writes a folder of its own and the first to finish wins.
-
     Raises:
-        UserError: a clip that cannot be read, or that has another width than the first one.
+        UserError: a clip that cannot be read, or that has another width than the first one; ``cache`` cannot be
+            written to, or is too small.
     """
+
+    def read(target: Path) -> ClipTable:
+        facts = json.loads((target / "facts.json").read_text(encoding="utf-8"))
+        offsets = np.load(target / "offsets.npy", allow_pickle=False)
+
+        def mapped(name: str, dtype: Any, width: int) -> np.ndarray:
+            return np.asarray(np.memmap(target / f"{name}.bin", dtype=dtype, mode="r", shape=(int(offsets[-1]), width)))
+
+        return ClipTable(
+            frames=mapped("frames", np.float32, facts["width"]),
+            mask=mapped("mask", np.bool_, NUM_POINTS) if facts["mask"] else None,
+            starts=offsets[:-1],
+            lengths=np.diff(offsets),
+            names=labels.files,
+            gloss=labels.gloss,
+            cat=labels.cat,
+            occluded=labels.occluded,
+        )
+
     paths = [folder / f"{name}.npz" for name in labels.files]
     target = cache / "clips" / _fingerprint(paths, key, normalisation)
-    if not (target / "offsets.npy").is_file():
-        _write(target, paths, key, normalisation, what)
-    facts = json.loads((target / "facts.json").read_text(encoding="utf-8"))
-    offsets = np.load(target / "offsets.npy", allow_pickle=False)
-
-    def mapped(name: str, dtype: Any, width: int) -> np.ndarray:
-        return np.asarray(np.memmap(target / f"{name}.bin", dtype=dtype, mode="r", shape=(int(offsets[-1]), width)))
-
-    return ClipTable(
-        frames=mapped("frames", np.float32, facts["width"]),
-        mask=mapped("mask", np.bool_, NUM_POINTS) if facts["mask"] else None,
-        starts=offsets[:-1],
-        lengths=np.diff(offsets),
-        names=labels.files,
-        gloss=labels.gloss,
-        cat=labels.cat,
-        occluded=labels.occluded,
-    )
+    return derived(target, read, lambda target: _write(target, paths, key, normalisation, what))
 
 
 def channel_statistics(clips: ClipTable) -> tuple[np.ndarray, np.ndarray]:
@@ -210,14 +210,9 @@ def _fingerprint(paths: list[Path], key: str, normalisation: str) -> str:
 def _write(target: Path, paths: list[Path], key: str, normalisation: NormalisationName, what: str) -> None:
     from accelerando.base.log import progress_bar
 
-    draft = target.with_name(f"{target.name}.{os.getpid()}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--cache_dir {target.parent.parent}: {error.strerror}; name a folder to write to") from None
     lengths, width, has_mask = [], None, None
-    try:
+    with whole_folder(target) as draft:
+        draft.mkdir()
         with (
             open(draft / "frames.bin", "wb") as frames_file,
             open(draft / "mask.bin", "wb") as mask_file,
@@ -241,12 +236,6 @@ def _write(target: Path, paths: list[Path], key: str, normalisation: Normalisati
                 bar.update()
         (draft / "facts.json").write_text(json.dumps({"width": width, "mask": bool(has_mask)}), encoding="utf-8")
         np.save(draft / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), allow_pickle=False)
-        draft.rename(target)
-    except OSError:
-        if not target.is_dir():  # otherwise another process was first
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _read_all(paths: list[Path], key: str) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from accelerando.base.errors import UserError
-from accelerando.base.files import cache_folder
+from accelerando.base.files import cache_folder, derived, whole_folder
 
 if TYPE_CHECKING:
     from accelerando.data.tables import TextTable
@@ -65,19 +62,25 @@ def tokenize_table(
 ) -> TokenTable:
     """Tokenises ``table``, or maps what an earlier run kept under ``cache`` for the same texts and tokenizer.
 
-    Safe with several processes: each one writes a folder of its own and the first to finish wins.
+    Raises:
+        UserError: ``cache`` cannot be written to, or is too small.
     """
-    folder = (cache or cache_folder()) / "tokens" / _fingerprint(table, tokenizer, max_length)
-    if not (folder / "offsets.npy").is_file():
-        _write(folder, table, tokenizer, max_length)
-    types = folder / "types.npy"
-    return TokenTable(
-        ids=np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False),
-        offsets=np.load(folder / "offsets.npy", allow_pickle=False),
-        types=np.load(types, mmap_mode="r", allow_pickle=False) if types.is_file() else None,
-        labels=labels,
-        columns=table.columns,
-    )
+
+    def read(folder: Path) -> TokenTable:
+        types = folder / "types.npy"
+        found = TokenTable(
+            ids=np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False),
+            offsets=np.load(folder / "offsets.npy", allow_pickle=False),
+            types=np.load(types, mmap_mode="r", allow_pickle=False) if types.is_file() else None,
+            labels=labels,
+            columns=table.columns,
+        )
+        if len(found) != len(table) or len(found.ids) != found.offsets[-1]:
+            raise ValueError("ids.npy and offsets.npy do not agree")
+        return found
+
+    target = (cache or cache_folder()) / "tokens" / _fingerprint(table, tokenizer, max_length)
+    return derived(target, read, lambda target: _write(target, table, tokenizer, max_length))
 
 
 def _fingerprint(table: TextTable, tokenizer: Any, max_length: int) -> str:
@@ -96,44 +99,30 @@ def _fingerprint(table: TextTable, tokenizer: Any, max_length: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write(folder: Path, table: TextTable, tokenizer: Any, max_length: int) -> None:
+def _write(target: Path, table: TextTable, tokenizer: Any, max_length: int) -> None:
     from tqdm.auto import tqdm
 
-    draft = folder.with_name(f"{folder.name}.{os.getpid()}.draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    try:
-        draft.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"--cache_dir {folder.parent.parent}: {error.strerror}; name a folder to write to") from None
     lengths: list[np.ndarray] = []
-    has_types = False
-    with open(draft / "ids.bin", "wb") as ids_file, open(draft / "types.bin", "wb") as types_file:
-        progress = tqdm(total=len(table), desc="tokenising", unit=" texts", delay=2, disable=None, leave=False)
-        for texts, pairs in _chunks(table):
-            encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
-            lengths.append(np.array([len(row) for row in encoded["input_ids"]], dtype=np.int64))
-            np.concatenate([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]).tofile(ids_file)
-            if "token_type_ids" in encoded and pairs is not None:
-                has_types = True
-                np.concatenate([np.asarray(row, dtype=np.uint8) for row in encoded["token_type_ids"]]).tofile(
-                    types_file
-                )
-            progress.update(len(texts))
-        progress.close()
-    for name, dtype in (("ids", np.int32), ("types", np.uint8)) if has_types else (("ids", np.int32),):
-        raw = np.memmap(draft / f"{name}.bin", dtype=dtype, mode="r")
-        np.save(draft / f"{name}.npy", raw, allow_pickle=False)
-        del raw
-    (draft / "ids.bin").unlink()
-    (draft / "types.bin").unlink()
-    offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
-    np.save(draft / "offsets.npy", offsets, allow_pickle=False)
-    try:
-        draft.rename(folder)
-    except OSError:
-        shutil.rmtree(draft)
-        if not folder.is_dir():  # otherwise another process was first
-            raise
+    with whole_folder(target) as draft:
+        draft.mkdir()
+        files = {name: draft / f"{name}.bin" for name in ("ids", "types")}
+        with open(files["ids"], "wb") as ids_file, open(files["types"], "wb") as types_file:
+            progress = tqdm(total=len(table), desc="tokenising", unit=" texts", delay=2, disable=None, leave=False)
+            for texts, pairs in _chunks(table):
+                encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
+                lengths.append(np.array([len(row) for row in encoded["input_ids"]], dtype=np.int64))
+                np.concatenate([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]).tofile(ids_file)
+                if "token_type_ids" in encoded and pairs is not None:
+                    types = [np.asarray(row, dtype=np.uint8) for row in encoded["token_type_ids"]]
+                    np.concatenate(types).tofile(types_file)
+                progress.update(len(texts))
+            progress.close()
+        for (name, file), dtype in zip(files.items(), (np.int32, np.uint8), strict=True):
+            if file.stat().st_size:  # there are types of pairs alone
+                np.save(draft / f"{name}.npy", np.memmap(file, dtype=dtype, mode="r"), allow_pickle=False)
+            file.unlink()
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
+        np.save(draft / "offsets.npy", offsets, allow_pickle=False)
 
 
 def _chunks(table: TextTable) -> Iterator[tuple[list[str], list[str] | None]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from accelerando.base.errors import UserError, first_line
+from accelerando.base.files import open_whole
 
 if TYPE_CHECKING:
     pass
@@ -145,21 +146,11 @@ def open_output(path: str | None) -> Iterator[IO[str]]:
     if target.is_dir():
         raise UserError(f"--output {target}: is a folder; name a file")
     direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)  # /dev/stderr, a named pipe
-    draft = target if direct else target.with_name(f".{target.name}.{os.getpid()}.draft")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(draft, "w", encoding="utf-8")  # noqa: SIM115  (closed below, in one place with the rename)
-    except OSError as error:
-        raise UserError(f"--output {target}: {error.strerror}") from None
-    try:
-        with stream:
+        with open(target, "w", encoding="utf-8") if direct else open_whole(target) as stream:
             yield stream
-        if not direct:
-            draft.replace(target)
+    except BrokenPipeError:
+        return
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            return
         raise UserError(f"--output {target}: {error.strerror}") from None
-    finally:
-        if not direct:
-            draft.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerando.base.errors import UserError
-from accelerando.base.files import fresh_draft, sync_files, sync_folder
+from accelerando.base.files import put_back, whole_folder
 from accelerando.base.processes import gather_objects
 from accelerando.base.rng import rng_state, set_rng_state
 from accelerando.train.accelerator import is_sharded, unwrapped
@@ -81,6 +81,7 @@ def save_checkpoint(
     def write(draft: Path) -> None:
         from safetensors.torch import save_file
 
+        draft.mkdir(parents=True)
         save_file(contiguous(weights), draft / "model.safetensors", metadata={"format": "pt"})
         save_file(contiguous(tensors), draft / "optimizer.safetensors", metadata={"format": "pt"})
         if average:
@@ -94,29 +95,10 @@ def save_checkpoint(
 
     with main_process_writes(accelerator, f"checkpoint {target}"):
         if accelerator.is_main_process:
-            _publish(target, write)
+            with whole_folder(target) as draft:
+                write(draft)
             _prune(folder, keep, newest=target)
     return target
-
-
-def _publish(target: Path, write: Callable[[Path], None]) -> None:
-    """``write``s into a folder beside ``target``, brings it to the disk and renames it."""
-    draft = fresh_draft(target)
-    try:
-        write(draft)
-        sync_files(draft)
-        if target.exists():  # the same step, saved again after a resume
-            old = target.with_name(f".{target.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            target.rename(old)
-            draft.rename(target)
-            shutil.rmtree(old)
-        else:
-            draft.rename(target)
-        sync_folder(target.parent)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
 
 
 def _copy_model(source: Path, target: Path) -> None:
@@ -200,9 +182,7 @@ def find_checkpoint(
     choice: tuple[str | None, list[str]] = (None, [])
     if accelerator.is_main_process:
         for old in folder.glob(".step_*.old"):  # killed while a step was saved a second time
-            place = folder / old.name.removeprefix(".").removesuffix(".old")
-            if not place.exists():
-                old.rename(place)
+            put_back(folder / old.name.removeprefix(".").removesuffix(".old"))
         candidates = [folder] if (folder / MANIFEST).is_file() else step_folders(folder)
         damaged = []
         good = None

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from accelerando.base.errors import UserError
-from accelerando.base.files import sync_folder
+from accelerando.base.files import whole_folder
 from accelerando.data.remote import (
     compare,
     facts_of,
@@ -108,18 +107,13 @@ def fetch_checkpoint(url: str, name: str, folder: Path, warn: Callable[[str], No
         target = folder / step
         if target.is_dir() and what_is_wrong(target) is None:
             return target
-        draft = folder / f".{step}.draft"
-        shutil.rmtree(draft, ignore_errors=True)
         try:
-            problem = _fetch_step(url, step, draft)
-            if problem is None:
-                shutil.rmtree(target, ignore_errors=True)  # only ever a damaged one
-                draft.rename(target)
-                sync_folder(folder)
-                return target
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        warn(f"checkpoint {without_credentials(url)}/{step}: {problem}; trying the one before it")
+            with whole_folder(target) as draft:
+                if problem := _fetch_step(url, step, draft):
+                    raise ValueError(problem)
+            return target
+        except ValueError as problem:
+            warn(f"checkpoint {without_credentials(url)}/{step}: {problem}; trying the one before it")
     raise UserError(f"{without_credentials(url)}: no complete checkpoint up to {name} there: check the URL")
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerando.base.errors import UserError, first_line
-from accelerando.base.files import fresh_draft, sync_files
+from accelerando.base.files import whole_folder
 from accelerando.base.processes import gather_objects
 from accelerando.train.accelerator import is_sharded, unwrapped
 
@@ -43,6 +41,7 @@ def save_model_folder(
     def write(draft: Path) -> None:
         from safetensors.torch import save_file
 
+        draft.mkdir(parents=True)
         trained = merged_state_dict(plain, state) if is_lora(plain) else state
         saved = saved_form(trained) if trained else trained
         # What the model's class has no place for (a bias of the loss); load_trained_weights finds it here.
@@ -63,22 +62,9 @@ def save_model_folder(
 
     with main_process_writes(accelerator, f"model {folder}"):
         if accelerator.is_main_process:
-            draft = fresh_draft(folder)
-            try:
-                write(draft)
-                sync_files(draft)
-            except BaseException:
-                shutil.rmtree(draft, ignore_errors=True)
-                raise
             # File by file: only the weights change between two saves, and a rename replaces them in one go.
-            for path in sorted(draft.rglob("*")):
-                target = folder / path.relative_to(draft)
-                if path.is_dir():
-                    target.mkdir(parents=True, exist_ok=True)
-                else:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(path, target)
-            shutil.rmtree(draft)
+            with whole_folder(folder, file_by_file=True) as draft:
+                write(draft)
 
 
 @contextlib.contextmanager
