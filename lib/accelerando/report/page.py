@@ -1,4 +1,4 @@
-"""``report.html``: the end of a run as one self-contained page, light or dark as its reader's system, also on paper.
+"""``report.html``: the end of a run as one self-contained page, light or dark as the reader's system is, also printed.
 
 A script puts blocks together in the order it likes; each function here returns one block of HTML::
 
@@ -26,11 +26,12 @@ from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from accelerando.report.plots import MAX_COUNTED_CLASSES, Curve, Point, best_point, points, row_shares, shorten
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LONG_TEXT = 280  # characters of a mistake's text before it is folded
 LONG_TABLE = 30  # rows before a table scrolls in a frame of its own
@@ -102,6 +103,8 @@ def confusion(matrix: np.ndarray, names: Sequence[str], title: str = "Confusion 
     Up to 20 classes the counts stand in their cells; more are drawn as an image beside the pairs that are most often
     confused. Raises ValueError unless the matrix is square with a row for each name.
     """
+    import numpy as np
+
     matrix = np.asarray(matrix)
     shares = row_shares(matrix, names)
     if len(names) > MAX_COUNTED_CLASSES:
@@ -195,7 +198,7 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
     """The most confident errors, worst first as given: dicts with ``text``, ``true``, ``predicted``, ``confidence``.
 
     Beyond 280 characters a text is folded. ``image`` (bytes of a PNG, JPEG or WebP) is optional, and so is ``text``.
-    ``heat``, a square picture of where the model looked (report.saliency), stands beside the image. Where there are
+    ``heat``, a square image of where the model looked (report.saliency), stands beside the image. Where there are
     images, the mistakes are cards side by side, and otherwise a list.
     """
     items = []
@@ -208,10 +211,10 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
                 f'<details class="text"><summary dir="auto">{_text(cut)} … <u>whole text</u></summary>'
                 f'<p dir="auto">{_text(text)}</p></details>'
             )
-        pictures = f'<img alt="" src="{_data_uri(row["image"])}">' if row.get("image") else ""
+        images = f'<img alt="" src="{_data_uri(row["image"])}">' if row.get("image") else ""
         if row.get("heat"):
             alt = _text(f"where the model saw {row['predicted']}")
-            pictures += f'<img alt="{alt}" title="{alt}" src="{_data_uri(row["heat"])}">'
+            images += f'<img alt="{alt}" title="{alt}" src="{_data_uri(row["heat"])}">'
         confidence = row.get("confidence")
         sure = f'<span class="sure">{_number(confidence)}</span>' if confidence is not None else ""
         verdict = (
@@ -219,8 +222,8 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
             f'<span>predicted <b class="wrong">{_text(row["predicted"])}</b> {sure}</span></p>'
         )
         wide = ' class="pair"' if row.get("image") and row.get("heat") else ""
-        pictures = f'<div class="seen">{pictures}</div>' if pictures else ""
-        items.append(f'<li{wide}>{pictures}<div class="said">{verdict}{shown}</div></li>')
+        images = f'<div class="seen">{images}</div>' if images else ""
+        items.append(f'<li{wide}>{images}<div class="said">{verdict}{shown}</div></li>')
     if not items:
         return _section(title, '<p class="note">None.</p>')
     note = "The number is the model’s confidence in its wrong answer." if "sure" in items[0] else ""
@@ -240,15 +243,15 @@ def _heat_legend() -> str:
     stops = ",".join(to_hex(colormaps[COLOURS](number / 8)) for number in range(9))
     bar = f'<i class="scale" style="background:linear-gradient(90deg,{stops})"></i>'
     return (
-        f'<p class="note">The coloured pictures show what spoke for the predicted class: nothing {bar} the most. '
-        "They hold the part of the picture that the model saw.</p>"
+        f'<p class="note">The coloured images show what counted for the predicted class: from nothing {bar} to most. '
+        "They hold the part of the image that the model saw.</p>"
     )
 
 
 def retrieval(rows: Sequence[Mapping[str, Any]], title: str = "Examples") -> str:
-    """Captions and the pictures found for them, in strips one under the other; right ones are framed.
+    """Captions and the images found for them, in strips one under the other; right ones are framed.
 
-    Each row is a dict with ``query`` and ``strips``: name -> [(picture as JPEG or PNG bytes, score, whether it is
+    Each row is a dict with ``query`` and ``strips``: name -> [(image as JPEG or PNG bytes, score, whether it is
     right), ...], the best first.
     """
     if not rows:
@@ -257,15 +260,15 @@ def retrieval(rows: Sequence[Mapping[str, Any]], title: str = "Examples") -> str
     for row in rows:
         strips = []
         for name, found in row["strips"].items():
-            pictures = "".join(
+            images = "".join(
                 f'<figure class="{"right" if right else "wrong"}">'
-                f'<img src="{_data_uri(picture)}" alt="{"right" if right else "wrong"}">'
+                f'<img src="{_data_uri(image)}" alt="{"right" if right else "wrong"}">'
                 f"<figcaption>{'✓ ' if right else ''}{score:.3f}</figcaption></figure>"
-                for picture, score, right in found
+                for image, score, right in found
             )
-            strips.append(f'<div class="strip"><span>{_text(name)}</span>{pictures}</div>')
+            strips.append(f'<div class="strip"><span>{_text(name)}</span>{images}</div>')
         parts.append(f'<article class="search"><h3>{_text(row["query"])}</h3>{"".join(strips)}</article>')
-    note = _note("The five best pictures of the whole gallery with their cosine; a frame marks what is right.")
+    note = _note("The five best images of the whole gallery with their cosine; a frame marks what is right.")
     return _section(title, note + "".join(parts))
 
 
@@ -310,7 +313,7 @@ def _text(value: object) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _cell(value: object) -> str:
@@ -325,7 +328,7 @@ def _setting(value: object) -> str:
     return _text(value) if value not in ("", None) else '<span class="none">none</span>'
 
 
-def _number(value: Any) -> str:
+def _number(value: Real) -> str:
     """12,345 · 831.9 · 0.912 · 0.0004 · 3.2e-7 · – for NaN."""
     if isinstance(value, Integral):
         return f"{int(value):,}"
@@ -438,6 +441,8 @@ def _thinned(line: list[Point]) -> list[Point]:
     """At most DRAWN_POINTS + 2 points: the ends, and the lowest and the highest of each of equal stretches."""
     if len(line) <= DRAWN_POINTS:
         return line
+    import numpy as np
+
     kept = {0, len(line) - 1}
     for stretch in np.array_split(np.arange(len(line)), DRAWN_POINTS // 2):
         values = [line[index][1] for index in stretch]
@@ -484,9 +489,10 @@ def _tick_names(ticks: Sequence[float]) -> list[str]:
 
 
 def _confusion_image(matrix: np.ndarray, shares: np.ndarray, names: Sequence[str]) -> str:
+    import numpy as np
     from PIL import Image
 
-    # Colour with alpha instead of a background, so that the same picture suits the light page and the dark one.
+    # Colour with alpha instead of a background, so that the same image suits the light page and the dark one.
     pixels = np.empty((*matrix.shape, 4), np.uint8)
     pixels[..., :3] = (232, 124, 40)
     pixels[np.arange(len(names)), np.arange(len(names)), :3] = (52, 120, 196)
@@ -507,6 +513,8 @@ def _confusion_image(matrix: np.ndarray, shares: np.ndarray, names: Sequence[str
 
 
 def _confused_pairs(matrix: np.ndarray, shares: np.ndarray, names: Sequence[str], limit: int = 20) -> str:
+    import numpy as np
+
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
     order = [index for index in np.argsort(-wrong, axis=None, kind="stable")[:limit] if wrong.flat[index] > 0]
