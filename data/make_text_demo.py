@@ -73,7 +73,7 @@ def doc_strings(path: Path) -> Iterator[str]:
 
 
 def description(doc: str) -> str:
-    """The first paragraphs up to about 200 characters, none of a list of parameters or an example."""
+    """The first paragraphs up to about 200 characters, without lists of parameters or examples."""
     kept: list[str] = []
     for paragraph in doc.split("\n\n"):
         stop = re.match(
