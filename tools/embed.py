@@ -33,6 +33,7 @@ from accelerando.base.errors import UserError, errors_in_one_line, first_line
 from accelerando.base.files import cache_folder
 from accelerando.base.log import progress_bar, quiet_libraries
 from accelerando.data.folders import TablePairs
+from accelerando.inference.inputs import IMAGES
 from accelerando.inference.outputs import print_first, whole_file
 from accelerando.inference.runs import model_folder
 from accelerando.inference.saved import choose_device
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
 
     ClipModel = CLIPModel | SiglipModel
 
-# Those that Pillow may not know are found too, so that they are named and not silently skipped.
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 ROW_GROUP = 4096  # rows that are held and written at once
 NAMED = 10  # rows left out that are named on the console
 

@@ -39,13 +39,12 @@ from accelerando.base.errors import UserError, errors_in_one_line, first_line
 from accelerando.base.files import whole_folder
 from accelerando.base.log import watched
 from accelerando.base.processes import map_in_processes
+from accelerando.inference.inputs import IMAGES
 from accelerando.inference.outputs import print_first
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
                "valid": "validation", "dev": "validation", "test": "test"}  # fmt: skip
-# Those that cannot be packed are found too, so that they are named and not silently skipped.
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 MADE_BY = "tools/make_shards.py"
 MB = 1_000_000  # bytes
 NAMED = 10  # rows left out that are named on the console

@@ -1,18 +1,14 @@
-"""The model card, and uploading a folder to the Hugging Face Hub."""
+"""Uploading a folder to the Hugging Face Hub."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError, first_line
 
-if TYPE_CHECKING:
-    pass
-
 
 def check_push(push_to_hub: bool, repo_id: str | None) -> None:
-    """UserError before training when a later upload could not work: no repository named, or nobody logged in."""
+    """UserError before training when a later upload could not work: no repository named, or no login."""
     if not push_to_hub:
         return
     if not repo_id or repo_id.count("/") != 1:
@@ -20,11 +16,11 @@ def check_push(push_to_hub: bool, repo_id: str | None) -> None:
     from huggingface_hub import get_token
 
     if get_token() is None:
-        raise UserError("--push_to_hub: nobody is logged in; run `hf auth login` or set HF_TOKEN")
+        raise UserError("--push_to_hub: not logged in; run `hf auth login` or set HF_TOKEN")
 
 
 def push_folder(folder: Path, repo_id: str, private: bool) -> str:
-    """Uploads ``folder`` in one commit and returns its address.
+    """Uploads ``folder`` in one commit and returns its URL.
 
     Raises:
         UserError: the Hub cannot be reached or refuses; the folder stays as it is.

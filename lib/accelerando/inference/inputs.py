@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from urllib.request import OpenerDirector
 
 URLS = ("http://", "https://")
-IMAGES = (*PICTURES, ".gif")  # endings of the files that are read
+# Endings of image files; those that Pillow may not know too, so that they are named and not silently skipped.
+IMAGES = (*PICTURES, ".gif")
 MOST_BYTES = 100_000_000  # of a file that is fetched
 PATIENCE = 20.0  # seconds that a server may be silent
 LONGEST_FETCH = 120.0  # seconds for one file in all
