@@ -1,6 +1,6 @@
 """Make the demo's image set: furniture drawn by this program, each image with a caption of its properties.
 
-A combination of properties lies in one split only, so retrieval on the test side asks for combinations never trained.
+Each combination of properties is in one split only: retrieval on the test split asks for combinations never trained on.
 
   python data/make_clip_demo.py --output_dir data/demo_clip
 """

@@ -1,7 +1,7 @@
-"""Make the demo's text set: which library does this documentation string come from?
+"""Make the demo's text set: which library does a docstring come from?
 
-Source files of installed packages are parsed, never imported. Doc strings of one file stay in one split, names that
-give the library away are cut, and near copies are dropped.
+Source files of installed packages are parsed, never imported. Docstrings of one file stay in one split, names that
+give the library away are cut out, and near copies are dropped.
 
   python data/make_text_demo.py --output_dir data/demo_text
 """

@@ -180,7 +180,7 @@ def test_without_a_test_set_the_validation_is_summed_up(tool, image_args, image_
     assert "ensemble" not in found
     shown = capsys.readouterr().out.split("Cross-validation: ")[1]
     assert "ensemble" not in shown
-    assert "which are in no number: 1" in shown
+    assert "which no number includes: 1" in shown
     assert not (cv / "predictions_test.csv").exists()
     for name in ("classification_report_validation.txt", "plots/confusion_validation.png", "report.html"):
         assert (cv / name).is_file()

@@ -5,18 +5,18 @@
   python tools/cross_validate.py --config_file accelerate_configs/multi_gpu.yaml --num_processes 2 \\
     scripts/image_classify.py --data_dir data/insects
 
-What stands before the script is for `accelerate launch`, except for the flags
-below; what stands after it is for the script, or for a copy of it. Without
-flags for the launcher, `accelerate config` counts; where it was never run and
-there is no GPU, accelerate_configs/cpu.yaml does.
+Arguments before the script go to `accelerate launch`, except for the flags
+below; arguments after it go to the script, or to a copy of it. Without flags
+for the launcher your `accelerate config` is used, or, if there is none and no
+GPU, accelerate_configs/cpu.yaml.
 
-The same command resumes: a fold that is finished is not trained again, one that
-was stopped is resumed. --overwrite behind the script starts all of them again.
+Run the same command again to resume: finished folds are kept, a stopped one is
+resumed. --overwrite after the script starts all of them again.
 
 runs/<name>_fold<k> are the runs, runs/<name>_cv holds the result: mean and
 standard deviation over the folds, and the ensemble, which is the mean of their
-probabilities. predictions_validation.csv there has a prediction for every
-image that is not test, by the one model that was not trained on it.
+probabilities. Its predictions_validation.csv has a prediction for every image
+outside the test set, by the one model that was not trained on it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def split_words(words: list[str]) -> tuple[list[str], list[str], Path, list[str]
         if word.startswith("-"):
             kept = ours if word.partition("=")[0] == "--folds" else launcher
         elif not ours and not launcher:
-            if word in ("accelerate", "launch"):  # as one is used to type
+            if word in ("accelerate", "launch"):  # typed out of habit
                 continue
             raise UserError(f"{word!r} before {script}: flags of accelerate launch, or --folds, come first")
         kept.append(word)
@@ -125,11 +125,11 @@ def split_words(words: list[str]) -> tuple[list[str], list[str], Path, list[str]
 
 
 def load_script(path: Path) -> ModuleType:
-    """The script as a module, not run.
+    """The script, imported as a module.
 
     Raises:
-        UserError: it lacks what makes folds of it: ``Args`` with ``data_dir``, ``fold`` and what names a run, and
-            ``default_name``.
+        UserError: it lacks what a script with folds has: ``Args`` with ``data_dir``, ``fold`` and what names a run,
+            and ``default_name``.
     """
     spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path.resolve())
     module = importlib.util.module_from_spec(spec)
@@ -144,7 +144,7 @@ def load_script(path: Path) -> ModuleType:
 
 
 def without(words: list[str], names: set[str], aliases: Mapping[str, Alias]) -> list[str]:
-    """A script's flags but for those called ``names`` and their values."""
+    """A script's flags without those called ``names`` and their values."""
     table, kept, skipping = {**COMMON_ALIASES, **aliases}, [], False
     for word in words:
         if word.startswith("--"):
@@ -235,10 +235,10 @@ def _shown(value: object) -> str:
 
 
 def state_of(fold: Fold, overwrite: bool) -> str:
-    """What to do with a fold: one of ``STATES``.
+    """The state of a fold, which says what to do with it: one of ``STATES``.
 
     Raises:
-        UserError: the run was made with other settings, or is none.
+        UserError: the run was made with other settings, or the folder is not that of a run.
     """
     directory = fold.directory
     if is_unused(directory):
@@ -422,7 +422,7 @@ def write_result(
             notes.append("          no loss: that of the folds is not the plain cross-entropy (smoothing, weights)")
     images = len(folds[0].images.get("test", ())) + sum(len(fold.images["validation"]) for fold in folds)
     if unread := images - sum(len(part.files) for part in together.values()):
-        notes.append(f"images that could not be read, which are in no number: {unread:,}")
+        notes.append(f"images that could not be read, which no number includes: {unread:,}")
     if getattr(folds[0].args, "trainer_type", None) == "dp":
         notes.append("privacy: an image trains every fold but one, so together they spend more than one's epsilon")
     last = "test" if "test" in together else "validation"
@@ -554,7 +554,7 @@ def main() -> None:
     check_target(target)
     states = [state_of(fold, overwrite) for fold in folds]
     done = [fold for fold, state in zip(folds, states, strict=True) if state == "finished"]
-    if done:  # what does not fit any more is said before hours of training
+    if done:  # what no longer fits is reported before hours of training
         _, label_names = rows_of(done)
         for fold in done:
             for split in fold.images:

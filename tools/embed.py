@@ -5,13 +5,13 @@
   python tools/embed.py MODEL captions.csv --image_folder photos --adapter runs/x/best/adapter
   python tools/embed.py runs/x --texts queries.txt --output queries.parquet
 
-MODEL: a run, a model folder, a Hub name, or a LoRA adapter. INPUT: a folder of images (with what lies in it), shards
+MODEL: a run, a model folder, a Hub name, or a LoRA adapter. INPUT: a folder of images (at any depth), shards
 (a folder with .tar files, a brace pattern, a URL), or a table of captions (.csv .tsv .json .jsonl .parquet).
 
 Columns: key (the image's path in its folder, shard:member, or file:line of --texts), caption, image_embedding and
-text_embedding, as far as they are there: lists of a fixed size, or lists and nulls where --texts stands beside
-INPUT. The schema's metadata names the model, the dimension, the logit scale (the factor itself: 100 for CLIP) and the
-pixels of a side. A transparent image stands on white, as in training.
+text_embedding, where there are captions and images. Embeddings are lists of a fixed size, or, where --texts is given
+with INPUT, lists and nulls. The schema's metadata holds the model, the dimension, the logit scale (the factor itself:
+100 for CLIP) and the image size in pixels. Transparent images are put on white, as in training.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Args:
     image_column: str = "image"  # tables: column of the image file
     caption_column: str = "caption"  # tables: column of the caption
     cache_dir: str | None = None  # indexes and fetched shards (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
-    cache_gb: float = 50.0  # fetched shards that are kept, in GB; 0: none, each pair is read where it lies
+    cache_gb: float = 50.0  # fetched shards that are kept, in GB; 0: none, each pair is read in place
     # -- embedding --
     parts: Literal["both", "image", "text"] = "both"  # what is embedded, of what is there
     max_length: int | None = None  # tokens kept of a caption (default: what the model can take)

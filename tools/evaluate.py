@@ -11,9 +11,9 @@ classes; some may be missing. Without it the images are those of the run's
 data_dir, and the numbers those of its results.json. Of several runs their
 ensemble is scored too, which is the mean of their probabilities.
 
-The loss is the one the run was trained with (label smoothing, class weights),
-with --data the plain cross-entropy; of an ensemble it is the mean of what it
-would be as each run's. An image that cannot be read is left out and named.
+The loss is that of the run's training (label smoothing, class weights); with
+--data it is the plain cross-entropy. An ensemble's loss is the mean over the
+losses of its runs. An image that cannot be read is left out and named.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def check_same_images(runs: list[Classifier], images: list[LabelledImages]) -> N
 
 
 def warn_of_other_images(run: Classifier, images: LabelledImages, found: Score) -> None:
-    """Says so where these are not the images that the run itself scored: some may be of those it was trained on."""
+    """Warns where these are not the images that the run itself scored: it may have been trained on some of them."""
     path = run.folder.parent / f"predictions_{images.split}.csv"
     before = None if images.split == "data" else predicted_files(path.parent, images.split)
     if before is None:
@@ -371,7 +371,7 @@ def described(results: dict[str, Any]) -> str:
 
 
 def table_text(results: dict[str, Any]) -> str:
-    """The result on one screen: what was scored, the metrics, and what one should know of them."""
+    """The result on one screen: what was scored, the metrics, and notes on them."""
     import textwrap
 
     from accelerando.report.results import metrics_table

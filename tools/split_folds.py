@@ -4,11 +4,11 @@
   python tools/split_folds.py --raw_data data/x/raw --folds 5 --test_fraction 0.2
   python tools/split_folds.py --raw_data data/x/raw --groups patients.csv
 
-RAW_DATA holds a folder for each class, with its images at any depth. Written
-are splits/test.txt, fold_0_train.txt, fold_0_val.txt and so on, a path on each
-line, and classes.json, which numbers the classes for all folds. What is not
-test is in the validation part of one fold, and trains in the others. Every
-class has its share of each part, to within one image.
+RAW_DATA holds a folder for each class, with its images at any depth. The tool
+writes splits/test.txt, fold_0_train.txt, fold_0_val.txt and so on, with a path
+on each line, and classes.json, which numbers the classes for all folds. Every
+image that is not test is validated on in one fold and trained on in the others.
+Every class has its share of each part, to within one image.
 
 Copies of an image (same pixels, or resized, compressed again, brighter) stay
 together on one side, and so do the images of a group in --groups (a patient, a

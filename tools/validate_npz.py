@@ -6,8 +6,8 @@
   python tools/validate_npz.py data/sign --labels data/sign/labels_val.csv \\
       --train_labels data/sign/labels_train.csv
 
-The clips that the labels list are opened, without labels every clip of the
-folder. Of a training set beside it, classes, names and contents are compared.
+Opens the clips that the labels list, or without labels every clip of the
+folder. With a training set, compares classes, names and contents with it.
 Exit code 0: no errors, perhaps warnings; 2: errors.
 """
 
