@@ -101,7 +101,7 @@ class Signals:
         self.received.append(number)
 
     def _pause(self, _number: int, _frame: FrameType | None) -> None:
-        family = [member for pid in self.running for member in family_of(pid)]
+        family = [member for pid in tuple(self.running) for member in family_of(pid)]
         send(family, signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)  # goes on here after SIGCONT
         send(family, signal.SIGCONT)
