@@ -48,7 +48,7 @@ def import_user_module(name: str) -> ModuleType:
         if error.name != name.partition(".")[0]:
             raise UserError(f"--import {name}: {first_line(error)}") from None
         raise UserError(f"--import {name}: no such module in {here} or among the installed ones") from None
-    except Exception as error:  # whatever the module does
+    except (Exception, SystemExit) as error:  # whatever the module does
         raise UserError(f"--import {name}: {type(error).__name__}: {first_line(error)}") from None
     finally:
         # The module may import others beside it later on; what the tools import comes first from then on.
