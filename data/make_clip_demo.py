@@ -643,7 +643,8 @@ def draw_all(folder: Path, rows: list[dict[str, str]], args: Args) -> None:
     (folder / "images").mkdir(parents=True)
     workers = args.num_workers if args.num_workers is not None else os.cpu_count() or 1
     draw = functools.partial(draw_one, folder, args.seed, args.size)
-    done = map_in_processes(draw, list(enumerate(rows)), workers if workers > 1 else 0, chunk=50)
+    workers = workers if workers > 1 and len(rows) > 50 else 0  # a process is not worth its start for a few images
+    done = map_in_processes(draw, list(enumerate(rows)), workers, chunk=50)
     for _ in watched(done, len(rows), "drawing", "images"):
         pass
 

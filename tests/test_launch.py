@@ -95,7 +95,9 @@ def test_what_is_left_running_is_ended(tmp_path: Path, monkeypatch: pytest.Monke
     """Also what left the script's session, and what does not care for SIGTERM."""
     monkeypatch.setattr(launch, "GRACE", 0.5)
     monkeypatch.setattr(launch, "PATIENCE", 0.5)
-    sleeper = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print(1, flush=True); time.sleep(600)"
+    sleeper = (
+        "import signal, sys, time; signal.signal(15, signal.SIG_IGN); print(1, end='', flush=True); time.sleep(600)"
+    )
     code = f"""
 import os, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", {sleeper!r}], start_new_session=True, stdout=subprocess.PIPE)
