@@ -356,7 +356,9 @@ def test_a_picture_that_is_gone_is_left_out(run, model, photos, capsys) -> None:
 def test_nothing_that_can_be_read(run, model, tmp_path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"bad: none of its 1 rows can be read, the first one is a.jpg: .*its header is damaged"):
+    with pytest.raises(
+        UserError, match=r"bad: none of its 1 rows can be read, the first one is a.jpg: .*its header is damaged"
+    ):
         run(model, "bad")
     assert not Path("out.parquet").exists() and not leftovers(tmp_path)
 
