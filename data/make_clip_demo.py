@@ -1,6 +1,6 @@
-"""Make the demo's picture set: furniture drawn by this program, each picture with a caption of its properties.
+"""Make the demo's image set: furniture drawn by this program, each image with a caption of its properties.
 
-A combination of properties lies in one split only, so retrieval on the test side asks for combinations never trained.
+Each combination of properties is in one split only: retrieval on the test split asks for combinations never trained on.
 
   python data/make_clip_demo.py --output_dir data/demo_clip
 """
@@ -14,24 +14,24 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
-import signal
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter
+from typing import TYPE_CHECKING, NamedTuple
 
 from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import whole_folder
+from accelerando.base.log import watched
+from accelerando.base.processes import map_in_processes
 
-VERSION = 1  # counts up when the same arguments would draw other pictures
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+VERSION = 1  # incremented when the same arguments draw other images
 OVERSAMPLING = 3
 
 Color = tuple[int, int, int]
@@ -70,10 +70,10 @@ COLUMNS = ("image", "caption", "kind", "material", "color", "size", "background"
 class Args:
     # -- output --
     output_dir: str = "data/demo_clip"  # folder to write captions.csv and images/ to
-    count: int = 4000  # pictures; a tenth each for validation and for test
-    seed: int = 42  # of the properties, the pictures, the captions and the split
-    size: int = 96  # side of a picture in pixels
-    num_workers: int | None = None  # processes that draw, default one for each core; the pictures are the same
+    count: int = 4000  # images; a tenth each for validation and for test
+    seed: int = 42  # of the properties, the images, the captions and the split
+    size: int = 96  # side of an image in pixels
+    num_workers: int | None = None  # processes that draw, default one for each core; the images are the same
     config: tuple[str, ...] = ()  # YAML files with any of these settings
 
 
@@ -362,7 +362,10 @@ def shaded(color: Color, factor: float) -> Color:
 
 @functools.lru_cache(maxsize=2)
 def textures(side: int) -> dict[str, Image.Image]:
-    """Textures twice as large as the canvas, of which each picture cuts its own pieces; 128 leaves a colour alone."""
+    """Textures twice as large as the canvas, of which each image cuts its own pieces; 128 leaves a colour alone."""
+    import numpy as np
+    from PIL import Image
+
     rng = np.random.default_rng(0)
     full, unit = 2 * side, side / 288
     y, x = np.mgrid[:full, :full] / unit
@@ -387,11 +390,16 @@ def textures(side: int) -> dict[str, Image.Image]:
 
 @functools.lru_cache(maxsize=2)
 def camera_noise(size: int) -> np.ndarray:
+    """Noise int16 [2 size, 2 size, 3], of which each image cuts its own piece."""
+    import numpy as np
+
     return np.random.default_rng(1).normal(0, 3, (2 * size, 2 * size, 3)).round().astype(np.int16)
 
 
 def add_texture(canvas: Image.Image, name: str, mask: Image.Image, rng: random.Random) -> None:
     """Lays a piece of a texture over what ``mask`` marks."""
+    from PIL import ImageChops
+
     box = mask.getbbox()
     if box is None:
         return
@@ -402,6 +410,8 @@ def add_texture(canvas: Image.Image, name: str, mask: Image.Image, rng: random.R
 
 def draw_background(name: str, side: int, horizon: int, rng: random.Random) -> Image.Image:
     """Wall and floor, the floor from row ``horizon`` down."""
+    from PIL import Image, ImageDraw
+
     unit, light = side / 288, rng.uniform(0.92, 1.04)
     pale = rng.choice(((226, 219, 205), (214, 220, 222), (222, 214, 214), (218, 222, 208)))
     paper = rng.choice(((222, 206, 182), (196, 212, 204), (220, 200, 204), (198, 206, 222)))
@@ -480,6 +490,8 @@ def ring(part: Part, top: bool) -> list[tuple[float, float, float]]:
 
 def back_to_front(parts: list[Part]) -> list[int]:
     """An order in which no part hides one drawn later; the viewer is in front, to the right and above."""
+    import numpy as np
+
     low, high = np.array([part.low for part in parts]), np.array([part.high for part in parts])
     behind = (high[:, None, 0] <= low[None, :, 0] + 1e-6) | (low[:, None, 1] >= high[None, :, 1] - 1e-6)
     behind |= high[:, None, 2] <= low[None, :, 2] + 1e-6
@@ -496,6 +508,8 @@ def draw_parts(
     canvas: Image.Image, parts: list[Part], corners: list[list[Range]], unit: float, rng: random.Random
 ) -> None:
     """Paints the visible faces of the parts, light from the upper left, and lays the textures over them."""
+    from PIL import Image, ImageDraw
+
     draw = ImageDraw.Draw(canvas, "RGBA")
     masks: dict[str, tuple[Image.Image, ImageDraw.ImageDraw]] = {}
     names = []
@@ -533,8 +547,11 @@ def draw_parts(
         add_texture(canvas, name, mask, rng)
 
 
-def draw_picture(row: dict[str, str], seed: int, number: int, size: int) -> Image.Image:
-    """The picture of one row; the same for the same arguments."""
+def draw_image(row: dict[str, str], seed: int, number: int, size: int) -> Image.Image:
+    """The image of one row; the same for the same arguments."""
+    import numpy as np
+    from PIL import Image, ImageDraw, ImageFilter
+
     rng = random.Random(f"{seed}:picture:{number}")
     side = size * OVERSAMPLING
     light = rng.uniform(0.92, 1.06)
@@ -615,42 +632,25 @@ def make_rows(count: int, seed: int) -> list[dict[str, str]]:
     return rows
 
 
-def draw_some(folder: Path, rows: list[dict[str, str]], start: int, seed: int, size: int) -> int:
-    """Writes the pictures of ``rows``, the first of which has number ``start``."""
-    for number, row in enumerate(rows, start):
-        draw_picture(row, seed, number, size).save(folder / row["image"], quality=90, subsampling=0)
-    return len(rows)
-
-
-def ignore_interrupts() -> None:
-    """Ctrl-C reaches every process: the parent alone answers it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def draw_one(folder: Path, seed: int, size: int, numbered: tuple[int, dict[str, str]]) -> None:
+    """Writes the image of a row, given with its number; what a worker runs."""
+    number, row = numbered
+    draw_image(row, seed, number, size).save(folder / row["image"], quality=90, subsampling=0)
 
 
 def draw_all(folder: Path, rows: list[dict[str, str]], args: Args) -> None:
-    """Draws the rows' pictures into ``folder/images`` with a progress bar."""
-    from tqdm import tqdm
-
+    """Draws the rows' images into ``folder/images`` with a progress bar."""
     (folder / "images").mkdir(parents=True)
     workers = args.num_workers if args.num_workers is not None else os.cpu_count() or 1
-    tasks = [(folder, rows[start : start + 50], start, args.seed, args.size) for start in range(0, len(rows), 50)]
-    with tqdm(total=len(rows), desc="drawing", unit=" pictures", delay=2, disable=None, leave=False) as bar:
-        if workers <= 1 or len(tasks) == 1:
-            for task in tasks:
-                bar.update(draw_some(*task))
-            return
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(tasks)), context, ignore_interrupts) as pool:
-            try:
-                for done in pool.map(draw_some, *zip(*tasks, strict=True)):
-                    bar.update(done)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+    draw = functools.partial(draw_one, folder, args.seed, args.size)
+    workers = workers if workers > 1 and len(rows) > 50 else 0  # a process is not worth its start for a few images
+    done = map_in_processes(draw, list(enumerate(rows)), workers, chunk=50)
+    for _ in watched(done, len(rows), "drawing", "images"):
+        pass
 
 
 def is_there(folder: Path, made_with: dict[str, int]) -> bool:
-    """Whether ``folder`` holds this very set; UserError where it holds something that is not ours to replace."""
+    """Whether ``folder`` holds this very set; UserError where it holds something that this program did not make."""
     note = folder / "demo.json"
     if note.is_file():
         try:

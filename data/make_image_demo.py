@@ -2,7 +2,7 @@
 
 Thirteen people wrote them; they have 8 x 8 pixels in 17 grey levels (Alpaydin and Kaynak 1998). Here they are dark on
 white, with a margin, enlarged to 40 x 40. Called again once tools/split_folds.py has split them, this program also says
-how far logistic regression gets on the test pictures.
+how far logistic regression gets on the test images.
 
   python data/make_image_demo.py --output_dir data/demo_image
   python tools/split_folds.py --raw_data data/demo_image/raw --folds 5
@@ -15,17 +15,20 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from accelerando.base.config import parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
 from accelerando.base.files import whole_folder, write_text
+from accelerando.data.folders import read_class_map, read_index
 
-MADE_WITH = {"maker": "make_image_demo.py", "version": 1}  # version: counts up when the pictures would be others
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+MADE_WITH = {"maker": "make_image_demo.py", "version": 1}  # version: incremented when the images change
 LEVELS = 16  # the value of the darkest ink; paper is 0
-MARGIN = 1  # of paper around the 8 x 8 pixels: evaluation cuts a sixteenth of the picture off each side
+MARGIN = 1  # of paper around the 8 x 8 pixels: evaluation cuts a sixteenth of the image off each side
 SCALE = 4
 
 
@@ -33,7 +36,7 @@ SCALE = 4
 class Args:
     # -- output --
     output_dir: str = "data/demo_image"  # folder to write raw/0 to raw/9 to
-    baseline: bool = True  # where splits/ is there: logistic regression on the test pictures, into baseline.json
+    baseline: bool = True  # where splits/ is there: logistic regression on the test images, into baseline.json
     config: tuple[str, ...] = ()  # YAML files with any of these settings
 
 
@@ -52,24 +55,27 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(ink: np.ndarray) -> Image.Image:
-    """The picture of ``ink``, 0 to 16 [8, 8]: black on white, 40 x 40 pixels, smoothly enlarged."""
+    """The image of ``ink``, 0 to 16 [8, 8]: black on white, 40 x 40 pixels, smoothly enlarged."""
+    import numpy as np
+    from PIL import Image
+
     grey = np.rint(255 * (1 - np.pad(ink, MARGIN) / LEVELS)).astype(np.uint8)
     image = Image.fromarray(grey)
     return image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.BICUBIC)
 
 
-def pictures() -> Iterator[tuple[str, Image.Image]]:
-    """File, relative to the output folder, and picture: raw/<digit>/<row in scikit-learn's set>.png."""
+def images() -> Iterator[tuple[str, Image.Image]]:
+    """File, relative to the output folder, and image: raw/<digit>/<row in scikit-learn's set>.png."""
     for row, (ink, digit) in enumerate(zip(*load_digits(), strict=True)):
         yield f"raw/{digit}/{row:04d}.png", draw(ink)
 
 
-def write_pictures(folder: Path) -> int:
+def write_images(folder: Path) -> int:
     """Writes all of them, whole or not at all, and returns how many they are."""
     count = 0
     try:
         with whole_folder(folder) as draft:
-            for name, image in pictures():
+            for name, image in images():
                 (draft / name).parent.mkdir(parents=True, exist_ok=True)
                 image.save(draft / name)
                 count += 1
@@ -79,14 +85,17 @@ def write_pictures(folder: Path) -> int:
     return count
 
 
-def check_pictures(folder: Path) -> int:
-    """How many pictures are in ``folder``.
+def check_images(folder: Path) -> int:
+    """How many images are in ``folder``.
 
     Raises:
         UserError: one is missing, damaged or changed.
     """
+    import numpy as np
+    from PIL import Image
+
     count = 0
-    for name, image in pictures():
+    for name, image in images():
         try:
             with Image.open(folder / name) as found:
                 same = np.array_equal(np.asarray(found), np.asarray(image))
@@ -96,13 +105,13 @@ def check_pictures(folder: Path) -> int:
         else:
             what = "was changed"
         if not same:
-            raise UserError(f"{folder / name} {what}: delete {folder} and run this again to have all made anew")
+            raise UserError(f"{folder / name} {what}: delete {folder} and run this again to make all of them again")
         count += 1
     return count
 
 
 def is_made(folder: Path) -> bool:
-    """True where ``folder`` holds what this program writes, False where there is nothing, or pictures of an older one.
+    """True where ``folder`` holds what this program writes, False where there is nothing, or images of an older one.
 
     Raises:
         UserError: it is not a folder, or it holds something else.
@@ -121,8 +130,9 @@ def is_made(folder: Path) -> bool:
 
 
 def read_flat(folder: Path, index: str, classes: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Ink, 0 to 16, of the pictures in an index file, 10 x 10 with the margin: float64 [n, 100]; their classes [n]."""
-    from accelerando.data.folders import read_index
+    """Ink, 0 to 16, of the images in an index file, 10 x 10 with the margin: float64 [n, 100]; their classes [n]."""
+    import numpy as np
+    from PIL import Image
 
     files = read_index(folder / "splits" / index, classes)
     inputs = []
@@ -139,9 +149,8 @@ def read_flat(folder: Path, index: str, classes: dict[str, int]) -> tuple[np.nda
 
 def baseline(folder: Path) -> float:
     """Accuracy in 0..1 of logistic regression, the usual first attempt: trained on all that is not test."""
+    import numpy as np
     from sklearn.linear_model import LogisticRegression
-
-    from accelerando.data.folders import read_class_map
 
     classes = read_class_map(folder / "splits")
     parts = [read_flat(folder, f"fold_0_{side}.txt", classes) for side in ("train", "val")]
@@ -154,14 +163,14 @@ def main() -> None:
     args = parse_args(Args)
     folder = Path(args.output_dir)
     if is_made(folder):
-        count, where = check_pictures(folder), "already in"
+        count, where = check_images(folder), "already in"
     else:
-        count, where = write_pictures(folder), "written to"
-    print(f"{count:,} pictures of 10 digits: {where} {folder / 'raw'}")
+        count, where = write_images(folder), "written to"
+    print(f"{count:,} images of 10 digits: {where} {folder / 'raw'}")
     if args.baseline and (folder / "splits" / "test.txt").is_file():
         accuracy = round(baseline(folder), 4)
         write_text(folder / "baseline.json", json.dumps({"logistic_regression": accuracy, "chance": 0.1}) + "\n")
-        print(f"Logistic regression on the test pictures: {100 * accuracy:.1f} %")
+        print(f"Logistic regression on the test images: {100 * accuracy:.1f} %")
 
 
 if __name__ == "__main__":

@@ -9,18 +9,14 @@ own, with other bodies, habits, speeds and cameras; some are left-handed.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import functools
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import random
-import signal
 import zipfile
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,8 +26,10 @@ import numpy as np
 from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import whole_folder, write_text
+from accelerando.base.log import watched
+from accelerando.base.processes import map_in_processes
 
-VERSION = 1  # counts up when the same arguments would give other clips
+VERSION = 1  # incremented when the same arguments give other clips
 SPLITS = ("train", "val", "test")
 COLUMNS = ("file", "gloss", "cat", "occluded", "signer")
 LEFT, RIGHT = slice(25, 46), slice(46, 67)  # keypoints of the hands; before them the pose, after them the face
@@ -72,7 +70,7 @@ MOVES = {  # at 0 <= u <= 1: offset x, y, z, turn of the palm, how far the hand 
     "CLOSE": lambda u: (0.15 * u, 0, 0, 0, u),
 }
 VARIANTS = ("", "BACK", "TWICE")  # the movement; from its end to its beginning; there, back and there again
-# Pose landmarks 0-10 and META["face_indices"] from the nose, x to the picture's right, as in a real clip.
+# Pose landmarks 0-10 and META["face_indices"] from the nose, x to the image's right, as in a real clip.
 HEAD = np.array([
     (0, 0), (0.08, -0.14), (0.12, -0.14), (0.17, -0.14), (-0.08, -0.14), (-0.12, -0.14), (-0.17, -0.14), (0.25, -0.09),
     (-0.25, -0.09), (0.1, 0.17), (-0.1, 0.17), (0, 0.05), (-0.17, -0.13), (0.17, -0.13), (-0.06, -0.12),
@@ -99,7 +97,7 @@ class Args:
     seed: int = 0  # of the signers and of the clips
     num_workers: int | None = None  # processes that make clips, default one for each core; the clips are the same
     baseline: bool = True  # measure logistic regression on the test signers and write baseline.json
-    preview: str | None = None  # picture to draw of some clips, skeletons over time
+    preview: str | None = None  # image to draw of some clips, skeletons over time
     config: tuple[str, ...] = ()  # YAML files with any of these settings
 
 
@@ -276,7 +274,7 @@ def move_arm(
 
 
 def film(points: np.ndarray, signer: dict[str, Any], rng: np.random.Generator) -> np.ndarray:
-    """Points [T,K,3] as the camera sees them: [T,K,2] in parts of the picture, not clipped."""
+    """Points [T,K,3] as the camera sees them: [T,K,2] in parts of the image, not clipped."""
     yaw, roll = signer["yaw"] + rng.normal(0, 0.04), signer["roll"] + rng.normal(0, 0.02)
     x = points[..., 0] * math.cos(yaw) + points[..., 2] * math.sin(yaw)
     z = points[..., 2] * math.cos(yaw) - points[..., 0] * math.sin(yaw)
@@ -286,15 +284,15 @@ def film(points: np.ndarray, signer: dict[str, Any], rng: np.random.Generator) -
     return np.stack(turned, -1) + rng.normal((signer["x"], signer["y"]), 0.015)
 
 
-def hands_seen(picture: np.ndarray, signer: dict[str, Any], task: Task, rng: np.random.Generator) -> np.ndarray:
-    """Whether left and right hand are found [T,2]: not where they are fast, outside of the picture or hidden."""
-    frames = len(picture)
+def hands_seen(image: np.ndarray, signer: dict[str, Any], task: Task, rng: np.random.Generator) -> np.ndarray:
+    """Whether left and right hand are found [T,2]: not where they are fast, outside of the image or hidden."""
+    frames = len(image)
     seen = np.ones((frames, 2), bool)
     for index, hand in enumerate((LEFT, RIGHT)):
-        speed = np.abs(np.diff(picture[:, hand][:, 9], axis=0, prepend=picture[:1, hand][:, 9])).sum(-1)
+        speed = np.abs(np.diff(image[:, hand][:, 9], axis=0, prepend=image[:1, hand][:, 9])).sum(-1)
         for start in np.flatnonzero(rng.random(frames) < signer["lost"] * (1 + 60 * speed)):
             seen[start : start + rng.integers(1, 4), index] = False
-        seen[:, index] &= ((picture[:, hand] > 0) & (picture[:, hand] < 1)).all(-1).mean(1) > 0.7
+        seen[:, index] &= ((image[:, hand] > 0) & (image[:, hand] < 1)).all(-1).mean(1) > 0.7
     if task.occluded:
         hidden = int(task.left_handed == (rng.random() < 0.3))  # more often the hand that signs
         share = 1 if rng.random() < 0.2 else rng.uniform(0.25, 0.45)
@@ -311,14 +309,14 @@ def feature_net(width: int) -> tuple[np.ndarray, np.ndarray]:
     return weight.astype(np.float32), np.rint(rng.normal(-500, 250, 2048)).astype(np.float32)
 
 
-def features_of(picture: np.ndarray, seen: np.ndarray, look: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def features_of(image: np.ndarray, seen: np.ndarray, look: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """What a frozen image net might make of the frames: [T,2048], never negative, mostly zero.
 
     A random layer with ReLU of where head, arms and hands are, the fingers, the signer's look, the light and noise.
     """
-    frames = len(picture)
-    parts = [(picture[:, [0, 11, 12, 13, 14]].reshape(frames, -1) - 0.5) * 3, np.tile(look, (frames, 1))]
-    for index, hand in enumerate((picture[:, LEFT], picture[:, RIGHT])):
+    frames = len(image)
+    parts = [(image[:, [0, 11, 12, 13, 14]].reshape(frames, -1) - 0.5) * 3, np.tile(look, (frames, 1))]
+    for index, hand in enumerate((image[:, LEFT], image[:, RIGHT])):
         shape = (hand[:, 1:] - hand[:, :1]).reshape(frames, -1) * 10
         parts.append(np.concatenate([shape, (hand[:, 9] - 0.5) * 14, np.ones((frames, 1))], 1) * seen[:, index, None])
     parts += [wobble(rng, frames, 4, 0.4, 12), rng.normal(0, 0.3, (frames, 12))]
@@ -346,15 +344,15 @@ def make_clip(seed: int, task: Task) -> dict[str, np.ndarray]:
     points[:, :11], points[:, 67:] = head[:, :11], head[:, 11:]
     arms = arms if task.left_handed else arms[::-1]
     for first, hand, (elbow, fingers) in zip((11, 12), (LEFT, RIGHT), arms, strict=True):
-        mirror = np.array([1 if hand == LEFT else -1, 1, 1])  # a signer's left is on the picture's right
+        mirror = np.array([1 if hand == LEFT else -1, 1, 1])  # a signer's left is on the image's right
         points[:, first], points[:, first + 12] = (signer["shoulders"] / 2, 0, 0) * mirror, HIP * mirror
         points[:, first + 2], points[:, hand] = elbow * mirror, fingers * mirror
         points[:, first + 4 : first + 12 : 2] = points[:, hand][:, [0, 17, 5, 3]]  # wrist, little finger, index, thumb
-    picture = film(points + wobble(rng, frames, 3, 0.015, 10)[:, None], signer, rng)
-    seen = hands_seen(picture, signer, task, rng)
+    image = film(points + wobble(rng, frames, 3, 0.015, 10)[:, None], signer, rng)
+    seen = hands_seen(image, signer, task, rng)
 
-    found = picture + rng.normal(0, signer["noise"], picture.shape)
-    found += wobble(rng, frames, 156, 0.002).reshape(picture.shape)
+    found = image + rng.normal(0, signer["noise"], image.shape)
+    found += wobble(rng, frames, 156, 0.002).reshape(image.shape)
     mask = ((found > 0) & (found < 1)).all(-1)
     for index, hand in enumerate((LEFT, RIGHT)):
         mask[:, hand] = seen[:, index, None]
@@ -369,7 +367,7 @@ def make_clip(seed: int, task: Task) -> dict[str, np.ndarray]:
     times = np.arange(frames) * (1000 / META["target_fps"]) + rng.uniform(-8, 8, frames)
     return {
         "X": np.rint(np.clip(found, 0, 1) * 1000).astype(np.float32).reshape(frames, 156) / np.float32(1000),
-        "X2048": features_of(picture, seen, signer["look"], rng),
+        "X2048": features_of(image, seen, signer["look"], rng),
         "mask": mask,
         "timestamps_ms": np.rint(times - times[0]).astype(np.int64),
         "meta": np.array(json.dumps({"video": f"{task.file}.synthetic", **META})),
@@ -398,24 +396,14 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 def write_all(folder: Path, tasks: list[Task], args: Args) -> None:
     """Makes the clips of ``tasks`` under ``folder``, and the tables beside them."""
-    from tqdm import tqdm
-
     for split in SPLITS:
         (folder / split).mkdir(parents=True)
     workers = args.num_workers if args.num_workers is not None else os.cpu_count() or 1
     parts = [tasks[start : start + 24] for start in range(0, len(tasks), 24)]
-    with contextlib.ExitStack() as stack:
-        run = map
-        if workers > 1 and len(parts) > 1:
-            context = multiprocessing.get_context("spawn")
-            # Ctrl-C reaches every process: the parent alone answers it, and gives up what is not begun.
-            deaf = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
-            pool = stack.enter_context(ProcessPoolExecutor(min(workers, len(parts)), context, deaf))
-            stack.callback(pool.shutdown, wait=False, cancel_futures=True)
-            run = pool.map
-        done = run(functools.partial(write_some, folder, args.seed), parts)
-        for _ in tqdm(done, "signing", len(parts), delay=2, disable=None, leave=False):
-            pass
+    write = functools.partial(write_some, folder, args.seed)
+    done = map_in_processes(write, parts, workers if workers > 1 else 0, chunk=1)
+    for _ in watched(done, len(parts), "signing", "parts"):
+        pass
     names = []
     for gloss, sign in enumerate(make_glosses(args.num_glosses)):
         category = gloss * args.num_categories // args.num_glosses
@@ -466,7 +454,7 @@ def baseline(train_folder: Path, test_folder: Path) -> float:
     return float(((x_test @ weight + bias).argmax(1) == y_test).float().mean())
 
 
-def draw_preview(folder: Path, picture: Path, lines: int = 12, columns: int = 10) -> None:
+def draw_preview(folder: Path, image: Path, lines: int = 12, columns: int = 10) -> None:
     """Contact sheet: clips of several signs and signers, one a line, over time; what is not seen is not drawn."""
     from matplotlib.figure import Figure
 
@@ -491,8 +479,8 @@ def draw_preview(folder: Path, picture: Path, lines: int = 12, columns: int = 10
             axis.plot(*points[frame, 67:].T, ".", color="0.4", markersize=2)
             axis.set(xlim=(0, 1), ylim=(1, 0), xticks=[], yticks=[], aspect="equal")
             axis.text(0.03, 0.12, frame, fontsize=6, color="0.5")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=90)
+    image.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(image, dpi=90)
 
 
 def main() -> None:
@@ -524,7 +512,7 @@ def main() -> None:
         print(f"Logistic regression on held-out signers: {100 * share:.1f} %")
     if args.preview:
         draw_preview(folder, Path(args.preview))
-        print(f"Picture: {args.preview}")
+        print(f"Image: {args.preview}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Make the demo's text set: which library does this documentation string come from?
+"""Make the demo's text set: which library does a docstring come from?
 
-Source files of installed packages are parsed, never imported. Doc strings of one file stay in one split, names that
-give the library away are cut, and near copies are dropped.
+Source files of installed packages are parsed, never imported. Docstrings of one file stay in one split, names that
+give the library away are cut out, and near copies are dropped.
 
   python data/make_text_demo.py --output_dir data/demo_text
 """
@@ -74,7 +74,7 @@ def doc_strings(path: Path) -> Iterator[str]:
 
 
 def description(doc: str) -> str:
-    """The first paragraphs up to about 200 characters, none of a list of parameters or an example."""
+    """The first paragraphs up to about 200 characters, without lists of parameters or examples."""
     kept: list[str] = []
     for paragraph in doc.split("\n\n"):
         stop = re.match(

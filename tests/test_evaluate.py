@@ -54,7 +54,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def chances_of(rows: list[dict[str, str]]) -> np.ndarray:
+def probabilities_of(rows: list[dict[str, str]]) -> np.ndarray:
     return np.array([[float(row[f"p_{name}"]) for name in ("chair", "lamp", "table")] for row in rows])
 
 
@@ -84,7 +84,7 @@ def test_what_changes_the_numbers(runs: Path, call) -> None:
 def test_what_is_printed_fits_a_terminal(runs: Path, call) -> None:
     code, out, _ = call(runs / "a")
     kept = json.loads((runs / "a" / "results.json").read_text())["test"]
-    assert code == 0 and f"{kept['count']} pictures of" in out and "(test split)" in out
+    assert code == 0 and f"{kept['count']} images of" in out and "(test split)" in out
     table = dict(line.split() for line in out.splitlines() if line.startswith(("loss", "accuracy", "f1")))
     assert table["loss"] == f"{kept['loss']:.4f}" and table["accuracy"] == f"{kept['accuracy']:.4f}"
     assert max(map(len, call(runs / "a", runs / "b")[1].splitlines()[3:])) <= 80
@@ -101,8 +101,8 @@ def test_an_ensemble_is_the_mean_of_probabilities(runs: Path, image_set: Path, c
     results = json.loads((tmp_path / "both" / "results.json").read_text())
     assert (code, err) == (0, "")
     assert [row["file"] for row in together] == [row["file"] for row in alone["a"]]
-    mean = (chances_of(alone["a"]) + chances_of(alone["b"])) / 2
-    np.testing.assert_allclose(chances_of(together), mean, atol=2e-6)
+    mean = (probabilities_of(alone["a"]) + probabilities_of(alone["b"])) / 2
+    np.testing.assert_allclose(probabilities_of(together), mean, atol=2e-6)
     labels = np.array([["chair", "lamp", "table"].index(row["label"]) for row in together])
     assert len(labels) == 117 == results["ensemble"]["count"]
     assert results["ensemble"]["accuracy"] == (mean.argmax(1) == labels).mean()
@@ -123,7 +123,7 @@ def test_a_folder_may_lack_classes_but_not_have_others(runs: Path, image_set: Pa
     (tmp_path / "new" / "notes.txt").write_text("x")
     code, out, err = call(runs / "b", "--data", tmp_path / "new", "--output_dir", tmp_path / "out")
     rows = rows_of(tmp_path / "out" / "predictions.csv")
-    assert code == 0 and "No picture is of lamp" in out and "1 more cannot be read" in out
+    assert code == 0 and "No image is of lamp" in out and "1 more cannot be read" in out
     assert "cannot be read:" in err and "broken.jpg" in err and "notes.txt" in err
     assert {(row["label"], row["file"].split("/")[0]) for row in rows} == {("chair", "chair"), ("table", "table")}
     (tmp_path / "new" / "table").rename(tmp_path / "new" / "tables")
@@ -140,7 +140,7 @@ def test_what_is_written(runs: Path, call, tmp_path: Path) -> None:
     assert [(row["file"], row["label"], row["predicted"]) for row in rows] == [
         (row["file"], row["label"], row["predicted"]) for row in kept
     ]
-    np.testing.assert_allclose(chances_of(rows), chances_of(kept), atol=1e-5)
+    np.testing.assert_allclose(probabilities_of(rows), probabilities_of(kept), atol=1e-5)
     for name in ("confusion.png", "classification_report.txt"):
         assert (target / name).stat().st_size > 100
     report = (runs / "b" / "logs" / "classification_report_test.txt").read_text()
@@ -186,14 +186,14 @@ def test_mistakes_end_in_one_line(runs: Path, image_set: Path, call, tmp_path: P
         ((tmp_path / "gone",), "no such folder"),
         ((text, "--data", data), "a classifier of texts; scored here are runs of image_classify.py alone"),
         ((truncated,), "the model does not load"),
-        ((moved,), "--data_dir says where the run's pictures lie now"),
+        ((moved,), "--data_dir says where the run's images lie now"),
         ((alone,), "score others with --data"),
-        ((a, "--data", empty), "no picture in this class folder"),
+        ((a, "--data", empty), "in this class folder"),
         ((a, "--data", empty / "chair"), "no class folders in it"),
         ((a, "--data", image_set), "its class folders are in"),
         ((a, "--data", data, "--split", "test"), "drop one"),
         ((a, a), "named twice"),
-        ((a, runs / "b", "--split", "validation"), "different validation pictures"),
+        ((a, runs / "b", "--split", "validation"), "different validation images"),
         ((a, "--output_dir", a), "is no evaluation's"),
         ((a, "--output_dir", a / "config.yaml"), "is a file"),
         ((a, "--amp", "fp16"), "needs a GPU"),
@@ -207,7 +207,7 @@ def test_mistakes_end_in_one_line(runs: Path, image_set: Path, call, tmp_path: P
 
 
 def test_a_trained_model_in_use(runs: Path, image_set: Path, call, tmp_path: Path) -> None:
-    """As a user goes on after training: scores the run, asks it about pictures, and about a list of them."""
+    """As a user goes on after training: scores the run, asks it about images, and about a list of them."""
     done = launch(ROOT / "tools" / "evaluate.py", runs / "b", "--output_dir", "scores", cwd=tmp_path)
     assert (tmp_path / "scores" / "report.html").is_file() and "accuracy" in done.out and done.err == ""
     kept = rows_of(runs / "b" / "predictions_test.csv")
@@ -215,6 +215,6 @@ def test_a_trained_model_in_use(runs: Path, image_set: Path, call, tmp_path: Pat
     assert call(runs / "b", "--file", tmp_path / "list.txt", "--output", tmp_path / "a.csv", tool=predict)[0] == 0
     rows = rows_of(tmp_path / "a.csv")
     assert [row["predicted"] for row in rows] == [row["predicted"] for row in kept]
-    np.testing.assert_allclose(chances_of(rows), chances_of(kept), atol=1e-5)
+    np.testing.assert_allclose(probabilities_of(rows), probabilities_of(kept), atol=1e-5)
     code, out, _ = call(runs / "b", image_set / "raw" / "lamp", "--top_k", 1, tool=predict)
     assert code == 0 and len(out.splitlines()) == len(list((image_set / "raw" / "lamp").iterdir()))

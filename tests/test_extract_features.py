@@ -389,7 +389,7 @@ def test_damaged_videos_are_named_and_the_others_done(stub, tmp_path, capsys) ->
         ]
         assert any(reason in lines[0] for reason in ("damaged at", "cut off", "Invalid data"))  # as FFmpeg sees it
         assert "cut off: 0.1 of 0.7 s" in lines[1] and "Invalid data" in lines[2]
-        assert "frame_1.png: not a picture" in lines[4] and "a1.png and b0.png are not of one series" in lines[5]
+        assert "its header is damaged" in lines[4] and "a1.png and b0.png are not of one series" in lines[5]
         assert [path.name for path in Path("out").iterdir()] == ["good.npz"]
 
 
@@ -573,7 +573,7 @@ def test_weights_of_another_shape_are_one_line(run, inception, tmp_path) -> None
     [
         (["clips/a.mp5"], "clips/a.mp5: no such file or folder: did you mean clips/a.mp4?"),
         (["nowhere"], "nowhere: no such file or folder"),
-        (["empty"], "empty: no video in it (.mp4 .mov .avi .mkv .webm), nor numbered pictures"),
+        (["empty"], "empty: no video in it (.mp4 .mov .avi .mkv .webm), nor numbered images"),
         (["words.txt"], "words.txt: a video ends in"),
         (["twins"], "twins/a.mp4 and twins/b/a.mov would both make a.npz"),
         (["clips", "--fps", "0"], "--fps 0.0: between 0.001 and 1000"),

@@ -1,4 +1,4 @@
-"""The picture set of the CLIP demo: same bytes for the same seed, honest splits, captions that say what is drawn."""
+"""The image set of the CLIP demo: same bytes for the same seed, honest splits, captions that say what is drawn."""
 
 import csv
 import hashlib
@@ -31,10 +31,10 @@ def hashes(folder: Path) -> dict[str, str]:
 
 
 def piece_color(demo: ModuleType, row: dict, seed: int) -> np.ndarray:
-    """Mean colour of what the piece changes in the picture: everything that no other colour leaves the same."""
+    """Mean colour of what the piece changes in the image: everything that no other colour leaves the same."""
     other = "white" if row["color"] != "white" else "black"
-    drawn = np.asarray(demo.draw_picture(row, seed, 0, 64), float)
-    changed = np.abs(drawn - np.asarray(demo.draw_picture({**row, "color": other}, seed, 0, 64), float)).sum(2) > 40
+    drawn = np.asarray(demo.draw_image(row, seed, 0, 64), float)
+    changed = np.abs(drawn - np.asarray(demo.draw_image({**row, "color": other}, seed, 0, 64), float)).sum(2) > 40
     return drawn[changed].mean(0)
 
 
@@ -58,7 +58,7 @@ def test_draws_once_and_again_for_other_arguments(tmp_path: Path, demo: ModuleTy
 
     assert "written to" in run("--count", "20", "--size", "32")
     before = hashes(tmp_path / "set")
-    monkeypatch.setattr(demo, "draw_picture", None)  # a call would fail
+    monkeypatch.setattr(demo, "draw_image", None)  # a call would fail
     assert "already in" in run("--count", "20", "--size", "32")
     monkeypatch.undo()
     assert "written to" in run("--count", "20", "--size", "32", "--seed", "1")
@@ -118,11 +118,11 @@ def test_size_position_and_kind_are_seen(demo: ModuleType) -> None:
     def mask(kind: str, size: str, position: str) -> np.ndarray:
         """Where a black piece and a pink one differ."""
         row = {"kind": kind, "material": demo.KINDS[kind][1][0], "size": size, "position": position}
-        pictures = [
-            np.asarray(demo.draw_picture({**row, "color": color, "background": "white studio"}, 2, 0, 64), float)
+        images = [
+            np.asarray(demo.draw_image({**row, "color": color, "background": "white studio"}, 2, 0, 64), float)
             for color in ("black", "pink")
         ]
-        return np.abs(pictures[0] - pictures[1]).sum(2) > 60
+        return np.abs(images[0] - images[1]).sum(2) > 60
 
     shapes = []
     for kind in demo.KINDS:

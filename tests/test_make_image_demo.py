@@ -49,7 +49,7 @@ def copied(made: SimpleNamespace, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def split(made: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The pictures with splits/, and what the splitter said."""
+    """The images with splits/, and what the splitter said."""
     folder = Path(shutil.copytree(made.folder, tmp_path_factory.mktemp("split") / "digits"))
     done = launch(ROOT / "tools" / "split_folds.py", "--raw_data", str(folder / "raw"), "--folds", "5", cwd=folder)
     return SimpleNamespace(folder=folder, out=done.out + done.err)
@@ -60,7 +60,7 @@ def hashes(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_pictures_are_scikit_learns_digits(made: SimpleNamespace) -> None:
+def test_images_are_scikit_learns_digits(made: SimpleNamespace) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -83,9 +83,9 @@ def test_pictures_are_scikit_learns_digits(made: SimpleNamespace) -> None:
 def test_ink_is_dark_and_paper_white(demo: ModuleType) -> None:
     ink = np.zeros((8, 8))
     ink[:, 2:6] = 16
-    picture = np.asarray(demo.draw(ink))
-    assert (picture[:, :6] == 255).all() and (picture[:2] > 250).all()  # a margin on every side
-    assert (picture[8:32, 14:26] == 0).all()
+    image = np.asarray(demo.draw(ink))
+    assert (image[:, :6] == 255).all() and (image[:2] > 250).all()  # a margin on every side
+    assert (image[8:32, 14:26] == 0).all()
     half = np.asarray(demo.draw(np.full((8, 8), 8.0)))
     assert (half[12:28, 12:28] == 128).all()
 
@@ -94,7 +94,7 @@ def test_counts_of_classes(made: SimpleNamespace) -> None:
     counts = {path.name: len(list(path.iterdir())) for path in sorted((made.folder / "raw").iterdir())}
     known = (178, 182, 177, 183, 181, 182, 181, 179, 174, 180)  # as the set's own description says
     assert counts == {str(digit): count for digit, count in enumerate(known)}
-    assert made.out == f"1,797 pictures of 10 digits: written to {made.folder / 'raw'}\n"
+    assert made.out == f"1,797 images of 10 digits: written to {made.folder / 'raw'}\n"
     assert [path.name for path in made.folder.parent.iterdir()] == ["digits"]  # no draft
 
 
@@ -107,12 +107,12 @@ def test_same_bytes_from_the_command_line(made: SimpleNamespace, tmp_path: Path)
 def test_again_rewrites_nothing(copied: Path, demo: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     (copied / "raw" / "3" / "mine.png").write_bytes(b"the user's own")
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in copied.rglob("*")}
-    monkeypatch.setattr(demo, "write_pictures", None)  # a call would fail
+    monkeypatch.setattr(demo, "write_images", None)  # a call would fail
     assert "already in" in make(demo, copied)
     assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in copied.rglob("*")} == before
 
 
-def test_pictures_of_an_older_version_are_made_anew(copied: Path, demo: ModuleType) -> None:
+def test_images_of_an_older_version_are_made_anew(copied: Path, demo: ModuleType) -> None:
     before = hashes(copied)
     (copied / "made.json").write_text(json.dumps({**demo.MADE_WITH, "version": 0}))
     (copied / "raw" / "3" / "old.png").write_bytes(b"")
@@ -125,7 +125,7 @@ def test_interrupted_leaves_nothing(tmp_path: Path, demo: ModuleType, monkeypatc
         yield "raw/0/0000.png", Image.new("L", (40, 40))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "pictures", some)
+    monkeypatch.setattr(demo, "images", some)
     with pytest.raises(KeyboardInterrupt):
         make(demo, tmp_path / "digits")
     assert not list(tmp_path.iterdir())
@@ -140,7 +140,7 @@ def test_interrupted_leaves_nothing(tmp_path: Path, demo: ModuleType, monkeypatc
         (lambda path: Image.new("L", (40, 40)).save(path), "was changed"),
     ],
 )
-def test_a_damaged_picture_is_one_line(copied: Path, demo: ModuleType, harm, what: str) -> None:
+def test_a_damaged_image_is_one_line(copied: Path, demo: ModuleType, harm, what: str) -> None:
     path = next((copied / "raw" / "7").iterdir())
     harm(path)
     with pytest.raises(demo.UserError, match=what) as error:
@@ -171,14 +171,14 @@ def test_without_scikit_learn(tmp_path: Path) -> None:
     assert done.stderr == "error: the digits come with scikit-learn: pip install scikit-learn\n"
 
 
-def test_baseline_of_the_test_pictures(split: SimpleNamespace, demo: ModuleType) -> None:
+def test_baseline_of_the_test_images(split: SimpleNamespace, demo: ModuleType) -> None:
     assert "copies" not in split.out and not (split.folder / "splits" / "duplicates.txt").exists()
     assert "Logistic" not in make(demo, split.folder, "--no_baseline")
     out = make(demo, split.folder)
     found = json.loads((split.folder / "baseline.json").read_text())
     assert 0.93 < found["logistic_regression"] < 0.97 and found["chance"] == 0.1
-    assert out.endswith(f"Logistic regression on the test pictures: {100 * found['logistic_regression']:.1f} %\n")
-    # Trained on all that is not test, and scored on the test pictures.
+    assert out.endswith(f"Logistic regression on the test images: {100 * found['logistic_regression']:.1f} %\n")
+    # Trained on all that is not test, and scored on the test images.
     classes = {str(digit): digit for digit in range(10)}
     inputs, labels = demo.read_flat(split.folder, "test.txt", classes)
     assert inputs.shape == (270, 100) and inputs.min() == 0 and 15 < inputs.max() <= 16

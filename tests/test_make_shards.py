@@ -175,7 +175,7 @@ def test_bytes_do_not_depend_on_workers_row_order_or_the_moment(images: Path, tm
     rows.append({**rows[0], "image": "chairs/broken.png"})
     flags = ("--captions", write_csv(tmp_path / "rows.csv", rows), "--max_shard_count", "7")
     done = launch(TOOL, "--images", "images", "--output_dir", "two", "--num_workers", "2", *flags, cwd=tmp_path)
-    assert "checking: 0 of 31 pictures" in done.out
+    assert "checking: 0 of 31 images" in done.out
     pack(*flags, out="none")
     assert files(tmp_path / "two") == files(tmp_path / "none")
     write_csv(tmp_path / "rows.csv", rows[::-1])
@@ -238,7 +238,7 @@ def test_every_wanted_side_has_a_picture(seed: int, pack, images: Path, tmp_path
     pack(*few, "--test_fraction", 0, "--overwrite")
     assert set(read(tmp_path / "out")) == {"train", "validation"}
     table = write_csv(tmp_path / "rows.csv", furniture(images, 2))
-    with pytest.raises(UserError, match=r"2 different pictures.*--test_fraction 0"):
+    with pytest.raises(UserError, match=r"2 different images.*--test_fraction 0"):
         pack("--captions", table, out="new")
 
 
@@ -253,7 +253,7 @@ def test_a_split_column_wins_and_leaks_are_left_out(pack, images: Path, tmp_path
     for name, samples in found.items():
         given = {json.loads(members["json"])["split"].lower() for members in samples.values()}
         assert given <= {name, name[:3]}
-    assert re.search(r"rows\.csv row 21 .*: copy\.jpg: the same picture is in test too", err)
+    assert re.search(r"rows\.csv row 21 .*: copy\.jpg: the same image is in test too", err)
     rows[6]["split"] = "holdout"
     with pytest.raises(UserError, match=r"rows\.csv row 7 .*'holdout'.*train, validation"):
         pack("--captions", write_csv(tmp_path / "rows.csv", rows), "--split_column", "split", out="new")
@@ -342,7 +342,7 @@ def test_files_beside_the_pictures(pack, images: Path, tmp_path: Path) -> None:
     (images / "2.txt").write_bytes(b"\xff\xfe\xff")
     (images / "3.json").write_text("{")
     with pytest.raises(
-        UserError, match=r"2 different pictures for train, validation, test.*4 rows were left out.*2\.JPG"
+        UserError, match=r"2 different images for train, validation, test.*4 rows were left out.*2\.JPG"
     ):
         pack(out="faults")
     _, err = pack("--test_fraction", 0, out="faults")
@@ -361,7 +361,7 @@ def test_what_cannot_be_packed_is_named(pack, images: Path, tmp_path: Path) -> N
     rows[5]["image"] = ""
     rows += furniture(images, 5, first=20)
     _, err = pack("--captions", write_csv(tmp_path / "rows.csv", rows), "--caption_template", "{kind} {color}")
-    reasons = ["broken picture (image file is truncated", "the file is empty", "not a JPEG, PNG or WebP",
+    reasons = ["broken image (image file is truncated", "the file is empty", "not a JPEG, PNG or WebP",
                "no such file", "lies outside of images", "image is empty"]  # fmt: skip
     said = (tmp_path / "out" / "skipped.txt").read_text()
     for number, reason in enumerate(reasons, start=1):
@@ -475,7 +475,7 @@ def test_existing_output_is_kept_unless_it_is_ours_and_asked_for(pack, images: P
         with pytest.raises(UserError, match="not made by this tool"):
             pack("--captions", table, "--overwrite", out="theirs")
         assert files(tmp_path / "theirs") == {"shards.json": content.encode()}
-    for place, part in {"images": "holds the pictures", ".": "holds the pictures", "rows.csv": "is a file"}.items():
+    for place, part in {"images": "holds the images", ".": "holds the images", "rows.csv": "is a file"}.items():
         with pytest.raises(UserError, match=part):
             pack("--captions", table, "--overwrite", out=place)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out", "rows.csv", "theirs"]
@@ -488,14 +488,14 @@ def test_a_failure_while_writing_leaves_nothing_and_keeps_the_old(
     pack("--captions", table)
     before = files(tmp_path / "out")
     module = sys.modules["make_shards"]
-    check = module.check_pictures
+    check = module.check_images
 
     def then_change(*args):
         found = check(*args)
         next(images.glob("*/*.jpg")).write_bytes(picture(77, "JPEG"))
         return found
 
-    monkeypatch.setattr(module, "check_pictures", then_change)
+    monkeypatch.setattr(module, "check_images", then_change)
     with pytest.raises(UserError, match="changed while it was being packed"):
         pack("--captions", table, "--overwrite")
     assert files(tmp_path / "out") == before
@@ -510,7 +510,7 @@ def test_mistakes_end_in_one_line(pack, images: Path, tmp_path: Path) -> None:
     write_csv(tmp_path / "gone.csv", [{**row, "image": "no.jpg"} for row in rows])
     faults = {
         ("--images", "nowhere"): "--images nowhere: no such folder",
-        ("--images", "empty"): "--images empty: no picture in it",
+        ("--images", "empty"): "--images empty: no image in it",
         (): "nothing to pack: all 4 rows are left out, the first one is chairs/no 0.v2.jpg: no caption beside it",
         ("--captions", "row.csv"): "did you mean rows.csv",
         ("--captions", "empty.csv"): "empty.csv: the file is empty",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import shutil
 import subprocess
@@ -74,7 +73,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 def command(*arguments: object) -> dict:
     return {
         "args": [sys.executable, str(ROOT / "tools" / "predict.py"), *map(str, arguments)],
-        "env": {**os.environ, "PYTHONPATH": str(ROOT)},
         "stdout": subprocess.PIPE,
         "stderr": subprocess.PIPE,
     }
@@ -214,7 +212,7 @@ def test_mistakes_end_in_one_line(run_folder: Path, call, tmp_path: Path) -> Non
         ((variant("list", config="[]"), "x"), "expected an object"),
         ((variant("unweighted", ("model.safetensors",)), "x"), "model does not load"),
         ((damaged, "x"), "model does not load"),
-        ((encoder, "x"), "needed is a classifier of texts, signs or pictures"),
+        ((encoder, "x"), "needed is a classifier of texts, signs or images"),
         ((headless, "x"), "weights are missing"),
         ((broken, "x"), "NaN"),
         ((best,), "standard input: no text"),

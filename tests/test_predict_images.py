@@ -1,4 +1,4 @@
-"""tools/predict.py for pictures: the numbers of training, every source, what cannot be read, one line for mistakes."""
+"""tools/predict.py for images: the numbers of training, every source, what cannot be read, one line for mistakes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 @pytest.fixture(scope="module")
 def run_folder(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose best/ is a small ResNet with random weights, scaled so that pictures get different answers."""
+    """A run whose best/ is a small ResNet with random weights, scaled so that images get different answers."""
     folder = tmp_path_factory.mktemp("runs") / "x"
     torch.manual_seed(0)
     names = {"id2label": LABELS, "label2id": {name: number for number, name in LABELS.items()}}
@@ -57,7 +57,7 @@ def run_folder(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def photos(image_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures of several formats, some in folders, beside what is none."""
+    """A folder of images of several formats, some in folders, beside what is none."""
     folder = tmp_path_factory.mktemp("photos")
     (folder / "b" / "deep").mkdir(parents=True)
     (folder / ".hidden").mkdir()
@@ -67,7 +67,7 @@ def photos(image_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / f"{number:02d} x{path.suffix.upper()}").write_bytes(path.read_bytes())
     Image.open(found[0]).convert("P").save(folder / "a.gif")
     Image.new("RGBA", (40, 30), (255, 0, 0, 90)).save(folder / "b" / "see-through.png")
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     (folder / ".hidden" / "h.jpg").write_bytes(found[0].read_bytes())
     return folder
 
@@ -106,9 +106,9 @@ def expected(run_folder: Path, paths: list[Path], tta: bool = False) -> torch.Te
     return logits.softmax(1)
 
 
-def assert_scores(found: list[dict], chances: torch.Tensor, names: list[str], atol: float = 2e-5) -> None:
+def assert_scores(found: list[dict], probabilities: torch.Tensor, names: list[str], atol: float = 2e-5) -> None:
     got = torch.tensor([[result["scores"][name] for name in names] for result in found])
-    torch.testing.assert_close(got, chances, rtol=0, atol=atol)
+    torch.testing.assert_close(got, probabilities, rtol=0, atol=atol)
 
 
 def test_a_folder_is_answered_as_in_training(run_folder: Path, photos: Path, call) -> None:
@@ -119,10 +119,10 @@ def test_a_folder_is_answered_as_in_training(run_folder: Path, photos: Path, cal
     there = [sorted(path for path in place.iterdir() if path.is_file() and path.suffix != ".txt")
              for place in (photos, photos / "b", photos / "b" / "deep")]  # fmt: skip
     assert paths == [path for place in there for path in place] and len(paths) == 26
-    chances = expected(run_folder, paths)
-    assert chances.argmax(1).unique().numel() > 1
-    assert_scores(found, chances, list(LABELS.values()))
-    for result, row in zip(found, chances, strict=True):
+    probabilities = expected(run_folder, paths)
+    assert probabilities.argmax(1).unique().numel() > 1
+    assert_scores(found, probabilities, list(LABELS.values()))
+    for result, row in zip(found, probabilities, strict=True):
         assert result["label"] == LABELS[int(row.argmax())] and result["score"] == max(result["scores"].values())
         assert list(result["scores"].values()) == sorted(result["scores"].values(), reverse=True)
 
@@ -154,10 +154,10 @@ def test_another_processor_is_used_as_it_is(run_folder: Path, photos: Path, tiny
     processor = AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
     inputs = processor([Image.open(path).convert("RGB") for path in paths], return_tensors="pt")
     model = ViTForImageClassification.from_pretrained(tmp_path).eval()
-    chances = model(**inputs).logits.softmax(1).detach()
+    probabilities = model(**inputs).logits.softmax(1).detach()
     code, out, _ = call(tmp_path, *paths)
     assert code == 0
-    assert_scores(objects(out), chances, list(model.config.id2label.values()))
+    assert_scores(objects(out), probabilities, list(model.config.id2label.values()))
 
     code, out, err = call(tiny_vit, paths[0])  # its processor makes 224 pixels of 32
     assert (code, out, len(err.splitlines())) == (2, "", 1) and "does not take what its image processor makes" in err
@@ -195,21 +195,21 @@ def test_what_cannot_be_read_is_named(run_folder: Path, photos: Path, call, tmp_
     assert ["error" in result for result in found] == [False, *[True] * len(bad), False]
     assert_scores([found[0], found[-1]], expected(run_folder, sound), list(LABELS.values()))
     assert err.splitlines() == [f"cannot be read: {r['file']}: {r['error']}" for r in found[1:-1]]
-    assert "bomb" in found[1]["error"] and "not a picture" in found[3]["error"] and "BytesIO" not in err
+    assert "bomb" in found[1]["error"] and "its header is damaged" in found[3]["error"] and "BytesIO" not in err
 
     output = tmp_path / "out" / "a.csv"
     code, out, _ = call(run_folder, *given, "--output", output)
     assert (code, out) == (1, "") and len(output.read_text().splitlines()) == 3
     for name in ("b.csv", "b.jsonl"):
         code, out, err = call(run_folder, *given[1:3], "--output", tmp_path / "out" / name)
-        assert (code, err.splitlines()[-1]) == (2, "error: none of 2 pictures can be read")
+        assert (code, err.splitlines()[-1]) == (2, "error: none of 2 images can be read")
     assert list(output.parent.iterdir()) == [output]
 
 
 @pytest.fixture(scope="module")
 def server(photos: Path):
-    """A web server with a picture, and with what servers do instead of sending one."""
-    picture = (photos / "a.gif").read_bytes()
+    """A web server with an image, and with what servers do instead of sending one."""
+    image = (photos / "a.gif").read_bytes()
     held = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
@@ -217,18 +217,18 @@ def server(photos: Path):
             name = self.path.strip("/")
             if name == "silent":
                 held.wait(10)
-            lengths = {"cut": len(picture) + 5, "large": inputs.MOST_BYTES + 1}
+            lengths = {"cut": len(image) + 5, "large": inputs.MOST_BYTES + 1}
             moved = {"moved": "/a%20b.gif", "ftp": "ftp://localhost/a.gif", "round": "/round"}
             self.send_response(404 if name == "none" else 302 if name in moved else 200)
             if name in moved:
                 self.send_header("Location", moved[name])
             elif name != "endless":
-                self.send_header("Content-Length", str(lengths.get(name, len(picture))))
+                self.send_header("Content-Length", str(lengths.get(name, len(image))))
             self.end_headers()
             if name == "a%20b.gif":
-                self.wfile.write(picture)
+                self.wfile.write(image)
             elif name in ("cut", "large"):
-                self.wfile.write(picture[:-5])
+                self.wfile.write(image[:-5])
             elif name == "endless":
                 with contextlib.suppress(OSError):
                     while True:
@@ -298,7 +298,7 @@ def test_threads_stay_a_bounded_way_ahead() -> None:
 def test_mistakes_end_in_one_line(run_folder: Path, photos: Path, call, tmp_path: Path) -> None:
     import shutil
 
-    picture = photos / "a.gif"
+    image = photos / "a.gif"
 
     def variant(name: str) -> Path:
         return shutil.copytree(run_folder / "best", tmp_path / name)
@@ -317,27 +317,27 @@ def test_mistakes_end_in_one_line(run_folder: Path, photos: Path, call, tmp_path
     text.mkdir()
     (text / "config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
     cases: list[tuple[tuple, str]] = [
-        ((truncated, picture), "does not load"),
-        ((weightless, picture), "does not load"),
-        ((bare, picture), "no preprocessor_config.json"),
-        ((broken, picture), "NaN"),
-        ((text, picture), "a classifier of texts"),
-        ((text, "x", "--tta"), "--tta has no effect here (pictures:"),
-        ((text, "x", "--output", "x.csv"), "CSV is for pictures"),
-        ((run_folder,), "standard input: no picture"),
-        ((run_folder, empty), "no picture in this folder"),
+        ((truncated, image), "does not load"),
+        ((weightless, image), "does not load"),
+        ((bare, image), "no preprocessor_config.json"),
+        ((broken, image), "NaN"),
+        ((text, image), "a classifier of texts"),
+        ((text, "x", "--tta"), "--tta has no effect here (images:"),
+        ((text, "x", "--output", "x.csv"), "CSV is for images"),
+        ((run_folder,), "standard input: no image"),
+        ((run_folder, empty), "no image in this folder"),
         ((run_folder, photos / "a.gfi"), "no such file"),
         ((run_folder, "s3://bucket/a.jpg"), "only http"),
-        ((run_folder, picture, "--file", picture), "give one of them"),
-        ((run_folder, "--file", picture), "not a list of paths and URLs"),
+        ((run_folder, image, "--file", image), "give one of them"),
+        ((run_folder, "--file", image), "not a list of paths and URLs"),
         ((run_folder, "--file", photos), "is a folder"),
         ((run_folder, "--file", tmp_path / "nowhere.txt"), "no such file"),
-        ((run_folder, picture, "--text_pair", "x"), "--text_pair has no effect here"),
-        ((run_folder, picture, "--format", "csv", "--top_k", 1), "--top_k is for JSON"),
-        ((run_folder, picture, "--num_workers", 0), "--num_workers 0"),
-        ((run_folder, picture, "--batch_size", 0), "--batch_size 0"),
-        ((run_folder, picture, "--device", "cuda:77"), "no such device"),
-        ((run_folder, picture, "--output", empty), "is a folder"),
+        ((run_folder, image, "--text_pair", "x"), "--text_pair has no effect here"),
+        ((run_folder, image, "--format", "csv", "--top_k", 1), "--top_k is for JSON"),
+        ((run_folder, image, "--num_workers", 0), "--num_workers 0"),
+        ((run_folder, image, "--batch_size", 0), "--batch_size 0"),
+        ((run_folder, image, "--device", "cuda:77"), "no such device"),
+        ((run_folder, image, "--output", empty), "is a folder"),
     ]
     for arguments, message in cases:
         code, out, err = call(*arguments)

@@ -1,4 +1,4 @@
-"""The report is one self-contained page that shows every number; the pictures open and are not blank."""
+"""The report is one self-contained page that shows every number; the images open and are not blank."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_any_history_draws_inside_its_panel(values: list[float], log_y: bool, tm
     assert len(page.of("svg")) == bool(drawable)
     if log_y or len(values) < 2:  # matplotlib is slow: some of the cases are enough
         plots.plot_curves(history, series, tmp_path / "a.png")
-        assert_picture(tmp_path / "a.png")
+        assert_image(tmp_path / "a.png")
 
 
 def test_ticks_are_few_round_and_distinct() -> None:
@@ -209,8 +209,8 @@ def test_confusion_of_many_classes_lists_the_worst_pairs() -> None:
     [image] = page.of("img")
     names, cells = json.loads(image["data-matrix"])
     assert len(names) == 40 and cells[str(3 * 40 + 9)] == 31 and sum(cells.values()) == matrix.sum()
-    with Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))) as picture:
-        assert picture.size == (40, 40) and picture.mode == "RGBA" and picture.getpixel((9, 3))[3] > 0
+    with Image.open(io.BytesIO(base64.b64decode(image["src"].partition(",")[2]))) as opened:
+        assert opened.size == (40, 40) and opened.mode == "RGBA" and opened.getpixel((9, 3))[3] > 0
     assert "No class was confused" in report.confusion(np.eye(21, dtype=int), [str(n) for n in range(21)])
 
 
@@ -276,34 +276,34 @@ def test_write_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "surrogate" in path.read_text(encoding="utf-8") and list(tmp_path.iterdir()) == [path]
 
 
-def assert_picture(path: Path) -> np.ndarray:
+def assert_image(path: Path) -> np.ndarray:
     from PIL import Image
 
-    with Image.open(path) as picture:
-        assert round(picture.info["dpi"][0]) == 150
-        pixels = np.asarray(picture.convert("RGB"))
-    assert pixels.std() > 2, "a blank picture"
+    with Image.open(path) as opened:
+        assert round(opened.info["dpi"][0]) == 150
+        pixels = np.asarray(opened.convert("RGB"))
+    assert pixels.std() > 2, "a blank image"
     return pixels
 
 
-def test_pictures_are_not_blank_and_repeat(tmp_path: Path) -> None:
+def test_images_are_not_blank_and_repeat(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         plots.plot_curves(HISTORY, [LOSS, F1, Curve("$x_$", {"eval_loss": "_$"}, log_y=True)], tmp_path / "p" / name)
-    assert_picture(tmp_path / "p" / "a.png")
+    assert_image(tmp_path / "p" / "a.png")
     assert (tmp_path / "p" / "a.png").read_bytes() == (tmp_path / "p" / "b.png").read_bytes()
     plots.plot_curves([], [LOSS], tmp_path / "empty.png")
-    assert_picture(tmp_path / "empty.png")
+    assert_image(tmp_path / "empty.png")
 
 
 @pytest.mark.parametrize("classes", [2, 20, 90])
-def test_confusion_picture(classes: int, tmp_path: Path) -> None:
+def test_confusion_image(classes: int, tmp_path: Path) -> None:
     names = [f"{'long ' * 20}$_{number} 手" for number in range(classes)]
     pixels = plots.plot_confusion(counts(classes), names, tmp_path / "c.png")
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
-    assert np.array_equal(pixels, assert_picture(tmp_path / "c.png"))
+    assert np.array_equal(pixels, assert_image(tmp_path / "c.png"))
 
 
-def test_a_picture_leaves_pyplot_alone() -> None:
+def test_a_plot_leaves_pyplot_alone() -> None:
     from matplotlib import _pylab_helpers
 
     plots.plot_confusion(np.zeros((2, 2), int), ["a", "b"])  # also: rows without a count

@@ -331,7 +331,7 @@ def test_what_is_no_picture_is_left_out_and_named(split, tmp_path: Path, monkeyp
     lines = (tmp_path / "splits" / "skipped.txt").read_text().splitlines()
     for name, why in {
         "raw/ants/imageNotFound.gif": "a GIF", "raw/ants/cut.jpg": "Truncated", "raw/ants/empty.png": "is empty",
-        "raw/ants/page.jpg": "not a picture", "raw/bees/Thumbs.db": "no picture", "raw/bees/.hidden.png": "hidden",
+        "raw/ants/page.jpg": "its header is damaged", "raw/bees/Thumbs.db": "no picture", "raw/bees/.hidden.png": "hidden",
         "raw/notes.txt": "beside the class folders", "raw/.ipynb_checkpoints": "hidden", "raw/bees/bomb.png": "exceeds",
     }.items():  # fmt: skip
         assert [why in line for line in lines if line.startswith(f"{name}: ")] == [True], name

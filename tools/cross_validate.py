@@ -5,40 +5,45 @@
   python tools/cross_validate.py --config_file accelerate_configs/multi_gpu.yaml --num_processes 2 \\
     scripts/image_classify.py --data_dir data/insects
 
-What stands before the script is for `accelerate launch`, except for the flags
-below; what stands after it is for the script, or for a copy of it. Without
-flags for the launcher, `accelerate config` counts; where it was never run and
-there is no GPU, accelerate_configs/cpu.yaml does.
+Arguments before the script go to `accelerate launch`, except for the flags
+below; arguments after it go to the script, or to a copy of it. Without flags
+for the launcher your `accelerate config` is used, or, if there is none and no
+GPU, accelerate_configs/cpu.yaml.
 
-The same command goes on: a fold that is finished is not trained again, one that
-was stopped is resumed. --overwrite behind the script starts all of them again.
+Run the same command again to resume: finished folds are kept, a stopped one is
+resumed. --overwrite after the script starts all of them again.
 
 runs/<name>_fold<k> are the runs, runs/<name>_cv holds the result: mean and
 standard deviation over the folds, and the ensemble, which is the mean of their
-probabilities. predictions_validation.csv there has an answer for every picture
-that is not test, by the one model that was not trained on it.
+probabilities. Its predictions_validation.csv has a prediction for every image
+outside the test set, by the one model that was not trained on it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import importlib.util
 import json
-import os
 import re
-import signal
 import statistics
-import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import tyro
 
-from accelerando.base.config import COMMON_ALIASES, grouped, parse_args, read_yaml
-from accelerando.base.errors import Stopped, UserError, errors_in_one_line, first_line
+from accelerando.base.config import COMMON_ALIASES, Alias, grouped, parse_args
+from accelerando.base.errors import Stopped, UserError, errors_in_one_line
+from accelerando.base.files import is_unused, whole_folder
 from accelerando.base.processes import command_line
+from accelerando.data.folders import read_class_map, read_index
+from accelerando.inference import runs
+from accelerando.inference.runs import Predictions
+from accelerando.launch import Signals, accelerate_command, default_launcher, how_it_ended, run_script, was_stopped
+from accelerando.report import page
+from accelerando.report.plots import plot_confusion
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -46,16 +51,18 @@ if TYPE_CHECKING:
     import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-LAUNCH = "--launch_a_fold"  # how this file calls itself; `accelerate launch ...` follows
+CONFIGS = ROOT / "accelerate_configs"
 WORDS = "[LAUNCHER'S FLAG ...] SCRIPT [FLAG ...]"
 EXAMPLE = "python tools/cross_validate.py scripts/image_classify.py --data_dir data/insects"
 SHOWN = {"accuracy": "accuracy", "f1_macro": "F1 macro", "loss": "loss"}  # of the metrics, in tables
-NO_MATTER = {"num_workers", "pin_memory"}  # settings that may change between a run and its resumption
+IGNORED = {"num_workers", "pin_memory"}  # settings that may change between a run and its resumption
 STATES = {  # of a fold: what is said of it, and the flag that its run gets
-    "new": ("starts", []), "anew": ("starts again", ["--overwrite"]), "stopped": ("goes on", ["--resume"]),
+    "new": ("starts", []),
+    "restart": ("starts again", ["--overwrite"]),
+    "stopped": ("goes on", ["--resume"]),
     "finished": ("is finished", []),
-}  # fmt: skip
-LEAST = 5e-7  # probabilities are written with six digits: what 0.000000 stands for at the most
+}
+SMALLEST = 5e-7  # probabilities are written with six digits: the most that 0.000000 can stand for
 
 
 @dataclass
@@ -65,14 +72,25 @@ class Args:
     folds: tuple[int, ...] = ()  # only these, as 0 2 (default: all that splits/ holds)
 
 
+class ScriptArgs(Protocol):
+    """What the ``Args`` of a script with folds hold, among others."""
+
+    data_dir: str
+    fold: int
+    output_dir: str
+    run_name: str | None
+    resume: str | None
+    overwrite: bool
+
+
 @dataclass
 class Fold:
-    """One fold: its number, the settings of its run and where that is, and the pictures that belong to it."""
+    """One fold: its number, the settings and the folder of its run, and the images that belong to it."""
 
     number: int
-    args: Any
+    args: ScriptArgs
     directory: Path
-    pictures: dict[str, set[str]]  # validation, and test if there is one
+    images: dict[str, set[str]]  # validation, and test if there is one
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -96,7 +114,7 @@ def split_words(words: list[str]) -> tuple[list[str], list[str], Path, list[str]
         if word.startswith("-"):
             kept = ours if word.partition("=")[0] == "--folds" else launcher
         elif not ours and not launcher:
-            if word in ("accelerate", "launch"):  # as one is used to type
+            if word in ("accelerate", "launch"):  # typed out of habit
                 continue
             raise UserError(f"{word!r} before {script}: flags of accelerate launch, or --folds, come first")
         kept.append(word)
@@ -107,14 +125,12 @@ def split_words(words: list[str]) -> tuple[list[str], list[str], Path, list[str]
 
 
 def load_script(path: Path) -> ModuleType:
-    """The script as a module, not run.
+    """The script, imported as a module.
 
     Raises:
-        UserError: it lacks what makes folds of it: ``Args`` with ``data_dir``, ``fold`` and what names a run, and
-            ``default_name``.
+        UserError: it lacks what a script with folds has: ``Args`` with ``data_dir``, ``fold`` and what names a run,
+            and ``default_name``.
     """
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path.resolve())
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # where the dataclass looks for its module
@@ -127,8 +143,8 @@ def load_script(path: Path) -> ModuleType:
     return module
 
 
-def without(words: list[str], names: set[str], aliases: dict[str, Any]) -> list[str]:
-    """A script's flags but for those called ``names`` and their values."""
+def without(words: list[str], names: set[str], aliases: Mapping[str, Alias]) -> list[str]:
+    """A script's flags without those called ``names`` and their values."""
     table, kept, skipping = {**COMMON_ALIASES, **aliases}, [], False
     for word in words:
         if word.startswith("--"):
@@ -140,38 +156,21 @@ def without(words: list[str], names: set[str], aliases: dict[str, Any]) -> list[
     return kept
 
 
-def default_launcher() -> list[str]:
-    """Flags for `accelerate launch` where none was given: cpu.yaml without a GPU and without a config of the user's."""
-    # torch is asked in another process: it would stay in the memory of this one for as long as the folds are trained.
-    code = (
-        "import os, torch; from accelerate.commands.config import default_config_file as file; "
-        "print(os.path.isfile(file) or torch.accelerator.is_available())"
-    )
-    found = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout
-    if found.strip() == "True":
-        return []
-    config = ROOT / "accelerate_configs" / "cpu.yaml"
-    here = Path.cwd()
-    return ["--config_file", str(config.relative_to(here) if config.is_relative_to(here) else config)]
-
-
 # ------------------------------------------------------------------------------------------------------------ folds
 
 
 def read_folds(data: Path) -> dict[int, dict[str, set[str]]]:
-    """Fold -> its pictures of ``validation``, and of ``test`` if there is a test set.
+    """Fold -> its images of ``validation``, and of ``test`` if there is a test set.
 
     Raises:
-        UserError: there are no folds, or they do not part the pictures: each that is not test is validated on once.
+        UserError: there are no folds, or an image that is not test is not validated on exactly once.
     """
-    from accelerando.data.folders import read_class_map, read_index
-
     splits = data / "splits"
     again = f"python tools/split_folds.py --raw_data {data / 'raw'} --folds 5"
     if not splits.is_dir() and (data / "train").is_dir():
         raise UserError(
             f"{data}: train/ and val/ are one split, there is nothing to cross-validate; for folds, gather the "
-            f"pictures of both in {data / 'raw'}/<class>, then: {again}"
+            f"images of both in {data / 'raw'}/<class>, then: {again}"
         )
     classes = read_class_map(splits)
 
@@ -191,7 +190,7 @@ def read_folds(data: Path) -> dict[int, dict[str, set[str]]]:
         if twice := [name for name in validated if name in owner]:
             raise UserError(
                 f"{splits / file}: {twice[0]} is in {owner[twice[0]]} too, so this is no cross-validation; {again} "
-                "--overwrite makes folds anew"
+                "--overwrite makes new folds"
             )
         owner.update(dict.fromkeys(validated, file))
         folds[number] = {"validation": set(validated), **({"test": set(test)} if test else {})}
@@ -200,12 +199,12 @@ def read_folds(data: Path) -> dict[int, dict[str, set[str]]]:
         for name in names(file):
             if owner.get(name) in (None, own, "test.txt"):
                 where = f"is in {owner[name]} too" if name in owner else "is in no fold_*_val.txt"
-                raise UserError(f"{splits / file}: {name} {where}; {again} --overwrite makes folds anew")
+                raise UserError(f"{splits / file}: {name} {where}; {again} --overwrite makes new folds")
     return folds
 
 
-def run_names(module: ModuleType, args: Any, numbers: list[int]) -> tuple[dict[int, str], str, bool]:
-    """(fold -> name of its run, name that they share, whether the script has to be told)."""
+def run_names(module: ModuleType, args: ScriptArgs, numbers: list[int]) -> tuple[dict[int, str], str, bool]:
+    """(fold -> name of its run, name that they share, whether the script needs --run_name to use them)."""
     if args.run_name:
         return {number: f"{args.run_name}_fold{number}" for number in numbers}, args.run_name, True
     names = {number: module.default_name(dataclasses.replace(args, fold=number)) for number in numbers}
@@ -216,14 +215,11 @@ def run_names(module: ModuleType, args: Any, numbers: list[int]) -> tuple[dict[i
     return names, before + after, False
 
 
-def first_difference(args: Any, config: dict[str, Any]) -> str | None:
-    """The first setting in which a run's saved ``config`` differs from ``args``, of those that change a result."""
-    before = {}
-    for name, value in config.items():
-        before.update(value if isinstance(value, dict) else {name: value})
+def first_difference(args: ScriptArgs, before: Mapping[str, Any]) -> str | None:
+    """The first setting in which a run's saved ones differ from ``args``, of those that change a result."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    now = {name: value for section, group in grouped(args).items() if section != "output"
-           for name, value in group.items() if name not in NO_MATTER}  # fmt: skip
+    groups = [group for section, group in grouped(args).items() if section != "output"]
+    now = {name: value for group in groups for name, value in group.items() if name not in IGNORED}
     for name, value in now.items():
         default = defaults[name]
         old = before.get(name, list(default) if isinstance(default, tuple) else default)  # a flag newer than the run
@@ -234,205 +230,91 @@ def first_difference(args: Any, config: dict[str, Any]) -> str | None:
     return None
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return " ".join(map(str, value)) or "empty" if isinstance(value, list) else str(value)
 
 
 def state_of(fold: Fold, overwrite: bool) -> str:
-    """What to do with a fold: one of ``STATES``.
+    """The state of a fold, which says what to do with it: one of ``STATES``.
 
     Raises:
-        UserError: the run was made with other settings, or is none.
+        UserError: the run was made with other settings, or the folder is not that of a run.
     """
-    from accelerando.base.files import is_unused
-
     directory = fold.directory
     if is_unused(directory):
         return "new"
-    if not (directory / "config.yaml").is_file():
-        raise UserError(f"{directory}: no run (it lacks config.yaml), so it is left alone; choose another --run_name")
+    try:
+        before = runs.read_settings(directory)
+    except UserError as error:
+        raise UserError(f"{error}, so it is left alone; choose another --run_name") from None
     if overwrite:
-        return "anew"
-    if difference := first_difference(fold.args, read_yaml(directory / "config.yaml")):
+        return "restart"
+    if difference := first_difference(fold.args, before):
         raise UserError(
             f"{directory}: {difference}; --overwrite starts all folds again, --run_name makes others beside them"
         )
-    # The report is the last that a run writes. A run that was prolonged and stopped has the results of before.
-    if not (directory / "report.html").is_file() or not (directory / "results.json").is_file():
+    if not runs.is_finished(directory):
         return "stopped"
-    results = read_results(directory)
-    return "stopped" if first_difference(fold.args, results.get("config", {})) else "finished"
-
-
-def read_results(directory: Path) -> dict[str, Any]:
-    """``results.json`` of a run; UserError where it is missing or broken."""
-    path = directory / "results.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(content, dict):
-            return content
-        problem = "not an object"
-    except (OSError, ValueError) as error:
-        problem = getattr(error, "strerror", None) or first_line(error)
-    raise UserError(f"{path}: {problem}; remove {directory}, and the same command trains this fold again")
+    # A run that was prolonged and stopped has the results of before.
+    settings = runs.flat_settings(fold_results(fold).get("config", {}))
+    return "stopped" if first_difference(fold.args, settings) else "finished"
 
 
 # --------------------------------------------------------------------------------------------------------- training
-
-
-def launch(words: list[str]) -> int:
-    """`accelerate launch` with ``words``; returns the exit code of the script, which the launcher itself would not.
-
-    Where the script ends with an error, its own line is the last one: the launcher's traceback says nothing more.
-
-    Raises:
-        UserError: the launcher does not take these flags.
-    """
-    import logging
-
-    from accelerate.commands import launch as launcher
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-    from accelerando.base.processes import signal_when_parent_dies
-
-    # The script saves and leaves when it is told to stop: the launcher must outlive it. A handler, unlike SIG_IGN, is
-    # not inherited by the script. Should our parent be killed, this process ends at once and Linux tells the script.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: None)
-    signal_when_parent_dies(signal.SIGKILL)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-
-    def refuse(message: str) -> None:
-        raise UserError(f"accelerate launch: {message}")
-
-    parser = launcher.launch_command_parser()
-    parser.error = refuse
-    args = parser.parse_args([word for word in words if word not in ("--quiet", "-q")])  # which would hide the code
-    code = 0
-    try:
-        launcher.launch_command(args)
-    except subprocess.CalledProcessError as error:
-        code = error.returncode
-    except ChildFailedError as error:
-        code = error.get_first_failure()[1].exitcode
-    except (ValueError, OSError) as error:
-        refuse(first_line(error))
-    return code if code >= 0 else 128 - code
-
-
-def train(command: list[str], received: list[int]) -> int:
-    """Runs one fold to its end and returns its exit code.
-
-    ``received``: signals that this process was sent so far. The first is passed on as SIGTERM, upon which the script
-    saves and leaves; a second one as SIGINT, upon which it leaves at once.
-    """
-    import psutil
-
-    # A session of its own: a Ctrl-C reaches the script once, from here, and not a second time from the terminal.
-    process = subprocess.Popen(command, start_new_session=True)
-    told: dict[int, int] = {}
-    before = signal.signal(signal.SIGTSTP, lambda *_: rest_together(process.pid))
-    try:
-        while True:
-            try:
-                return process.wait(0.2)
-            except subprocess.TimeoutExpired:
-                pass
-            if received:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    for script in psutil.Process(process.pid).children():
-                        if told.get(script.pid, 0) < min(2, len(received)):
-                            script.send_signal(signal.SIGINT if script.pid in told else signal.SIGTERM)
-                            told[script.pid] = told.get(script.pid, 0) + 1
-    finally:
-        signal.signal(signal.SIGTSTP, before)
-
-
-def rest_together(pid: int) -> None:
-    """Ctrl-Z, which the terminal sends this process alone: ``pid`` and what it has started rest as long as this one."""
-    import psutil
-
-    def send(family: list[psutil.Process], number: int) -> None:
-        for member in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.send_signal(number)
-
-    family: list[psutil.Process] = []
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    send(family, signal.SIGSTOP)
-    os.kill(os.getpid(), signal.SIGSTOP)
-    send(family, signal.SIGCONT)
 
 
 def train_all(folds: list[Fold], states: list[str], commands: list[list[str]], overwrite: bool) -> None:
     """Trains the folds that are not finished, one after the other.
 
     Raises:
-        Stopped: a fold failed, with its exit code, or this process was told to stop.
+        Stopped: a fold failed, with its exit code, or this process got a signal to stop.
     """
-    received: list[int] = []
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    handlers = {number: signal.signal(number, lambda number, _: received.append(number)) for number in numbers}
     again = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
-    try:
+    with Signals() as signals:
         for position, (fold, state, command) in enumerate(zip(folds, states, commands, strict=True), start=1):
             title = f"Fold {position} of {len(folds)}"
             print(f"{title}: {fold.directory} {STATES[state][0]}", flush=True)
             if state == "finished":
                 continue
-            code = train(command, received)
-            if received or code in (128 + number for number in numbers):
-                raise Stopped(f"{title} was stopped: {again}", 128 + received[0] if received else code)
+            code = run_script(command, signals)
+            if signals.received or was_stopped(code):
+                raise Stopped(f"{title} was stopped: {again}", 128 + signals.received[0] if signals.received else code)
             if code:
-                why = f"was killed by signal {code - 128}" if code > 128 else "ended with the error above"
-                raise Stopped(f"{title} {why}: once that is mended, {again}", code)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+                raise Stopped(f"{title} {how_it_ended(code)}: once that is mended, {again}", code)
 
 
 # ----------------------------------------------------------------------------------------------------------- result
 
 
-@dataclass
-class Predictions:
-    """What one run, or several together, say of n pictures: names, class numbers int [n], probabilities [n, C]."""
-
-    files: list[str]
-    labels: np.ndarray
-    chances: np.ndarray
-
-
-def read_predictions(fold: Fold, split: str, label_names: list[str]) -> Predictions:
-    """``predictions_<split>.csv`` of a run.
+def fold_predictions(fold: Fold, split: str, label_names: list[str]) -> Predictions:
+    """What a fold's run predicted of a split.
 
     Raises:
-        UserError: it is missing or broken, or has pictures that do not belong to this part of the splits.
+        UserError: the file is missing or broken, or has images that do not belong to this part of the splits.
     """
-    import numpy as np
-
-    from accelerando.data.tables import csv_records
-
-    path = fold.directory / f"predictions_{split}.csv"
-    again = f"remove {fold.directory}, and the same command trains this fold again"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; {again}")
-    columns, number = [f"p_{name}" for name in label_names], {name: row for row, name in enumerate(label_names)}
-    files, labels, chances = [], [], []
-    for where, record in csv_records(path, ["file", "label", *columns]):
-        try:
-            labels.append(number[record["label"]])
-            chances.append([float(record[column]) for column in columns])
-        except (KeyError, ValueError):
-            raise UserError(f"{path}: {where}: an unknown label, or no number; {again}") from None
-        files.append(record["file"])
-    if strange := set(files) - fold.pictures[split]:
+    try:
+        found = runs.read_predictions(fold.directory, split, label_names)
+    except UserError as error:
+        raise UserError(f"{error}; {retrain(fold)}") from None
+    if strange := set(found.files) - fold.images[split]:
         raise UserError(
-            f"{path}: {min(strange)} is not in that part of the splits, which were made anew since: --overwrite starts "
-            "all folds again"
+            f"{fold.directory / f'predictions_{split}.csv'}: {min(strange)} is not in that part of the splits, which "
+            "were made again since: --overwrite starts all folds again"
         )
-    return Predictions(files, np.array(labels), np.array(chances).reshape(-1, len(label_names)))
+    return found
+
+
+def fold_results(fold: Fold) -> dict[str, Any]:
+    """``results.json`` of a fold's run; UserError where it is missing or broken."""
+    try:
+        return runs.read_results(fold.directory)
+    except UserError as error:
+        raise UserError(f"{error}; {retrain(fold)}") from None
+
+
+def retrain(fold: Fold) -> str:
+    """The way out where a file of a finished fold is broken."""
+    return f"remove {fold.directory}, and the same command trains this fold again"
 
 
 def score(found: Predictions) -> dict[str, float]:
@@ -441,7 +323,7 @@ def score(found: Predictions) -> dict[str, float]:
 
     from accelerando.report.metrics import classification_metrics
 
-    logits = np.log(np.maximum(found.chances, LEAST))
+    logits = np.log(np.maximum(found.probabilities, SMALLEST))
     return classification_metrics(found.labels, logits, -logits[np.arange(len(logits)), found.labels])
 
 
@@ -449,7 +331,7 @@ def ensemble(parts: list[tuple[Fold, Predictions]]) -> Predictions:
     """The mean of the folds' probabilities.
 
     Raises:
-        UserError: the folds were not tested on the same pictures.
+        UserError: the folds were not tested on the same images.
     """
     import numpy as np
 
@@ -458,31 +340,30 @@ def ensemble(parts: list[tuple[Fold, Predictions]]) -> Predictions:
         if found.files != one.files or (found.labels != one.labels).any():
             odd = min(set(found.files) ^ set(one.files), default="their order or their classes")
             raise UserError(
-                f"{fold.directory} and {first.directory} were tested on different pictures ({odd}): the data changed "
+                f"{fold.directory} and {first.directory} were tested on different images ({odd}): the data changed "
                 "in between; --overwrite starts all folds again"
             )
-    return Predictions(one.files, one.labels, np.mean([found.chances for _, found in parts], axis=0))
+    return Predictions(one.files, one.labels, np.mean([found.probabilities for _, found in parts], axis=0))
 
 
 def out_of_fold(parts: list[tuple[Fold, Predictions]]) -> Predictions:
-    """The validation predictions of all folds together: no picture twice."""
+    """The validation predictions of all folds together: no image twice."""
     import numpy as np
 
     files = [name for _, found in parts for name in found.files]
     if len(set(files)) != len(files):
-        raise RuntimeError("a picture was validated on in two folds")
+        raise RuntimeError("an image was validated on in two folds")
     labels = np.concatenate([found.labels for _, found in parts])
-    return Predictions(files, labels, np.concatenate([found.chances for _, found in parts]))
+    return Predictions(files, labels, np.concatenate([found.probabilities for _, found in parts]))
 
 
 def mean_and_deviation(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Mean and sample standard deviation (n - 1; None of one fold) of each metric of each split over the folds."""
-    from accelerando.report.results import METRICS
-
     mean: dict[str, Any] = {}
     deviation: dict[str, Any] = {}
     for split in [split for split in ("validation", "test") if split in rows[0]]:
-        values = {name: [row[split][name] for row in rows] for name in METRICS if name in rows[0][split]}
+        names = [name for name, value in rows[0][split].items() if isinstance(value, float)]
+        values = {name: [row[split][name] for row in rows] for name in names}
         mean[split] = {name: statistics.fmean(numbers) for name, numbers in values.items()}
         deviation[split] = {name: statistics.stdev(numbers) if len(rows) > 1 else None
                             for name, numbers in values.items()}  # fmt: skip
@@ -507,7 +388,7 @@ def summary_text(results: dict[str, Any], title: str, notes: list[str]) -> str:
     lines.append(f"{'':10}" + "".join("  " + "".join(f"{name:>10}" for name in SHOWN.values()) for _ in splits))
     for name, values in table_rows(results):
         cells = ["–" if value is None else f"{value:.4f}" for value in values]
-        if name == "ensemble":  # which has no validation pictures
+        if name == "ensemble":  # which has no validation images
             cells = ["" if split == "validation" else cell
                      for cell, split in zip(cells, [s for s in splits for _ in SHOWN], strict=True)]  # fmt: skip
         parts = [cells[start : start + len(SHOWN)] for start in range(0, len(cells), len(SHOWN))]
@@ -520,12 +401,11 @@ def write_result(
 ) -> None:
     """Writes all files of the result into the new folder ``draft``; ``rows``: of the folds, for ``results.json``."""
     from accelerando.report.metrics import confusion_matrix, report_text
-    from accelerando.report.plots import plot_confusion
     from accelerando.report.predictions import write_predictions
 
     draft.mkdir(parents=True)
-    found = {split: [(fold, read_predictions(fold, split, label_names)) for fold in folds]
-             for split in folds[0].pictures}  # fmt: skip
+    found = {split: [(fold, fold_predictions(fold, split, label_names)) for fold in folds]
+             for split in folds[0].images}  # fmt: skip
     together = {"validation": out_of_fold(found["validation"])}
     mean, deviation = mean_and_deviation(rows)
     results: dict[str, Any] = {"folds": rows, "mean": mean, "std": deviation}
@@ -534,26 +414,26 @@ def write_result(
     if "test" in found:
         together["test"] = ensemble(found["test"])
         results["ensemble"] = {**score(together["test"]), "count": len(together["test"].files)}
-        notes.append(f"ensemble: mean of the folds' probabilities, {len(together['test'].files):,} test pictures")
+        notes.append(f"ensemble: mean of the folds' probabilities, {len(together['test'].files):,} test images")
         own = [(score(part)["loss"], row["test"]["loss"]) for (_, part), row in zip(found["test"], rows, strict=True)]
         if any(abs(plain - given) > 0.02 * max(plain, given, 0.01) for plain, given in own):
             results["ensemble"]["loss"] = None
             notes.append("          no loss: that of the folds is not the plain cross-entropy (smoothing, weights)")
-    pictures = len(folds[0].pictures.get("test", ())) + sum(len(fold.pictures["validation"]) for fold in folds)
-    if unread := pictures - sum(len(part.files) for part in together.values()):
-        notes.append(f"pictures that could not be read, which are in no number: {unread:,}")
+    images = len(folds[0].images.get("test", ())) + sum(len(fold.images["validation"]) for fold in folds)
+    if unread := images - sum(len(part.files) for part in together.values()):
+        notes.append(f"images that could not be read, which no number includes: {unread:,}")
     if getattr(folds[0].args, "trainer_type", None) == "dp":
-        notes.append("privacy: a picture trains every fold but one, so together they spend more than one's epsilon")
+        notes.append("privacy: an image trains every fold but one, so together they spend more than one's epsilon")
     last = "test" if "test" in together else "validation"
-    matrix = confusion_matrix(together[last].labels, together[last].chances.argmax(axis=1), len(label_names))
+    matrix = confusion_matrix(together[last].labels, together[last].probabilities.argmax(axis=1), len(label_names))
     results |= {"label_names": label_names, "confusion_matrix": matrix.tolist()}
     results |= {"seconds": round(sum(row["seconds"] for row in rows), 3), "command": command_line()}
     notes.append(f"time: {results['seconds']:,.1f} s of training")
     for split, part in together.items():
-        write_predictions(draft / f"predictions_{split}.csv", part.files, label_names, part.chances, part.labels)
+        write_predictions(draft / f"predictions_{split}.csv", part.files, label_names, part.probabilities, part.labels)
     (draft / f"classification_report_{last}.txt").write_text(report_text(matrix, label_names), encoding="utf-8")
     plot_confusion(matrix, label_names, draft / "plots" / f"confusion_{last}.png")
-    counts = f"{len(folds)} folds, {results['out_of_fold']['count']:,} pictures validated on"
+    counts = f"{len(folds)} folds, {results['out_of_fold']['count']:,} images validated on"
     counts += f", {results['ensemble']['count']:,} tested on" if "test" in together else ""
     (draft / "summary.txt").write_text(summary_text(results, f"{title}\n{counts}", notes), encoding="utf-8")
     write_page(draft / "report.html", title, counts, folds[0].args, results, matrix, notes)
@@ -562,10 +442,9 @@ def write_result(
 
 
 def write_page(
-    path: Path, title: str, counts: str, args: Any, results: dict[str, Any], matrix: np.ndarray, notes: list[str]
+    path: Path, title: str, counts: str, args: ScriptArgs, results: dict[str, Any], matrix: np.ndarray, notes: list[str]
 ) -> None:
     """``report.html``: the figures, the folds, and what the ensemble (without a test set: all folds) confuses."""
-    from accelerando.report import page
     from accelerando.report.metrics import per_class
 
     last = "test" if "ensemble" in results else "validation"
@@ -575,7 +454,7 @@ def write_page(
     pooled = results["ensemble" if last == "test" else "out_of_fold"]
     tiles = [
         (f"{last} accuracy, mean", f"{100 * mean:.2f} %", spread),
-        (f"{last} accuracy, {who}", f"{100 * pooled['accuracy']:.2f} %", f"{pooled['count']:,} pictures"),
+        (f"{last} accuracy, {who}", f"{100 * pooled['accuracy']:.2f} %", f"{pooled['count']:,} images"),
         (f"{last} F1 (macro), {who}", f"{pooled['f1_macro']:.4f}", f"{len(results['label_names'])} classes"),
         ("training", f"{results['seconds']:,.0f} s", "all folds"),
     ]
@@ -602,19 +481,17 @@ def rows_of(folds: list[Fold]) -> tuple[list[dict[str, Any]], list[str]]:
     """
     rows, names = [], None
     for fold in folds:
-        results = read_results(fold.directory)
+        results = fold_results(fold)
         if lacking := [name for name in ("label_names", "validation", "seconds") if name not in results]:
             raise UserError(f"{fold.directory / 'results.json'}: no {lacking[0]} in it: not of a run of this script")
         names = names or results["label_names"]
-        other = [
-            f"{split} pictures" for split in ("validation", "test") if (split in results) != (split in fold.pictures)
-        ]
+        other = [f"{split} images" for split in ("validation", "test") if (split in results) != (split in fold.images)]
         other += ["classes"] if results["label_names"] != names else []
         if other:
             raise UserError(
                 f"{fold.directory}: its {other[0]} are not those of now; --overwrite starts all folds again"
             )
-        scores = {split: results[split] for split in fold.pictures}
+        scores = {split: results[split] for split in fold.images}
         rows.append({"fold": fold.number, "run": str(fold.directory), **scores, "seconds": results["seconds"]})
     return rows, names
 
@@ -622,7 +499,7 @@ def rows_of(folds: list[Fold]) -> tuple[list[dict[str, Any]], list[str]]:
 def check_target(target: Path) -> None:
     """UserError where the folder of the result holds something else."""
     if target.is_dir() and any(target.iterdir()):
-        if (target / "results.json").is_file() and isinstance(read_results(target).get("out_of_fold"), dict):
+        if (target / "results.json").is_file() and isinstance(runs.read_results(target).get("out_of_fold"), dict):
             return
     elif not target.exists():
         return
@@ -647,29 +524,27 @@ def plan(script: Path, flags: list[str], wanted: tuple[int, ...]) -> tuple[list[
         raise UserError("--push_to_hub: each fold would overwrite the one before it; drop it here")
     if not args.data_dir:
         raise UserError("--data_dir is missing: a folder with raw/<class>/ and the splits/ of tools/split_folds.py")
-    pictures = read_folds(Path(args.data_dir))
-    if unknown := [number for number in wanted if number not in pictures]:
-        raise UserError(f"--folds {unknown[0]}: there are folds {', '.join(map(str, pictures))}")
-    names, shared, told = run_names(module, args, list(pictures))
-    chosen = sorted(set(wanted or pictures))
-    words = without(flags, {"resume", "overwrite"} | ({"run_name"} if told else set()), aliases)
+    images = read_folds(Path(args.data_dir))
+    if unknown := [number for number in wanted if number not in images]:
+        raise UserError(f"--folds {unknown[0]}: there are folds {', '.join(map(str, images))}")
+    names, shared, named = run_names(module, args, list(images))
+    chosen = sorted(set(wanted or images))
+    words = without(flags, {"resume", "overwrite"} | ({"run_name"} if named else set()), aliases)
     folds, commands = [], []
     for number in chosen:
-        run_name = names[number] if told else None
+        run_name = names[number] if named else None
         own = dataclasses.replace(args, fold=number, run_name=run_name, resume="auto", overwrite=False)
-        folds.append(Fold(number, own, Path(args.output_dir) / names[number], pictures[number]))
-        commands.append([*words, "--fold", str(number), *(["--run_name", run_name] if told else [])])
+        folds.append(Fold(number, own, Path(args.output_dir) / names[number], images[number]))
+        commands.append([*words, "--fold", str(number), *(["--run_name", run_name] if named else [])])
     if hasattr(module, "check_args"):
         for fold in folds:  # which also says what some settings stand for
             module.check_args(fold.args)
-    part = "" if len(chosen) == len(pictures) else "_folds_" + "_".join(map(str, chosen))
+    part = "" if len(chosen) == len(images) else "_folds_" + "_".join(map(str, chosen))
     return folds, commands, Path(args.output_dir) / f"{shared}_cv{part}", args.overwrite
 
 
 def main() -> None:
     words = sys.argv[1:]
-    if words[:1] == [LAUNCH]:
-        raise Stopped("", launch(words[3:]))
     if not words or words[0] in ("-h", "--help"):
         parse_args(Args, argv=["--help"])
     ours, launcher, script, flags = split_words(words)
@@ -678,23 +553,20 @@ def main() -> None:
     check_target(target)
     states = [state_of(fold, overwrite) for fold in folds]
     done = [fold for fold, state in zip(folds, states, strict=True) if state == "finished"]
-    if done:  # what does not fit any more is said before hours of training
+    if done:  # what no longer fits is reported before hours of training
         _, label_names = rows_of(done)
         for fold in done:
-            for split in fold.pictures:
-                read_predictions(fold, split, label_names)
+            for split in fold.images:
+                fold_predictions(fold, split, label_names)
     if len(done) < len(folds):
-        launcher = launcher or default_launcher()
+        launcher = launcher or default_launcher(CONFIGS)
         for state, command in zip(states, commands, strict=True):
-            own = [sys.executable, str(Path(__file__).resolve()), LAUNCH, "accelerate", "launch"]
-            command[:] = [*own, *launcher, str(script), *command, *STATES[state][1]]
+            command[:] = accelerate_command(script, [*command, *STATES[state][1]], launcher)
         train_all(folds, states, commands, overwrite)
 
     rows, label_names = rows_of(folds)
     summary, report = target / "summary.txt", target / "report.html"
-    if not (summary.is_file() and report.is_file() and read_results(target).get("folds") == rows):
-        from accelerando.base.files import whole_folder
-
+    if not (summary.is_file() and report.is_file() and runs.read_results(target).get("folds") == rows):
         try:
             with whole_folder(target) as draft:
                 title = f"Cross-validation: {target.name}"

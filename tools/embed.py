@@ -1,17 +1,17 @@
-"""Embed pictures and captions with CLIP or SigLIP, base or fine-tuned: vectors of unit length in a Parquet file.
+"""Embed images and captions with CLIP or SigLIP, base or fine-tuned: vectors of unit length in a Parquet file.
 
-  python tools/embed.py runs/x photos --output photos.parquet      a folder of pictures, with the weights in runs/x/best
+  python tools/embed.py runs/x photos --output photos.parquet      a folder of images, with the weights in runs/x/best
   python tools/embed.py openai/clip-vit-base-patch32 'data/train/{00000..00009}.tar' --parts image
   python tools/embed.py MODEL captions.csv --image_folder photos --adapter runs/x/best/adapter
   python tools/embed.py runs/x --texts queries.txt --output queries.parquet
 
-MODEL: a run, a model folder, a Hub name, or a LoRA adapter. INPUT: a folder of pictures (with what lies in it), shards
+MODEL: a run, a model folder, a Hub name, or a LoRA adapter. INPUT: a folder of images (at any depth), shards
 (a folder with .tar files, a brace pattern, a URL), or a table of captions (.csv .tsv .json .jsonl .parquet).
 
-Columns: key (the picture's path in its folder, shard:member, or file:line of --texts), caption, image_embedding and
-text_embedding, as far as they are there: lists of a fixed size, or lists and nulls where --texts stands beside
-INPUT. The schema's metadata names the model, the dimension, the logit scale (the factor itself: 100 for CLIP) and the
-pixels of a side. A transparent picture stands on white, as in training.
+Columns: key (the image's path in its folder, shard:member, or file:line of --texts), caption, image_embedding and
+text_embedding, where there are captions and images. Embeddings are lists of a fixed size, or, where --texts is given
+with INPUT, lists and nulls. The schema's metadata holds the model, the dimension, the logit scale (the factor itself:
+100 for CLIP) and the image size in pixels. Transparent images are put on white, as in training.
 """
 
 from __future__ import annotations
@@ -30,15 +30,27 @@ import tyro
 
 from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
-from accelerando.base.files import cache_folder, open_whole
+from accelerando.base.files import cache_folder
+from accelerando.base.log import progress_bar, quiet_libraries
+from accelerando.data.folders import TablePairs
+from accelerando.inference.inputs import IMAGES
+from accelerando.inference.outputs import print_first, whole_file
+from accelerando.inference.runs import model_folder
+from accelerando.inference.saved import choose_device
+from accelerando.models.clip import embed_in_forward, open_clip_model, open_preprocessing
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     import torch
+    from transformers import BaseImageProcessor, CLIPModel, SiglipModel
 
-# Those that Pillow may not know are found too, so that they are named and not passed over.
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+    from accelerando.data.collate import PairCollate
+    from accelerando.data.shards import ShardPairs
+    from accelerando.models.clip import Preprocessing
+
+    ClipModel = CLIPModel | SiglipModel
+
 ROW_GROUP = 4096  # rows that are held and written at once
 NAMED = 10  # rows left out that are named on the console
 
@@ -47,18 +59,18 @@ NAMED = 10  # rows left out that are named on the console
 class Args:
     # -- input --
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]  # run, folder, Hub name or LoRA adapter
-    input: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[INPUT]")] = None  # pictures or pairs
-    texts: str | None = None  # embed the lines of this file too, or alone; blank lines are passed over
+    input: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[INPUT]")] = None  # images or pairs
+    texts: str | None = None  # embed the lines of this file too, or alone; blank lines are skipped
     adapter: str | None = None  # LoRA adapter that is merged into MODEL first
     image_folder: str | None = None  # tables: folder of the images (default: the table's own)
     image_column: str = "image"  # tables: column of the image file
     caption_column: str = "caption"  # tables: column of the caption
     cache_dir: str | None = None  # indexes and fetched shards (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
-    cache_gb: float = 50.0  # fetched shards that are kept, in GB; 0: none, each pair is read where it lies
+    cache_gb: float = 50.0  # fetched shards that are kept, in GB; 0: none, each pair is read in place
     # -- embedding --
     parts: Literal["both", "image", "text"] = "both"  # what is embedded, of what is there
     max_length: int | None = None  # tokens kept of a caption (default: what the model can take)
-    batch_size: int = 64  # pictures or captions in one forward pass
+    batch_size: int = 64  # images or captions in one forward pass
     num_workers: int = 2  # processes that read and decode; 0: this one
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where it is computed
     amp: Literal["no", "bf16"] = "no"  # mixed precision; bf16 needs hardware that computes it to be fast
@@ -73,7 +85,7 @@ class Args:
 
 @dataclass
 class Files:
-    """Pictures in ``folder``, or ``lines`` of a text file; ``names`` [n] are keys, as the file system's bytes."""
+    """Images in ``folder``, or ``lines`` of a text file; ``names`` [n] are keys, as the file system's bytes."""
 
     names: pa.Array
     folder: Path | None = None
@@ -87,23 +99,27 @@ class Files:
         return os.fsdecode(self.names[row].as_py())
 
     def read(self, row: int) -> tuple[bytes | None, bytes | None]:
-        """The picture's file and the caption, one of which is None."""
+        """The image's file and the caption, one of which is None."""
         if self.lines is not None:
             return None, self.lines[row].as_py()
         return (self.folder / self.key(row)).read_bytes(), None
 
 
-def list_pictures(folder: Path) -> Files:
-    """The picture files in a folder and the folders in it, by path. UserError where there is none."""
+if TYPE_CHECKING:
+    Source = Files | TablePairs | ShardPairs  # of the rows that are embedded
+
+
+def list_images(folder: Path) -> Files:
+    """The image files in a folder and the folders in it, by path. UserError where there is none."""
     import pyarrow as pa
 
     found: list[bytes] = []
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        there = [name for name in files if name.lower().endswith(PICTURES) and not name.startswith(".")]
+        there = [name for name in files if name.lower().endswith(IMAGES) and not name.startswith(".")]
         found += [os.fsencode((Path(place) / name).relative_to(folder).as_posix()) for name in there]
     if not found:
-        raise UserError(f"{folder}: no picture in it ({' '.join(PICTURES)}), nor shards (*.tar)")
+        raise UserError(f"{folder}: no image in it ({' '.join(IMAGES)}), nor shards (*.tar)")
     return Files(pa.array(sorted(found), pa.large_binary()), folder=folder)
 
 
@@ -127,21 +143,21 @@ def read_lines(path: Path) -> Files:
     return Files(pa.array(keys, pa.large_binary()), lines=pa.array(lines, pa.large_binary()))
 
 
-def open_sources(args: Args) -> list[Any]:
-    """What INPUT and ``--texts`` name: ``read(row)`` gives the bytes of picture and caption, or None for either.
+def open_sources(args: Args) -> list[Source]:
+    """What INPUT and ``--texts`` name: ``read(row)`` gives the bytes of image and caption, or None for either.
 
     Raises:
         UserError: something is missing or broken, or there is nothing of what ``--parts`` asks for.
     """
     from accelerando.data.pairs import open_pairs
 
-    sources: list[Any] = []
+    sources: list[Source] = []
     if args.input is not None:
         path = Path(args.input)
         if path.suffix.lower() == ".txt":
-            raise UserError(f"{path}: texts are given with --texts; INPUT is for pictures, with or without captions")
+            raise UserError(f"{path}: texts are given with --texts; INPUT is for images, with or without captions")
         if path.is_dir() and not any(path.glob("*.tar")):
-            sources.append(list_pictures(path))
+            sources.append(list_images(path))
         else:
             table = (args.image_folder, args.image_column, args.caption_column)
             sources.append(open_pairs(args.input, cache_folder(args.cache_dir), args.cache_gb, *table))
@@ -149,27 +165,25 @@ def open_sources(args: Args) -> list[Any]:
         sources.append(read_lines(Path(args.texts)))
     for source in sources:
         if not chosen_parts(source, args.parts):
-            there = "has no captions" if "image" in parts_of(source) else "has no pictures"
+            there = "has no captions" if "image" in parts_of(source) else "has no images"
             name = args.input if "image" in parts_of(source) else f"--texts {args.texts}"
             raise UserError(f"--parts {args.parts}: {name} {there}")
     return sources
 
 
-def parts_of(source: Any) -> list[str]:
+def parts_of(source: Source) -> list[str]:
     """Which of image and text a source has."""
     return ["image", "text"] if not isinstance(source, Files) else ["image" if source.lines is None else "text"]
 
 
-def chosen_parts(source: Any, wanted: str) -> list[str]:
+def chosen_parts(source: Source, wanted: str) -> list[str]:
     """Which of them are embedded."""
     return [part for part in parts_of(source) if wanted in ("both", part)]
 
 
-def key_of(source: Any) -> Callable[[int], str]:
-    """A function from row to key; for shards to be asked row by row, since it keeps the names of one shard."""
+def key_of(source: Source) -> Callable[[int], str]:
+    """A function from row to key; with shards, call it row by row, since it keeps the names of one shard alone."""
     import numpy as np
-
-    from accelerando.data.folders import TablePairs
 
     if isinstance(source, Files):
         return source.key
@@ -191,7 +205,7 @@ def key_of(source: Any) -> Callable[[int], str]:
 class Samples:
     """Samples of ``source``, with ``fault`` in place of what cannot be read."""
 
-    source: Any
+    source: Source
     transform: Callable[[bytes], torch.Tensor]
     parts: list[str]
 
@@ -222,7 +236,7 @@ class Samples:
 class SampleCollate:
     """``faults`` [B] (None where a sample is sound); of the b sound ones ``captions`` [b] and what ``pairs`` makes."""
 
-    pairs: Any  # data.collate.PairCollate
+    pairs: PairCollate
 
     def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
         sound = [sample for sample in samples if "fault" not in sample]
@@ -234,37 +248,19 @@ class SampleCollate:
 # ------------------------------------------------------------------------------------------------------------ model
 
 
-def model_folder(name: str) -> str:
-    """The folder with the weights (``name`` itself, or ``best/`` of the run ``name``), or ``name``, a Hub name.
+def model_name(name: str) -> str:
+    """The folder with the weights of a run or model folder, or ``name`` itself, which is then of the Hub.
 
     Raises:
         UserError: a path at which there is no model.
     """
     path = Path(name)
-    if path.is_dir():
-        for folder in (path, path / "best"):
-            if any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
-                return str(folder)
-        raise UserError(f"{path}: no model here (no config.json, nor one in best/)")
     if path.exists() or name.count("/") > 1 or (path.parent.name and path.parent.is_dir()):
-        raise UserError(f"{path}: {'is a file, not a folder' if path.exists() else 'no such folder'}")
+        return str(model_folder(path, adapters=True))
     return name
 
 
-def choose_device(name: str) -> torch.device:
-    """The torch device of that name; "auto" is the GPU where there is one.
-
-    Raises:
-        UserError: there is no GPU.
-    """
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU here; give auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def load_model(args: Args) -> tuple[Any, Any]:
+def load_model(args: Args) -> tuple[ClipModel, Preprocessing]:
     """The model on its device, whose forward embeds, and its :class:`models.clip.Preprocessing`.
 
     Raises:
@@ -272,11 +268,9 @@ def load_model(args: Args) -> tuple[Any, Any]:
     """
     from transformers.utils import logging
 
-    from accelerando.models.clip import embed_in_forward, open_clip_model, open_preprocessing
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    name, device = model_folder(args.model), choose_device(args.device)
+    name, device = model_name(args.model), choose_device(args.device)
     try:
         preprocessing = open_preprocessing(name, args.max_length)
         model = open_clip_model(name, args.adapter)
@@ -286,7 +280,7 @@ def load_model(args: Args) -> tuple[Any, Any]:
     return model.eval().to(device), preprocessing
 
 
-def make_transform(processor: Any, size: int) -> Callable[[bytes], torch.Tensor]:
+def make_transform(processor: BaseImageProcessor, size: int) -> Callable[[bytes], torch.Tensor]:
     """From a file to uint8 [3, size, size], or to float32 [3, H, W] where the processor does it in its own way."""
     from accelerando.data.transforms import ImageTransform
 
@@ -296,29 +290,29 @@ def make_transform(processor: Any, size: int) -> Callable[[bytes], torch.Tensor]
     fast = all(getattr(processor, name, None) == value for name, value in like_clip.items())
     if fast and asked.get("shortest_edge") == crop.get("height") == crop.get("width") == size:
         return ImageTransform(size)
-    return OwnTransform(processor)
+    return ProcessorTransform(processor)
 
 
 @dataclass
-class OwnTransform:
+class ProcessorTransform:
     """From a file to float32 [3, H, W], normalised, by the model's own processor: SigLIP's, which makes a square."""
 
-    processor: Any
+    processor: BaseImageProcessor
 
     def __call__(self, file: bytes) -> torch.Tensor:
         from PIL import Image
 
         from accelerando.data.decode import decode_image
 
-        picture = Image.fromarray(decode_image(file).permute(1, 2, 0).numpy())
-        return self.processor(images=[picture], return_tensors="pt")["pixel_values"][0]
+        image = Image.fromarray(decode_image(file).permute(1, 2, 0).numpy())
+        return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
 
 
-def embed(model: Any, batch: dict[str, Any], processor: Any, amp: str) -> dict[str, np.ndarray]:
+def embed(model: ClipModel, batch: dict[str, Any], processor: BaseImageProcessor, amp: str) -> dict[str, np.ndarray]:
     """Embeddings of unit length, float32 [b, d], of the ``image`` and ``text`` in ``batch``.
 
     Raises:
-        UserError: a token that the model does not know, or a result that is no number.
+        UserError: a token that the model does not know, or a result that is not finite.
     """
     import numpy as np
     import torch
@@ -343,7 +337,12 @@ def embed(model: Any, batch: dict[str, Any], processor: Any, amp: str) -> dict[s
 
 
 def embedded(
-    source: Any, model: Any, preprocessing: Any, collate: SampleCollate, schema: pa.Schema, args: Args
+    source: Source,
+    model: ClipModel,
+    preprocessing: Preprocessing,
+    collate: SampleCollate,
+    schema: pa.Schema,
+    args: Args,
 ) -> Iterator[tuple[pa.Table, list[str]]]:
     """Batch by batch, in the order of the source: the rows that can be read, and a line for each that cannot."""
     import numpy as np
@@ -373,12 +372,14 @@ def embedded(
 # ----------------------------------------------------------------------------------------------------------- output
 
 
-def make_schema(sources: list[Any], args: Args, model: Any, preprocessing: Any, collate: SampleCollate) -> pa.Schema:
-    """The columns that there will be, and what is worth knowing of the model."""
+def make_schema(
+    sources: list[Source], args: Args, model: ClipModel, preprocessing: Preprocessing, collate: SampleCollate
+) -> pa.Schema:
+    """The columns that there will be; the metadata describes the model."""
     import pyarrow as pa
 
     probe = collate([{"valid": 1.0, "image_id": 0, "text_id": 0, "words": "a", "caption": "a"}])
-    dimension = embed(model, probe, None, "no")["text"].shape[1]
+    dimension = embed(model, probe, preprocessing.image_processor, "no")["text"].shape[1]
     number = pa.float16() if args.dtype == "float16" else pa.float32()
     fields = [pa.field("key", pa.string(), nullable=False)]
     if any("text" in parts_of(source) for source in sources):
@@ -415,7 +416,7 @@ def make_table(
 
 
 @contextlib.contextmanager
-def open_output(target: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
+def open_parquet(target: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table], None]]:
     """A function that takes tables, for a file at ``target`` that appears when all of it is written and not before.
 
     Raises:
@@ -432,22 +433,17 @@ def open_output(target: Path, schema: pa.Schema) -> Iterator[Callable[[pa.Table]
             writer.write_table(pa.concat_tables(pending).combine_chunks())
             pending.clear()
 
-    with contextlib.ExitStack() as stack:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(open_whole(target, "wb"))
-        except OSError as error:
-            raise UserError(f"--output {target}: {error.strerror}") from None
-        with pq.ParquetWriter(file, schema, use_dictionary=False) as writer:  # vectors do not repeat
-            yield write
-            write(None)
+    # Vectors do not repeat: no dictionary.
+    with whole_file(target, "wb") as file, pq.ParquetWriter(file, schema, use_dictionary=False) as writer:
+        yield write
+        write(None)
 
 
 def check_args(args: Args) -> None:
     """UserError for what can be wrong before anything is loaded."""
     check_ranges(args, cache_gb=(0, 1e6))
     if args.input is None and args.texts is None:
-        raise UserError("nothing to embed: name INPUT (pictures, shards or a table), or a text file with --texts")
+        raise UserError("nothing to embed: name INPUT (images, shards or a table), or a text file with --texts")
     target = Path(args.output)
     if target.is_dir():
         raise UserError(f"--output {target}: is a folder; name a file")
@@ -462,7 +458,6 @@ def main() -> None:
     args = parse_args(Args, {})
     check_args(args)
 
-    from accelerando.base.log import progress_bar, quiet_libraries
     from accelerando.data.collate import PairCollate
 
     quiet_libraries()
@@ -472,26 +467,23 @@ def main() -> None:
     schema = make_schema(sources, args, model, preprocessing, SampleCollate(pairs))
     total, rows, left_out = sum(map(len, sources)), 0, 0
     named: list[str] = []
-    started = said = time.perf_counter()
-    with open_output(Path(args.output), schema) as write, progress_bar(total, 0, " rows", "embedding") as bar:
+    started = reported = time.perf_counter()
+    with open_parquet(Path(args.output), schema) as write, progress_bar(total, 0, " rows", "embedding") as bar:
         for source in sources:
             for table, faults in embedded(source, model, preprocessing, SampleCollate(pairs), schema, args):
                 write(table)
                 rows, left_out = rows + len(table), left_out + len(faults)
                 named += faults[: NAMED - len(named)]
                 bar.update(len(table) + len(faults))
-                if bar.disable and time.perf_counter() - said > 30:
-                    said = time.perf_counter()
-                    speed = rows / (said - started)
+                if bar.disable and time.perf_counter() - reported > 30:
+                    reported = time.perf_counter()
+                    speed = rows / (reported - started)
                     print(f"embedding: {rows + left_out:,} of {total:,} rows, {speed:,.0f} samples/s", flush=True)
         if not rows:
             raise UserError(f"{args.input}: none of its {total:,} rows can be read, the first one is {named[0]}")
     seconds = time.perf_counter() - started
 
-    for line in named:
-        print(f"left out: {line}", file=sys.stderr)
-    if left_out > NAMED:
-        print(f"... and {left_out - NAMED:,} more", file=sys.stderr)
+    print_first(named, "left out", NAMED, left_out)
     missing = f", {left_out:,} left out" if left_out else ""
     dimension = int(schema.metadata[b"dimension"])
     print(f"{rows:,} rows{missing}, dimension {dimension}, {rows / seconds:,.1f} samples/s: {args.output}")

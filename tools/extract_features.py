@@ -5,17 +5,17 @@
       --weights inception_v3_google.pth --fps 15
   python tools/extract_features.py videos --add_to data/keypoints
 
-INPUT: a video (.mp4 .mov .avi .mkv .webm); a folder of numbered pictures (.jpg
+INPUT: a video (.mp4 .mov .avi .mkv .webm); a folder of numbered images (.jpg
 .png), which are the frames of one clip; or a folder of many, also in folders
-below. Pictures that lie beside a video are passed over.
+below. Images that lie beside a video are ignored.
 
-Each clip makes a <name>.npz: X2048 float32 [T, 2048], timestamps_ms int64 [T]
+Each clip gives a <name>.npz: X2048 float32 [T, 2048], timestamps_ms int64 [T]
 from 0 on, and meta, a JSON text. With --add_to, X2048 (and X2048_meta) goes into
 the <name>.npz that is there, at the times that stand in it. The frame of a time
-is the nearest one, so the video's frame rate may vary. Frames are turned as the
-video says, and resized to 299x299 whole.
+is the nearest one, so the video's frame rate may vary. Frames are rotated as the
+video says, and resized whole to 299x299.
 
-Run it again to go on where it stopped: finished clips are skipped. A damaged
+Run it again to resume where it stopped: finished clips are skipped. A damaged
 video is named and left out; the exit code is then 2.
 """
 
@@ -46,8 +46,11 @@ import tyro
 from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
 from accelerando.base.files import open_whole
+from accelerando.base.log import progress_bar, quiet_libraries
+from accelerando.inference.saved import choose_device
 
 if TYPE_CHECKING:
+    import av
     import numpy as np
     import torch
 
@@ -63,7 +66,7 @@ class Args:
     # -- input --
     input: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="INPUT")]  # video, folder of frames, or of many
     fps: float = 30.0  # frames a second in the output
-    frame_rate_of_frames: float = 30.0  # frames a second of the clips that are folders of pictures
+    frame_rate_of_frames: float = 30.0  # frames a second of the clips that are folders of images
     # -- output --
     output_dir: str | None = None  # folder for <name>.npz
     add_to: str | None = None  # instead: folder with a <name>.npz of each clip, to which X2048 is added
@@ -94,6 +97,7 @@ class Clip:
     fault: str = ""
 
 
+Piece = tuple[Clip, "torch.Tensor | None", list[int]]  # frames uint8 [b, 3, 299, 299] (None: the clip ends), counts
 Frame = tuple[Fraction, Callable[[], "torch.Tensor"]]  # s from the first frame; gives uint8 [3, H, W]
 
 
@@ -116,7 +120,7 @@ def find_clips(source: Path, folder: Path) -> list[Clip]:
             if not videos and any(frame_number(name) for name in names):
                 found.append((Path(place).resolve().name, Path(place)))
         if not found:
-            raise UserError(f"{source}: no video in it ({' '.join(VIDEOS)}), nor numbered pictures (.jpg .png)")
+            raise UserError(f"{source}: no video in it ({' '.join(VIDEOS)}), nor numbered images (.jpg .png)")
     elif not source.exists():
         near = [path.name for path in source.parent.iterdir()] if source.parent.is_dir() else []
         close = difflib.get_close_matches(source.name, near, n=1)
@@ -134,16 +138,16 @@ def find_clips(source: Path, folder: Path) -> list[Clip]:
 
 
 def frame_number(name: str) -> tuple[str, int] | None:
-    """What stands before the number at the end of a picture's name, and the number; None where it is no frame."""
+    """What stands before the number at the end of an image's name, and the number; None where it is no frame."""
     match = re.fullmatch(r"(|[^.].*?)(\d+)\.(?:jpe?g|png)", name, re.IGNORECASE)
     return (match[1], int(match[2])) if match else None
 
 
 def folder_frames(clip: Clip, rate: Fraction) -> Iterator[Frame]:
-    """The pictures of a folder in the order of their numbers, at ``rate`` frames a second.
+    """The images of a folder in the order of their numbers, at ``rate`` frames a second.
 
     Raises:
-        ValueError, OSError: two series of numbers, or a picture that cannot be read.
+        ValueError, OSError: two series of numbers, or an image that cannot be read.
     """
     from accelerando.data.decode import decode_image
 
@@ -200,8 +204,8 @@ def video_frames(clip: Clip, step: Fraction, threads: int) -> Iterator[Frame]:
             raise ValueError(f"cut off: {float(there):.1f} of {float(declared):.1f} s are there")
 
 
-def pixels_of(frame: Any) -> torch.Tensor:
-    """A decoded frame as uint8 RGB [3, H, W], turned as its video says: phones film upright in a lying frame."""
+def pixels_of(frame: av.VideoFrame) -> torch.Tensor:
+    """A decoded frame as uint8 RGB [3, H, W], rotated as its video says: phones store upright films sideways."""
     import numpy as np
     import torch
 
@@ -284,16 +288,16 @@ def read_times(path: Path) -> list[int]:
     return times.tolist()
 
 
-def decoded(clips: list[Clip], args: Args) -> Iterator[tuple[Clip, torch.Tensor | None, list[int]]]:
+def decoded(clips: list[Clip], args: Args) -> Iterator[Piece]:
     """Batches of all clips, decoded by ``--num_workers`` threads a little ahead; None instead ends a clip."""
     threads = max(1, args.num_workers // len(clips))  # for one video: more than one decode it
 
-    def pieces() -> Iterator[tuple[Clip, torch.Tensor | None, list[int]]]:
+    def pieces() -> Iterator[Piece]:
         for clip in iter(waiting.get, None):
             yield from ((clip, *piece) for piece in read_clip(clip, args, threads))
             yield clip, None, []
 
-    def put(item: Any) -> None:
+    def put(item: Piece | None) -> None:
         while not stop.is_set():
             with contextlib.suppress(queue.Full):
                 return ready.put(item, timeout=0.1)
@@ -314,7 +318,7 @@ def decoded(clips: list[Clip], args: Args) -> Iterator[tuple[Clip, torch.Tensor 
         yield from pieces()
         return
     stop = threading.Event()
-    ready: queue.Queue[Any] = queue.Queue(2 * args.num_workers)
+    ready: queue.Queue[Piece | None] = queue.Queue(2 * args.num_workers)
     workers = [threading.Thread(target=work) for _ in range(min(args.num_workers, len(clips)))]
     try:
         for worker in workers:
@@ -416,17 +420,8 @@ def build_model(weights: Path | None, seed: int, device: torch.device) -> torch.
     return model.eval().to(device, memory_format=torch.channels_last)
 
 
-def choose_device(name: str) -> torch.device:
-    """The torch device of that name; "auto" is the GPU where there is one. UserError where there is none."""
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: no GPU here; give auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
 def extract(model: torch.nn.Module, frames: torch.Tensor, device: torch.device, amp: str) -> np.ndarray:
-    """Features float32 [b, 2048] of frames uint8 [b, 3, 299, 299]; UserError where they are no numbers."""
+    """Features float32 [b, 2048] of frames uint8 [b, 3, 299, 299]; UserError where they are not finite."""
     import numpy as np
     import torch
 
@@ -475,8 +470,8 @@ def is_done(clip: Clip, args: Args, digest: str) -> bool:
     if isinstance(made, dict) and "weights" in made:
         for name, value in settings(clip, args, digest).items():
             if made.get(name) != value:
-                told = f"{name} {made.get(name)!s:.12}, not {value!s:.12}"
-                raise UserError(f"{path} was made with {told}: --overwrite redoes it, or write to another folder")
+                difference = f"{name} {made.get(name)!s:.12}, not {value!s:.12}"
+                raise UserError(f"{path} was made with {difference}: --overwrite redoes it, or write to another folder")
     return True
 
 
@@ -544,8 +539,6 @@ def main() -> None:
 
     from tqdm import tqdm
 
-    from accelerando.base.log import progress_bar, quiet_libraries
-
     quiet_libraries()
     weights = None if args.random_weights else find_weights(args)
     digest = sha256_of(weights) if weights else "random"
@@ -559,7 +552,7 @@ def main() -> None:
     kind = f"weights {weights}" if weights else f"RANDOM weights (seed {args.seed}): an untrained network"
     print(f"Inception v3 on {device.type}, {kind}", flush=True)
     frames = ended = failed = 0
-    started = said = time.perf_counter()
+    started = reported = time.perf_counter()
     with progress_bar(len(todo), 0, " clips", "extracting") as bar, contextlib.closing(decoded(todo, args)) as pieces:
         for clip, batch, counts in pieces:
             if batch is not None:
@@ -578,9 +571,9 @@ def main() -> None:
                 ended, failed = ended + 1, failed + bool(clip.fault)
                 clip.parts, clip.counts, clip.times = [], [], []
                 bar.update()
-            if bar.disable and time.perf_counter() - said > 30:
-                said = time.perf_counter()
-                speed = f"{frames:,} frames, {frames / (said - started):,.1f} frames/s"
+            if bar.disable and time.perf_counter() - reported > 30:
+                reported = time.perf_counter()
+                speed = f"{frames:,} frames, {frames / (reported - started):,.1f} frames/s"
                 print(f"extracting: {ended:,} of {len(todo):,} clips, {speed}", flush=True)
     speed = frames / (time.perf_counter() - started)
     print(f"{ended - failed:,} clips, {frames:,} frames{skipped}, {speed:,.1f} frames/s: {folder}")

@@ -1,4 +1,4 @@
-"""Pack pictures and captions into WebDataset shards (tar files), split and mixed.
+"""Pack images and captions into WebDataset shards (tar files), split and mixed.
 
   python tools/make_shards.py --images photos --captions captions.csv \\
       --output_dir data/furniture
@@ -6,13 +6,13 @@
       --output_dir data/furniture --caption_template "a {color} {kind}"
   python tools/make_shards.py --images photos --output_dir data/furniture
 
-A table has a row for each caption, so several rows may name one picture.
-Without a table, a .txt beside each picture is its caption, and a .json beside
+A table has a row for each caption, so several rows may name one image.
+Without a table, a .txt beside each image is its caption, and a .json beside
 it holds fields for templates ({caption} is the text of the .txt).
 
-The split goes by content: copies of a picture stay on one side, and a picture
+The split goes by content: copies of an image stay on one side, and an image
 stays where it is when others are added. So the fractions hold approximately;
-a side that would be empty is given one picture. Rows whose --split_column is
+a side that would be empty is given one image. Rows whose --split_column is
 blank are split like this too.
 """
 
@@ -39,12 +39,12 @@ from accelerando.base.errors import UserError, errors_in_one_line, first_line
 from accelerando.base.files import whole_folder
 from accelerando.base.log import watched
 from accelerando.base.processes import map_in_processes
+from accelerando.inference.inputs import IMAGES
+from accelerando.inference.outputs import print_first
 
 SPLITS = ("train", "validation", "test")
 SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
                "valid": "validation", "dev": "validation", "test": "test"}  # fmt: skip
-# Those that cannot be packed are found too, so that they are named and not passed over.
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".heic")
 MADE_BY = "tools/make_shards.py"
 MB = 1_000_000  # bytes
 NAMED = 10  # rows left out that are named on the console
@@ -53,7 +53,7 @@ NAMED = 10  # rows left out that are named on the console
 @dataclass
 class Args:
     # -- data --
-    images: str  # folder of the pictures (JPEG, PNG, WebP)
+    images: str  # folder of the images (JPEG, PNG, WebP)
     output_dir: str  # folder to make: train, validation, test, shards.json
     captions: str | None = None  # table: .csv, .tsv, .json, .jsonl or .parquet
     image_column: str = "image"  # column of the file name, relative to --images
@@ -62,31 +62,31 @@ class Args:
     # -- captions --
     caption_template: tuple[str, ...] = ()  # "a {color} {kind}": filled from a row's columns; one is drawn of several
     all_templates: bool = False  # a caption from every template
-    metadata: bool = True  # a .json with the row's columns beside each picture
+    metadata: bool = True  # a .json with the row's columns beside each image
     # -- split --
-    validation_fraction: float = 0.1  # share of pictures for validation
-    test_fraction: float = 0.1  # share of pictures for the test
+    validation_fraction: float = 0.1  # share of images for validation
+    test_fraction: float = 0.1  # share of images for the test
     split_column: str | None = None  # column with train, validation (val) or test
     seed: int = 42  # of split, order and drawn templates
     # -- shards --
     max_shard_mb: float = 256.0  # largest shard in MB (10^6 bytes)
     max_shard_count: int = 10_000  # most samples in a shard
     # -- work --
-    verify: bool = True  # decode every picture; broken ones are left out
+    verify: bool = True  # decode every image; broken ones are left out
     num_workers: int = 4  # processes that read and decode; 0: this one
     config: tuple[str, ...] = ()  # YAML files with any of these settings
 
 
 class Row(NamedTuple):
-    """A line of the table, or a picture with what lies beside it; ``where`` names it in messages."""
+    """A line of the table, or an image with what lies beside it; ``where`` names it in messages."""
 
     where: str
     image: str  # relative to --images, with slashes
     fields: dict[str, Any]
 
 
-class Picture(NamedTuple):
-    """What reading a file told: ``fault`` says why it cannot be used."""
+class ImageFile(NamedTuple):
+    """What is known of an image file once it was read: ``fault`` says why it cannot be used."""
 
     digest: str = ""
     size: int = 0  # bytes
@@ -148,7 +148,7 @@ def template_columns(templates: Iterable[str]) -> list[str]:
 
 
 def read_rows(args: Args, left_out: LeftOut) -> list[Row]:
-    """The rows of the table, or of the files beside the pictures; pictures are not opened.
+    """The rows of the table, or of the files beside the images; images are not opened.
 
     Raises:
         UserError: folder or table missing, empty or broken; a column that no row has.
@@ -222,7 +222,7 @@ def _parquet_records(table: Path, columns: list[str]) -> Iterator[tuple[str, dic
             raise UserError(f"{table}: no column {name!r}; there are {', '.join(content.column_names)}")
         kind = content.schema.field(name).type
         if pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-            raise UserError(f"{table}: column {name!r} holds {kind}, not text; pictures lie in the folder --images")
+            raise UserError(f"{table}: column {name!r} holds {kind}, not text; images are files in the folder --images")
     number = 0
     for batch in content.to_batches(max_chunksize=1024):
         for record in batch.to_pylist():
@@ -235,7 +235,7 @@ def _rows_beside(args: Args, left_out: LeftOut) -> Iterator[Row]:
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in sorted(files):
-            if name.startswith(".") or not name.lower().endswith(PICTURES):
+            if name.startswith(".") or not name.lower().endswith(IMAGES):
                 continue
             found += 1
             path = Path(place) / name
@@ -262,7 +262,7 @@ def _rows_beside(args: Args, left_out: LeftOut) -> Iterator[Row]:
                 continue
             yield Row(image, image, content)
     if not found:
-        raise UserError(f"--images {folder}: no picture in it (.jpg, .png, .webp)")
+        raise UserError(f"--images {folder}: no image in it (.jpg, .png, .webp)")
 
 
 def captions_of(row: Row, number: int, args: Args) -> list[tuple[int, str]]:
@@ -308,14 +308,14 @@ def _fill(template: str, values: dict[str, str]) -> str | None:
     return "".join(literal + (values[name] if name is not None else "") for literal, name in parts).strip()
 
 
-def make_samples(rows: list[Row], pictures: dict[str, Picture], args: Args, left_out: LeftOut) -> list[Sample]:
-    """A sample for each caption of each row whose picture is sound."""
+def make_samples(rows: list[Row], files: dict[str, ImageFile], args: Args, left_out: LeftOut) -> list[Sample]:
+    """A sample for each caption of each row whose image is sound."""
     samples: list[Sample] = []
     seen: Counter[str] = Counter()  # rows of each image, the empty ones too: mending one moves no other's key
     for row in rows:
         number = seen[row.image]
         seen[row.image] += 1
-        if fault := pictures[row.image].fault:
+        if fault := files[row.image].fault:
             left_out(row.where, fault if row.where == row.image else f"{row.image}: {fault}")
             continue
         try:
@@ -327,17 +327,17 @@ def make_samples(rows: list[Row], pictures: dict[str, Picture], args: Args, left
     return samples
 
 
-# --------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------------- images
 
 
-def check_picture(path: str, verify: bool) -> Picture:
+def check_image(path: str, verify: bool) -> ImageFile:
     """Reads one file whole: its SHA-256, size in bytes and kind; ``verify`` decodes every pixel."""
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
-        return Picture(fault="no such file")
+        return ImageFile(fault="no such file")
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        return Picture(fault=getattr(error, "strerror", None) or str(error))
+        return ImageFile(fault=getattr(error, "strerror", None) or str(error))
     if data.startswith(b"\xff\xd8\xff"):
         kind = "jpg"
     elif data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -345,7 +345,7 @@ def check_picture(path: str, verify: bool) -> Picture:
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         kind = "webp"
     else:
-        return Picture(fault="not a JPEG, PNG or WebP picture" if data else "the file is empty")
+        return ImageFile(fault="not a JPEG, PNG or WebP image" if data else "the file is empty")
     if verify:
         import warnings
 
@@ -355,29 +355,29 @@ def check_picture(path: str, verify: bool) -> Picture:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 Image.open(io.BytesIO(data)).load()
-        except Exception as error:  # each of PIL's decoders has errors of its own
-            # PIL names the buffer it read from, which tells nobody anything.
+        except Exception as error:  # each of Pillow's decoders has errors of its own
+            # Pillow names the buffer that it read from, which says nothing to the user.
             reason = re.sub(r"cannot identify image file .*", "its header is damaged", first_line(error))
-            return Picture(fault=f"broken picture ({reason})")
-    return Picture(hashlib.sha256(data).hexdigest(), len(data), kind)
+            return ImageFile(fault=f"broken image ({reason})")
+    return ImageFile(hashlib.sha256(data).hexdigest(), len(data), kind)
 
 
-def check_pictures(images: list[str], args: Args) -> dict[str, Picture]:
-    """:class:`Picture` of each path (relative to ``--images``), read by ``--num_workers`` processes."""
-    check = functools.partial(check_picture, verify=args.verify)
+def check_images(images: list[str], args: Args) -> dict[str, ImageFile]:
+    """:class:`ImageFile` of each path (relative to ``--images``), read by ``--num_workers`` processes."""
+    check = functools.partial(check_image, verify=args.verify)
     paths = [f"{args.images}/{image}" for image in images]
     found = map_in_processes(check, paths, args.num_workers)
-    return dict(zip(images, watched(found, len(paths), "checking", "pictures"), strict=True))
+    return dict(zip(images, watched(found, len(paths), "checking", "images"), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ split
 
 
 def deal(digests: Iterable[str], args: Args) -> dict[str, str]:
-    """digest -> split, by a draw from (seed, digest). A wanted side that stays empty gets the picture nearest to it.
+    """digest -> split, by a draw from (seed, digest). A wanted side that stays empty gets the image nearest to it.
 
     Raises:
-        UserError: fewer pictures than sides.
+        UserError: fewer images than sides.
     """
     test, validation = args.test_fraction, args.validation_fraction
     bounds = {"test": (0.0, test), "validation": (test, test + validation), "train": (test + validation, 1.0)}
@@ -392,7 +392,7 @@ def deal(digests: Iterable[str], args: Args) -> dict[str, str]:
             spare = [digest for digest, side in split.items() if counts[side] > 1]
             if not spare:
                 raise UserError(
-                    f"{len(split)} different pictures for {', '.join(reversed(bounds))}: too few; "
+                    f"{len(split)} different images for {', '.join(reversed(bounds))}: too few; "
                     "--validation_fraction 0 --test_fraction 0 packs all for training"
                 )
             nearest = min(spare, key=lambda digest: max(low - place[digest], place[digest] - high))
@@ -401,11 +401,11 @@ def deal(digests: Iterable[str], args: Args) -> dict[str, str]:
 
 
 def split_samples(
-    samples: list[Sample], pictures: dict[str, Picture], args: Args, left_out: LeftOut
+    samples: list[Sample], files: dict[str, ImageFile], args: Args, left_out: LeftOut
 ) -> dict[str, list[Sample]]:
-    """Samples of each split, mixed by the seed. All samples of a picture, by content, are on one side.
+    """Samples of each split, mixed by the seed. All samples of an image, by content, are on one side.
 
-    A row whose split column contradicts another row of the same picture is left out: test keeps it before validation,
+    A row whose split column contradicts another row of the same image is left out: test keeps it before validation,
     validation before train.
 
     Raises:
@@ -421,17 +421,17 @@ def split_samples(
             raise UserError(
                 f"{sample.row.where}: {args.split_column} is {word!r:.40}; write train, validation (or val) or test"
             )
-        name, digest = SPLIT_NAMES[word.lower()], pictures[sample.row.image].digest
+        name, digest = SPLIT_NAMES[word.lower()], files[sample.row.image].digest
         given[sample.key] = name
         chosen[digest] = max(name, chosen.get(digest, name), key=SPLITS.index)
-    split = deal({pictures[sample.row.image].digest for sample in samples}, args) | chosen
+    split = deal({files[sample.row.image].digest for sample in samples}, args) | chosen
     result: dict[str, list[Sample]] = {name: [] for name in SPLITS}
     for sample in samples:
-        name = split[pictures[sample.row.image].digest]
+        name = split[files[sample.row.image].digest]
         if given.get(sample.key, name) == name:
             result[name].append(sample)
         else:
-            left_out(sample.row.where, f"{sample.row.image}: the same picture is in {name} too")
+            left_out(sample.row.where, f"{sample.row.image}: the same image is in {name} too")
     for part in result.values():
         part.sort(key=lambda sample: (draw(args.seed, "order", sample.key), sample.key))
     return {name: part for name, part in result.items() if part}
@@ -441,7 +441,7 @@ def split_samples(
 
 
 def texts_of(sample: Sample, args: Args) -> dict[str, bytes]:
-    """The members of a sample beside the picture: ``txt``, and ``json`` where wanted."""
+    """The members of a sample beside the image: ``txt``, and ``json`` where wanted."""
     members = {"txt": sample.caption.encode()}
     if args.metadata:
         content = _plain({"image": sample.row.image, **sample.row.fields})
@@ -449,7 +449,7 @@ def texts_of(sample: Sample, args: Args) -> dict[str, bytes]:
     return members
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Without what JSON has no word for: nan, infinity, bytes."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items() if not isinstance(item, bytes)}
@@ -458,12 +458,12 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def plan_shards(samples: list[Sample], pictures: dict[str, Picture], args: Args) -> list[list[Sample]]:
+def plan_shards(samples: list[Sample], files: dict[str, ImageFile], args: Args) -> list[list[Sample]]:
     """Cuts ``samples`` so that no tar file is beyond the limits; a sample that alone is larger gets its own."""
     shards: list[list[Sample]] = []
     filled = 0
     for sample in samples:
-        sizes = [pictures[sample.row.image].size, *map(len, texts_of(sample, args).values())]
+        sizes = [files[sample.row.image].size, *map(len, texts_of(sample, args).values())]
         size = sum(512 + -(-size // 512) * 512 for size in sizes)  # a heading and full blocks for each member
         # A tar file ends with two empty blocks and is filled up to records of 10,240 bytes.
         full = not shards or -(-(filled + size + 1024) // 10_240) * 10_240 > args.max_shard_mb * MB
@@ -475,36 +475,35 @@ def plan_shards(samples: list[Sample], pictures: dict[str, Picture], args: Args)
     return shards
 
 
-def write_shard(path: Path, samples: list[Sample], pictures: dict[str, Picture], args: Args) -> int:
+def write_shard(path: Path, samples: list[Sample], files: dict[str, ImageFile], args: Args) -> int:
     """Writes one tar file whose bytes depend on ``samples`` alone; its size in bytes."""
     from webdataset import TarWriter
 
     fixed = {"mtime": 0, "user": "", "group": "", "mode": 0o644}
     with open(path, "wb") as file, TarWriter(file, encoder=False, compress=False, **fixed) as writer:
         for sample in samples:
-            image = Path(args.images, sample.row.image)
-            picture = pictures[sample.row.image]
-            data = image.read_bytes() if image.is_file() else b""
-            if hashlib.sha256(data).hexdigest() != picture.digest:
-                raise UserError(f"{image}: changed while it was being packed; run it again")
-            writer.write({"__key__": sample.key, picture.kind: data, **texts_of(sample, args)})
+            source, image = Path(args.images, sample.row.image), files[sample.row.image]
+            data = source.read_bytes() if source.is_file() else b""
+            if hashlib.sha256(data).hexdigest() != image.digest:
+                raise UserError(f"{source}: changed while it was being packed; run it again")
+            writer.write({"__key__": sample.key, image.kind: data, **texts_of(sample, args)})
     return path.stat().st_size
 
 
 def write_all(
-    draft: Path, splits: dict[str, list[Sample]], pictures: dict[str, Picture], args: Args
+    draft: Path, splits: dict[str, list[Sample]], files: dict[str, ImageFile], args: Args
 ) -> dict[str, dict[str, int]]:
     """Writes the shards of every split under ``draft``; samples, images (by content), shards and bytes of each."""
-    plan = {name: plan_shards(samples, pictures, args) for name, samples in splits.items()}
+    plan = {name: plan_shards(samples, files, args) for name, samples in splits.items()}
     counts: dict[str, dict[str, int]] = {}
     jobs = []
     for name, shards in plan.items():
         (draft / name).mkdir()
         jobs += [(name, draft / name / f"{number:05d}.tar", samples) for number, samples in enumerate(shards)]
-        images = len({pictures[sample.row.image].digest for sample in splits[name]})
+        images = len({files[sample.row.image].digest for sample in splits[name]})
         counts[name] = {"samples": len(splits[name]), "images": images, "shards": len(shards), "bytes": 0}
     for name, path, samples in watched(jobs, len(jobs), "packing", "shards"):
-        counts[name]["bytes"] += write_shard(path, samples, pictures, args)
+        counts[name]["bytes"] += write_shard(path, samples, files, args)
     return counts
 
 
@@ -520,7 +519,7 @@ def check_output(target: Path, args: Args) -> None:
         raise UserError(f"{flag} is the top of a disk: name a folder in it")
     images = Path(args.images).resolve()
     if target == images or target in images.parents:
-        raise UserError(f"{flag} holds the pictures: choose another folder")
+        raise UserError(f"{flag} holds the images: choose another folder")
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
     if not names:
         return
@@ -577,12 +576,12 @@ def main() -> None:
         skipped.append(f"{where}: {why}")
 
     rows = read_rows(args, left_out)
-    pictures = check_pictures(list(dict.fromkeys(row.image for row in rows)), args)
-    samples = make_samples(rows, pictures, args, left_out)
+    files = check_images(list(dict.fromkeys(row.image for row in rows)), args)
+    samples = make_samples(rows, files, args, left_out)
     if not samples:
         raise UserError(f"nothing to pack: all {len(skipped):,} rows are left out, the first one is {skipped[0]}")
     try:
-        splits = split_samples(samples, pictures, args, left_out)
+        splits = split_samples(samples, files, args, left_out)
     except UserError as error:
         hint = f"; {len(skipped):,} rows were left out, the first one is {skipped[0]}" if skipped else ""
         raise UserError(f"{error}{hint}") from None
@@ -592,7 +591,7 @@ def main() -> None:
             draft.mkdir(parents=True)
         except OSError as error:
             raise UserError(f"--output_dir {args.output_dir}: {error.strerror} ({draft.parent})") from None
-        counts = write_all(draft, splits, pictures, args)
+        counts = write_all(draft, splits, files, args)
         content = {"made_by": MADE_BY, "seed": args.seed, "splits": counts, "left_out": len(skipped)}
         content["arguments"] = settings(args, target)
         (draft / "shards.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -600,10 +599,7 @@ def main() -> None:
             with open(draft / "skipped.txt", "w", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(line + "\n" for line in skipped)
 
-    for line in skipped[:NAMED]:
-        print(f"left out: {line}", file=sys.stderr)
-    if len(skipped) > NAMED:
-        print(f"... and {len(skipped) - NAMED:,} more", file=sys.stderr)
+    print_first(skipped, "left out", NAMED)
     print(report(counts))
     if skipped:
         print(f"\n{len(skipped):,} left out, all named in {Path(args.output_dir) / 'skipped.txt'}")

@@ -1,4 +1,4 @@
-"""Predict with a trained model, in the order of the input: JSON, one object a line, or CSV for pictures.
+"""Predict with a trained model, in the order of the input: JSON, one object a line, or CSV for images.
 
   python tools/predict.py runs/x "some text" "another"        texts
   python tools/predict.py runs/x --file texts.txt --output out.jsonl
@@ -7,51 +7,63 @@
   python tools/predict.py runs/ants photo.jpg data/photos     an image run
   python tools/predict.py runs/ants https://example.org/a.jpg
   python tools/predict.py runs/ants --file list.txt --output out.csv
+  python tools/predict.py runs/mine photo.jpg --import my_module
 
-A file of texts has one on a line, or is a table: .json, .jsonl, .csv, .tsv or .parquet.
-Of pictures, a folder stands for all that lie in it at any depth, and
-a file (or standard input) lists paths and URLs, one on a line. A picture that
-cannot be read is named on standard error and in the JSON, and the exit code is
-then 1. Where none can be read it is 2, and no file is written.
+A file of texts has one on each line, or is a table: .json, .jsonl, .csv, .tsv or .parquet.
+A folder stands for all images in it at any depth; a file (or standard input)
+lists paths and URLs of images, one on each line. An image that cannot be read
+is named on standard error and in the JSON, and the exit code is then 1. Where
+none can be read it is 2, and no file is written.
+
+--import names the Python module, in the current folder or installed, that
+defines the class of a model which is not one of transformers.
 """
 
 from __future__ import annotations
 
 import contextlib
+import csv
+import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from accelerando.base.config import check_ranges, parse_args, sections
+from accelerando.base.config import Alias, check_ranges, parse_args, sections
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
 from accelerando.data.tokenizer import VOCABULARY_FILES
-from accelerando.inference.answers import image_answers, told
-from accelerando.inference.inputs import is_url, open_output, pictures_in, printable
+from accelerando.inference.answers import image_answers, with_progress
+from accelerando.inference.inputs import IMAGES, images_in, is_url
+from accelerando.inference.outputs import open_output, printable
+from accelerando.inference.runs import model_folder, read_json
 from accelerando.inference.saved import (
+    TorchModel,
     choose_device,
-    model_folder,
+    import_user_module,
     open_image_model,
     open_saved,
-    read_json,
     scores_of,
-    task_of,
+    task_of_saved,
 )
 
 if TYPE_CHECKING:
-    import torch
+    from types import ModuleType
 
-CHUNK = 4096  # texts that are read, sorted by length and answered at once
+    import numpy as np
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+CHUNK = 4096  # texts that are read, sorted by length and predicted at once
 NO_LIMIT_LENGTH = 512  # tokens kept where neither tokenizer nor model names a limit
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")  # which is all that a tokenizer of bytes has
-
+Chunk = tuple[list[str], list[str] | None]  # texts, and second texts for a model of pairs
+ALIASES: dict[str, Alias] = {"import": "import_module"}  # Python's own word cannot name a field
 
 Inputs = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[INPUT ...]")]
 
@@ -60,21 +72,22 @@ Inputs = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar=
 class Args:
     # -- input --
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]  # run, its best/ or last/, or a folder
-    texts: Inputs = ()  # texts; clips or folders of them; or pictures, folders of them and URLs
+    texts: Inputs = ()  # texts; clips or folders of them; or images, folders of them and URLs
     file: str | None = None  # read the input from here: a text, path or URL a line; texts also as a table
     text_column: str = "text"  # texts: column of a table (.json .jsonl .csv .tsv .parquet)
     text_pair_column: str | None = None  # texts: column of a second text, for a model of pairs
     text_pair: str | None = None  # texts: a second one, the same for every text
     # -- prediction --
-    batch_size: int = 32  # texts, clips or pictures in one forward pass
+    import_module: str | None = None  # module of yours that defines the model's class, as --import my_module
+    batch_size: int = 32  # texts, clips or images in one forward pass
     max_length: int | None = None  # texts: tokens kept (default: what the tokenizer or the model was made for)
-    tta: bool = False  # pictures: the mean over each one and its mirror image
-    num_workers: int = 8  # pictures: threads that read, fetch and decode
+    tta: bool = False  # images: the mean over each one and its mirror image
+    num_workers: int = 8  # images: threads that read, fetch and decode
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     # -- output --
     top_k: int = 0  # how many classes scores lists, best first; 0: all (signs: 5 glosses and 3 categories)
     output: str | None = None  # write here instead of standard output
-    format: Literal["json", "csv"] | None = None  # pictures: csv has every class (default: csv where --output ends so)
+    format: Literal["json", "csv"] | None = None  # images: csv has every class (default: csv where --output ends so)
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -82,26 +95,31 @@ class Args:
 
 @dataclass
 class TextModel:
-    """A classifier of texts with what prediction needs: ``predict`` turns a chunk into one result a text."""
+    """A classifier of texts with what :func:`predict_chunk` needs; texts are cut off at ``max_length`` tokens."""
 
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel | TorchModel
+    tokenizer: PreTrainedTokenizerBase
     labels: list[str]
-    device: Any
+    device: torch.device
     max_length: int
 
 
 def load_text_model(
-    folder: Path, config: dict[str, Any], device: Any, max_length: int | None = None, pairs: bool = False
+    folder: Path,
+    config: dict[str, Any],
+    device: torch.device,
+    max_length: int | None = None,
+    pairs: bool = False,
+    module: ModuleType | None = None,
 ) -> TextModel:
-    """The model and tokenizer in ``folder``, for single texts or ``pairs``.
+    """The model and tokenizer in ``folder``, for single texts or ``pairs``; ``module``: from ``--import``.
 
     Raises:
         UserError: no tokenizer, weights that are missing or do not fit, a ``max_length`` beyond the model's positions
             or too small for any text.
     """
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        # Checked here, because AutoTokenizer may make an empty one without a word.
+        # Checked here, because AutoTokenizer may silently make an empty one.
         raise UserError(f"{folder}: no tokenizer beside the model (tokenizer.json); copy it from the base model")
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
     from transformers.utils import logging
@@ -113,7 +131,7 @@ def load_text_model(
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         raise UserError(f"{folder}: the tokenizer does not load ({first_line(error)[:200]})") from None
-    model = open_saved(AutoModelForSequenceClassification, folder)
+    model = open_saved(AutoModelForSequenceClassification, folder, module)
     names = model.config.id2label
     return TextModel(
         model=model.to(device),
@@ -125,11 +143,12 @@ def load_text_model(
 
 
 def predict_chunk(
-    loaded: TextModel, texts: list[str], pairs: list[str] | None, batch_size: int, done: Callable[[int], Any] = int
-) -> Any:
-    """Scores [n, C] (float32 numpy) of n texts in their order: probabilities, or the raw value of a regression.
+    loaded: TextModel, texts: list[str], pairs: list[str] | None, batch_size: int, done: Callable[[int], object] = int
+) -> np.ndarray:
+    """Scores float32 [n, C] of n texts in their order: probabilities, or the raw value of a regression.
 
-    Texts are computed in order of length, so that a batch has little padding; ``done`` is told each batch's size.
+    Texts are computed in order of length, so that a batch has little padding; ``done`` is called with each batch's
+    size.
     """
     import numpy as np
     import torch
@@ -157,15 +176,15 @@ def predict_chunk(
     return scores
 
 
-def ranked(scores: Any, labels: list[str], top_k: int) -> dict[str, Any]:
+def ranked(scores: np.ndarray, labels: list[str], top_k: int) -> dict[str, Any]:
     """``label``, ``score`` and ``scores`` of one input; ``scores`` [C] are listed best first, ``top_k`` (0: all)."""
     best_first = sorted(range(len(labels)), key=lambda index: -scores[index])
     listed = {labels[index]: round(float(scores[index]), 6) for index in best_first[: top_k or None]}
     return {"label": labels[best_first[0]], "score": listed[labels[best_first[0]]], "scores": listed}
 
 
-def text_chunks(args: Args) -> tuple[int | None, Iterator[tuple[list[str], list[str] | None]]]:
-    """How many texts there are (None: not known yet), and chunks of (texts, second texts) from where ``args`` says.
+def text_chunks(args: Args) -> tuple[int | None, Iterator[Chunk]]:
+    """How many texts there are (None: not known yet), and chunks of them from where ``args`` says.
 
     Raises:
         UserError: a missing or broken file, no text, more than one source.
@@ -188,7 +207,7 @@ def text_chunks(args: Args) -> tuple[int | None, Iterator[tuple[list[str], list[
         else:
             chunks = _paired(_line_chunks(path, str(path), CHUNK), args.text_pair)
     else:
-        # Someone who types wants each answer at once.
+        # Typed texts are answered one by one.
         size = 1 if sys.stdin.isatty() else CHUNK
         chunks = _paired(_line_chunks(sys.stdin.buffer, "standard input", size), args.text_pair)
     for given in (*args.texts, args.text_pair or ""):
@@ -197,14 +216,15 @@ def text_chunks(args: Args) -> tuple[int | None, Iterator[tuple[list[str], list[
     return total, chunks
 
 
-def predict_texts(args: Args, folder: Path, config: dict[str, Any]) -> None:
+def predict_texts(args: Args, folder: Path, config: dict[str, Any], module: ModuleType | None) -> None:
     """Reads, predicts and writes texts, chunk by chunk; memory does not grow with the input."""
     total, chunks = text_chunks(args)
-    first = next(chunks, None)  # before the model is loaded: a missing input is told at once
+    first = next(chunks, None)  # before the model is loaded, so that a missing input is reported at once
     if first is None:
         source = args.file or "standard input"
         raise UserError(f"{source}: no text in it; give texts on the command line, with --file or on standard input")
-    loaded = load_text_model(folder, config, choose_device(args.device), args.max_length, pairs=first[1] is not None)
+    device, pairs = choose_device(args.device), first[1] is not None
+    loaded = load_text_model(folder, config, device, args.max_length, pairs, module)
 
     import numpy as np
     from tqdm.auto import tqdm
@@ -214,7 +234,7 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any]) -> None:
         # disable=None: shown on a terminal only. Chunks typed by hand would draw it between the lines.
         typed = not args.texts and not args.file and sys.stdin.isatty()
         with tqdm(total=total, unit=" texts", delay=2, disable=typed or None, leave=False, file=sys.stderr) as bar:
-            for texts, pairs in _chain(first, chunks):
+            for texts, pairs in itertools.chain([first], chunks):
                 scores = predict_chunk(loaded, texts, pairs, args.batch_size, bar.update)
                 if not np.isfinite(scores).all():
                     bad = row + int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0]) + 1
@@ -226,7 +246,7 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any]) -> None:
                 row += len(texts)
 
 
-def _length_limit(tokenizer: Any, config: Any, asked: int | None, pairs: bool) -> int:
+def _length_limit(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, asked: int | None, pairs: bool) -> int:
     positions = getattr(config, "max_position_embeddings", None)
     known = [limit for limit in (tokenizer.model_max_length, positions) if limit and 0 < limit < 10**9]
     if asked is None:
@@ -238,14 +258,14 @@ def _length_limit(tokenizer: Any, config: Any, asked: int | None, pairs: bool) -
     return asked
 
 
-def _table_chunks(args: Args) -> tuple[int, Iterator[tuple[list[str], list[str] | None]]]:
+def _table_chunks(args: Args) -> tuple[int, Iterator[Chunk]]:
     from accelerando.data.tables import read_text_table
 
     table = read_text_table(
         args.file, text_column=args.text_column, text_pair_column=args.text_pair_column, require_labels=False
     )
 
-    def chunks() -> Iterator[tuple[list[str], list[str] | None]]:
+    def chunks() -> Iterator[Chunk]:
         for start in range(0, len(table.texts), CHUNK):
             texts = table.texts.slice(start, CHUNK).to_pylist()
             pairs = table.pairs.slice(start, CHUNK).to_pylist() if table.pairs is not None else None
@@ -263,7 +283,7 @@ def _line_chunks(source: Path | IO[bytes], name: str, size: int) -> Iterator[lis
             except OSError as error:
                 raise UserError(f"--file {name}: {error.strerror}") from None
         number = 0
-        while lines := list(islice(iter(source.readline, b""), size)):
+        while lines := list(itertools.islice(iter(source.readline, b""), size)):
             texts = []
             for line in lines:
                 number += 1
@@ -280,13 +300,8 @@ def _chunks_of(texts: tuple[str, ...]) -> Iterator[list[str]]:
     return (list(texts[start : start + CHUNK]) for start in range(0, len(texts), CHUNK))
 
 
-def _paired(chunks: Iterable[list[str]], pair: str | None) -> Iterator[tuple[list[str], list[str] | None]]:
+def _paired(chunks: Iterable[list[str]], pair: str | None) -> Iterator[Chunk]:
     return ((texts, None if pair is None else [pair] * len(texts)) for texts in chunks)
-
-
-def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
-    yield first
-    yield from rest
 
 
 def _is_unicode(text: str) -> bool:
@@ -305,7 +320,7 @@ def write_json(stream: IO[str], result: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------------- signs
 
 
-def predict_clips(args: Args, folder: Path, config: dict[str, Any]) -> None:
+def predict_clips(args: Args, folder: Path, config: dict[str, Any], module: ModuleType | None) -> None:
     """Reads clips (``.npz``, alone or all of a folder) and writes the best glosses and categories of each."""
     import torch
     from tqdm.auto import tqdm
@@ -315,6 +330,8 @@ def predict_clips(args: Args, folder: Path, config: dict[str, Any]) -> None:
     from accelerando.data.collate import ClipCollate
     from accelerando.data.sign_clips import normalise, read_clip
 
+    if module is not None:
+        raise UserError("--import has no effect on a sign run")
     paths = clip_paths(args)
     device = choose_device(args.device)
     model, collate = open_saved(AutoModel, folder).to(device), ClipCollate()
@@ -348,9 +365,9 @@ def predict_clips(args: Args, folder: Path, config: dict[str, Any]) -> None:
             bar.update(len(samples))
 
 
-def best_classes(odds: torch.Tensor, names: list[str], count: int) -> list[dict[str, Any]]:
-    """The ``count`` most likely classes of ``odds`` [C], best first, as ``{"label", "score"}``."""
-    best = odds.topk(min(count, len(names)))
+def best_classes(probabilities: torch.Tensor, names: list[str], count: int) -> list[dict[str, Any]]:
+    """The ``count`` most likely classes of ``probabilities`` [C], best first, as ``{"label", "score"}``."""
+    best = probabilities.topk(min(count, len(names)))
     return [
         {"label": names[index], "score": round(score, 6)}
         for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
@@ -364,7 +381,7 @@ def clip_paths(args: Args) -> list[Path]:
         UserError: none is named, a path does not exist, a folder holds none, or a flag for texts was given.
     """
     if args.file:
-        raise UserError("the lines of --file are for texts or pictures; name the clips behind the run")
+        raise UserError("the lines of --file are for texts or images; name the clips behind the run")
     paths: list[Path] = []
     for name in args.texts:
         path = Path(name)
@@ -377,40 +394,40 @@ def clip_paths(args: Args) -> list[Path]:
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------------- pictures
+# ----------------------------------------------------------------------------------------------------------- images
 
 
-def predict_pictures(args: Args, folder: Path, config: dict[str, Any]) -> None:
-    """Reads pictures and writes the classes of each as JSON or CSV; memory does not grow with their number.
+def predict_images(args: Args, folder: Path, config: dict[str, Any], module: ModuleType | None) -> None:
+    """Reads images and writes the classes of each as JSON or CSV; memory does not grow with their number.
 
     Raises:
-        UserError: something that was named is not there, or none of the pictures can be read.
+        UserError: something that was named is not there, or none of the images can be read.
     """
     as_csv = args.format == "csv" or (args.format is None and str(args.output).lower().endswith(".csv"))
     if as_csv and args.top_k:
         raise UserError("--top_k is for JSON; CSV has a column for every class")
-    total, names = picture_names(args)
-    first = next(names, None)  # before the model is loaded: a missing input is told at once
+    total, names = image_names(args)
+    first = next(names, None)  # before the model is loaded, so that a missing input is reported at once
     if first is None:
         source = args.file or "standard input"
-        raise UserError(f"{source}: no picture in it; name pictures, folders or URLs behind the run, or in --file")
-    opened = open_image_model(folder, choose_device(args.device))
-    # Someone who types wants each answer at once.
+        raise UserError(f"{source}: no image in it; name images, folders or URLs behind the run, or in --file")
+    opened = open_image_model(folder, choose_device(args.device), module)
+    # Typed paths are answered one by one.
     typed = not args.texts and not args.file and sys.stdin.isatty()
     batch_size, ahead = (1, 0) if typed else (args.batch_size, None)
 
-    import csv
-
     from accelerando.report.predictions import prediction_header, prediction_rows
 
-    answers = image_answers(opened, _chain(first, names), batch_size, args.num_workers, args.tta, ahead=ahead)
+    answers = image_answers(
+        opened, itertools.chain([first], names), batch_size, args.num_workers, args.tta, ahead=ahead
+    )
     read, unread = 0, 0
     hidden = typed or (args.output is None and sys.stdout.isatty())  # the bar would be drawn between the lines
     with open_output(args.output) as stream, contextlib.closing(answers):
         writer = csv.writer(stream, lineterminator="\n")
         if as_csv:
             writer.writerow(prediction_header(opened.label_names))
-        for batch in told(answers, total, "predicting", hidden):
+        for batch in with_progress(answers, total, "predicting", hidden):
             scores = scores_of(batch.logits.double(), opened.model.config).numpy()
             sound = [printable(name) for name, fault in zip(batch.names, batch.faults, strict=True) if fault is None]
             if as_csv:
@@ -425,21 +442,21 @@ def predict_pictures(args: Args, folder: Path, config: dict[str, Any]) -> None:
             stream.flush()
             read, unread = read + len(sound), unread + len(batch.names) - len(sound)
         if not read:
-            raise UserError(f"none of {unread:,} pictures can be read" if unread > 1 else "the picture cannot be read")
+            raise UserError(f"none of {unread:,} images can be read" if unread > 1 else "the image cannot be read")
     if unread:
         sys.exit(1)
 
 
-def picture_names(args: Args) -> tuple[int | None, Iterator[str]]:
-    """How many pictures there are (None: not known yet), and their paths and URLs from where ``args`` says.
+def image_names(args: Args) -> tuple[int | None, Iterator[str]]:
+    """How many images there are (None: not known yet), and their paths and URLs from where ``args`` says.
 
     Raises:
-        UserError: a path that is not there, a folder without pictures, a list that is no text.
+        UserError: a path that is not there, a folder without images, a list that is no text.
     """
     if args.texts and args.file:
-        raise UserError("pictures and --file: give one of them")
+        raise UserError("images and --file: give one of them")
     if args.texts:
-        counts = [_count_pictures(name) for name in args.texts]
+        counts = [_count_images(name) for name in args.texts]
         return sum(counts), (found for name in args.texts for found in _expanded(name))
     if args.file:
         path = Path(args.file)
@@ -451,25 +468,25 @@ def picture_names(args: Args) -> tuple[int | None, Iterator[str]]:
     return None, _listed(sys.stdin.buffer)
 
 
-def _count_pictures(name: str) -> int:
+def _count_images(name: str) -> int:
     path = Path(name)
     if is_url(name):
         return 1
     if not path.exists():
-        hint = "of URLs, only http:// and https:// are read" if "://" in name else "this model classifies pictures"
+        hint = "of URLs, only http:// and https:// are read" if "://" in name else "this model classifies images"
         raise UserError(f"{printable(name)}: no such file or folder ({hint})")
-    count = sum(1 for _ in pictures_in(path)) if path.is_dir() else 1
+    count = sum(1 for _ in images_in(path)) if path.is_dir() else 1
     if not count:
-        raise UserError(f"{printable(name)}: no picture in this folder")
+        raise UserError(f"{printable(name)}: no image in this folder")
     return count
 
 
 def _expanded(name: str) -> Iterator[str]:
-    return pictures_in(Path(name)) if not is_url(name) and Path(name).is_dir() else iter([name])
+    return images_in(Path(name)) if not is_url(name) and Path(name).is_dir() else iter([name])
 
 
 def _listed(source: Path | IO[bytes]) -> Iterator[str]:
-    """The paths and URLs of a list, one a line; blank lines are passed over."""
+    """The paths and URLs of a list, one a line; blank lines are skipped."""
     with contextlib.ExitStack() as stack:
         name = "standard input"
         if isinstance(source, Path):
@@ -480,9 +497,7 @@ def _listed(source: Path | IO[bytes]) -> Iterator[str]:
                 raise UserError(f"{name}: {error.strerror}") from None
         for number, line in enumerate(iter(source.readline, b""), start=1):
             if b"\0" in line:
-                raise UserError(
-                    f"{name}, line {number}: not a list of paths and URLs; pictures are named behind the run"
-                )
+                raise UserError(f"{name}, line {number}: not a list of paths and URLs; images are named behind the run")
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
                 yield os.fsdecode(line.strip())
@@ -500,30 +515,30 @@ def check(args: Args) -> None:
 
 
 def check_task(args: Args, task: str, folder: Path) -> None:
-    """UserError for what a model of this task does not read: pictures for one of texts, flags of another task."""
-    from accelerando.data.folders import PICTURES
-
-    owner = {"texts": "text", "pictures": "image"}
+    """UserError for what a model of this task does not read: images for one of texts, flags of another task."""
+    owner = {"texts": "text", "images": "image"}
     defaults = {field.name: field.default for field in fields(Args)}
     for rows in sections(Args).values():
         for name, text in rows:
             if owner.get(text.partition(":")[0], task) != task and getattr(args, name) != defaults[name]:
                 raise UserError(f"--{name} has no effect here ({text})")
     if task != "image" and args.output and args.output.lower().endswith(".csv"):
-        raise UserError(f"--output {args.output}: CSV is for pictures; name it .jsonl")
-    named = [text for text in args.texts if text.lower().endswith((*PICTURES, ".gif")) and Path(text).is_file()]
+        raise UserError(f"--output {args.output}: CSV is for images; name it .jsonl")
+    named = [text for text in args.texts if text.lower().endswith(IMAGES) and Path(text).is_file()]
     if task == "text" and named:
-        raise UserError(f"{named[0]} is a picture, but {folder} is a classifier of texts")
+        raise UserError(f"{named[0]} is an image, but {folder} is a classifier of texts")
 
 
 def main() -> None:
-    args = parse_args(Args, aliases={})
+    args = parse_args(Args, ALIASES)
     check(args)
     folder = model_folder(Path(args.model))
     config = read_json(folder / "config.json")
-    task = task_of(folder, config)
+    module = import_user_module(args.import_module) if args.import_module else None
+    task = task_of_saved(folder, config, module)
     check_task(args, task, folder)
-    {"text": predict_texts, "sign": predict_clips, "image": predict_pictures}[task](args, folder, config)
+    predict = {"text": predict_texts, "sign": predict_clips, "image": predict_images}[task]
+    predict(args, folder, config, module)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ class Args:
     strip_urls: bool = False  # drop web addresses
     min_length: int = 1  # characters a text needs
     max_length: int | None = None  # characters beyond which a row is dropped
-    keep_conflicts: bool = False  # keep a text that stands there with several labels
+    keep_conflicts: bool = False  # keep a text that occurs with several labels
     # -- split --
     val_fraction: float = 0.1  # share of validation rows
     test_fraction: float = 0.1  # share of test rows
@@ -74,7 +74,7 @@ def read_folder(args: Args, dropped: Counter) -> dict[str, list[Row]]:
     if not folder.is_dir():
         raise UserError(f"--input_dir {folder}: no such folder")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    # Label names and summaries lie beside the data; they are not data.
+    # Label names and summaries are not data.
     files = [path for path in files if path.stem not in ("classes", "labels", "dataset_info")]
     if not files:
         raise UserError(f"--input_dir {folder}: no file that ends in {', '.join(SUFFIXES)}")
@@ -99,7 +99,7 @@ def read_folder(args: Args, dropped: Counter) -> dict[str, list[Row]]:
 
 
 def drop_repeats(rows: dict[str, list[Row]], args: Args, dropped: Counter) -> dict[str, list[Row]]:
-    """Each text once over all splits, where it is most needed: test before validation before train."""
+    """Keeps each text in one split only, the one that needs it most: test before validation before train."""
     labels: dict[str, set] = {}
     for split in rows.values():
         for text, label in split:
@@ -122,7 +122,7 @@ def drop_repeats(rows: dict[str, list[Row]], args: Args, dropped: Counter) -> di
 
 
 def split_rest(rows: dict[str, list[Row]], args: Args) -> dict[str, list[Row]]:
-    """Deals the rows without a split of their own to the splits that are missing."""
+    """Distributes the rows without a split of their own over the splits that are missing."""
     import numpy as np
 
     from accelerando.data.splits import stratified_split
@@ -139,7 +139,7 @@ def split_rest(rows: dict[str, list[Row]], args: Args) -> dict[str, list[Row]]:
     for name, fraction in wanted.items():
         if name in rows or fraction == 0:
             continue
-        # Texts are dealt out, not rows: with --keep_conflicts a text has several, and they stay together.
+        # Texts are distributed, not rows: with --keep_conflicts a text has several rows, which stay together.
         texts = dict(reversed(pool))
         codes = np.unique([str(label) for label in texts.values()], return_inverse=True)[1]
         _, held = stratified_split(codes, fraction / left, args.seed)

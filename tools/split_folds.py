@@ -4,11 +4,11 @@
   python tools/split_folds.py --raw_data data/x/raw --folds 5 --test_fraction 0.2
   python tools/split_folds.py --raw_data data/x/raw --groups patients.csv
 
-RAW_DATA holds a folder for each class, with its images at any depth. Written
-are splits/test.txt, fold_0_train.txt, fold_0_val.txt and so on, a path on each
-line, and classes.json, which numbers the classes for all folds. What is not
-test is in the validation part of one fold, and trains in the others. Every
-class has its share of each part, to within one image.
+RAW_DATA holds a folder for each class, with its images at any depth. The tool
+writes splits/test.txt, fold_0_train.txt, fold_0_val.txt and so on, with a path
+on each line, and classes.json, which numbers the classes for all folds. Every
+image that is not test is validated on in one fold and trained on in the others.
+Every class has its share of each part, to within one image.
 
 Copies of an image (same pixels, or resized, compressed again, brighter) stay
 together on one side, and so do the images of a group in --groups (a patient, a
@@ -31,8 +31,11 @@ from typing import TYPE_CHECKING
 
 from accelerando.base.config import Alias, check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
+from accelerando.base.files import whole_folder
 from accelerando.base.log import watched
 from accelerando.base.processes import map_in_processes
+from accelerando.data.folders import class_folders
+from accelerando.inference.outputs import print_first
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,8 +78,6 @@ def find_images(raw: Path, left_out: Callable[[str, str], None]) -> dict[str, li
     Raises:
         UserError: no folder, no class folders, one alone, an empty one, or sides instead of classes.
     """
-    from accelerando.data.folders import class_folders
-
     if (raw / "raw").is_dir() and (raw / "splits").is_dir():
         raise UserError(f"--raw_data {raw}: holds raw and splits; did you mean {raw / 'raw'}?")
     names = sorted(path.name for path in raw.iterdir() if path.is_dir()) if raw.is_dir() else []
@@ -84,7 +85,7 @@ def find_images(raw: Path, left_out: Callable[[str, str], None]) -> dict[str, li
     if len(names) > 1 and {name.lower() for name in names} <= SIDES:
         raise UserError(
             f"--raw_data {raw}: {', '.join(names)} are sides, not classes: this set is split already; "
-            f"to split it anew, gather the images of both in one {raw.name}/<class>"
+            f"to split it again, gather the images of both in one {raw.name}/<class>"
         )
     found = class_folders(raw, left_out)
     if len(found) == 1:
@@ -138,7 +139,7 @@ def read_print(path: str) -> Fingerprint | str:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return fingerprint(decode_pixels(data))
-    except Exception as error:  # each of PIL's decoders has errors of its own
+    except Exception as error:  # each of Pillow's decoders has errors of its own
         return f"cannot be read: {getattr(error, 'strerror', None) or first_line(error)}"
 
 
@@ -292,14 +293,6 @@ def report(side: np.ndarray, classes: np.ndarray, names: list[str], args: Args) 
     return "\n".join(lines)
 
 
-def name_some(lines: list[str], what: str) -> None:
-    """The first few of ``lines`` on stderr."""
-    for line in lines[:NAMED]:
-        print(f"{what}: {line}".encode(errors="backslashreplace").decode(), file=sys.stderr)
-    if len(lines) > NAMED:
-        print(f"... and {len(lines) - NAMED:,} more", file=sys.stderr)
-
-
 def main() -> None:
     args = parse_args(Args, ALIASES)
     check_ranges(args, folds=(2, 1000), test_fraction=(0, 0.9), near_duplicates=(0, 16), seed=(0, 2**63))
@@ -316,7 +309,6 @@ def main() -> None:
 
     import numpy as np
 
-    from accelerando.base.files import whole_folder
     from accelerando.data.duplicates import duplicate_groups
     from accelerando.data.splits import deal_folds
 
@@ -349,8 +341,8 @@ def main() -> None:
     except (FileExistsError, NotADirectoryError, PermissionError) as error:
         raise UserError(f"--output_dir {target}: {error.strerror}") from None
 
-    name_some(skipped, "left out")
-    name_some(conflicts, "warning: copies in different classes")
+    print_first(skipped, "left out", NAMED)
+    print_first(conflicts, "warning: copies in different classes", NAMED)
     print(report(side, classes, names, args))
     notes = [f"{sentence}:\n  {target / 'duplicates.txt'}"] if copies else []
     notes += [f"{len(skipped):,} left out, all named in {target / 'skipped.txt'}"] if skipped else []

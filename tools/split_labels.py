@@ -5,7 +5,7 @@
   python tools/split_labels.py --labels data/sign/labels.csv \\
       --output_dir data/sign/split --group_column signer
 
-Every gloss is dealt out in the wanted shares, to within one clip, and keeps a
+Every gloss is divided in the wanted shares, to within one clip, and keeps a
 training clip. With --group_column all rows of a group (a signer, a video)
 stay on one side; shares then hold as nearly as the groups allow. All columns
 are kept: labels_train.csv, labels_val.csv, labels_test.csv.
@@ -34,7 +34,7 @@ class Args:
     # -- data --
     labels: str  # CSV with file, gloss, cat and any other columns
     output_dir: str  # folder for labels_train.csv, labels_val.csv, labels_test.csv
-    overwrite: bool = False  # replace these three where they are there
+    overwrite: bool = False  # replace these three files if they exist
     # -- split --
     validation_fraction: float = 0.1  # share of validation clips
     test_fraction: float = 0.1  # share of test clips; 0: no such file

@@ -6,8 +6,8 @@
   python tools/validate_npz.py data/sign --labels data/sign/labels_val.csv \\
       --train_labels data/sign/labels_train.csv
 
-The clips that the labels list are opened, without labels every clip of the
-folder. Of a training set beside it, classes, names and contents are compared.
+Opens the clips that the labels list, or without labels every clip of the
+folder. With a training set, compares classes, names and contents with it.
 Exit code 0: no errors, perhaps warnings; 2: errors.
 """
 
@@ -29,11 +29,13 @@ import tyro
 
 from accelerando.base.config import Alias, check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
-from accelerando.base.files import write_text
 from accelerando.base.processes import map_in_processes
+from accelerando.inference.outputs import whole_file
 
 if TYPE_CHECKING:
     from accelerando.data.sign_labels import Clip, Problem
+
+    Setting = str | int | bool | None  # of inspect_clip
 
 ALIASES: dict[str, Alias] = {
     "labels_val_csv": "labels", "labels_csv": "labels", "labels_train_csv": "train_labels",
@@ -64,7 +66,7 @@ class Args:
 # ------------------------------------------------------------------------------------------------------------- work
 
 
-def inspect_all(folder: Path, names: list[str], workers: int | None, what: str, **settings: Any) -> Iterator[Clip]:
+def inspect_all(folder: Path, names: list[str], workers: int | None, what: str, **settings: Setting) -> Iterator[Clip]:
     """:func:`data.sign_labels.inspect_clip` of each clip, in order, by ``workers`` processes.
 
     Raises:
@@ -81,7 +83,7 @@ def inspect_all(folder: Path, names: list[str], workers: int | None, what: str, 
             bar.update()
 
 
-def inspect_one(folder: Path, name: str, settings: dict[str, Any]) -> Clip:
+def inspect_one(folder: Path, name: str, settings: dict[str, Setting]) -> Clip:
     """One clip; what a worker runs."""
     from accelerando.data.sign_labels import inspect_clip
 
@@ -139,7 +141,7 @@ def table(problems: list[Problem], width: int) -> str:
 
 
 def summarise(problems: list[Problem], lengths: Counter, clips: int, glosses: int | None, args: Args) -> dict[str, Any]:
-    """What ``--json`` writes; ``frames`` are those of the clips whose length can be told."""
+    """What ``--json`` writes; ``frames`` are those of the clips whose length is known."""
     frames = sorted(lengths)
     middle, seen = 0, 0
     for middle in frames:
@@ -243,7 +245,8 @@ def main() -> None:
         print(table(problems, max(60, shutil.get_terminal_size().columns)) + "\n")
     print(summary_line(summary))
     if args.json:
-        write_text(Path(args.json), json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        with whole_file(Path(args.json), flag="--json") as file:
+            file.write(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if summary["errors"]:
         raise SystemExit(2)
 

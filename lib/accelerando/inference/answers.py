@@ -2,15 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from accelerando.base.processes import map_ahead
-from accelerando.inference.inputs import TOLD_EVERY, fault_of, printable, read_picture
-from accelerando.inference.saved import image_logits
-
-if TYPE_CHECKING:
-    from accelerando.inference.saved import ImageModel
-
 import contextlib
 import sys
 import time
@@ -19,15 +10,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError, first_line
+from accelerando.base.processes import map_ahead
+from accelerando.inference.inputs import fault_of, read_image
+from accelerando.inference.outputs import printable
+from accelerando.inference.saved import image_logits
 
 if TYPE_CHECKING:
-    pass
     import torch
+
+    from accelerando.inference.saved import ImageModel
+
+REPORT_EVERY = 30.0  # seconds between lines of progress where there is no terminal for a bar
 
 
 @dataclass
 class Answers:
-    """A batch of pictures in the order they were named: ``faults`` [b], None where one could be read, and the
+    """A batch of b images in the order they were named: ``faults`` [b], None where one could be read, and the
     ``logits`` float32 [r, C] of those r."""
 
     names: list[str]
@@ -36,22 +34,27 @@ class Answers:
 
 
 def image_answers(
-    opened: ImageModel, names: Iterable[str], batch_size: int, threads: int, tta: bool = False, amp: str = "no",
+    opened: ImageModel,
+    names: Iterable[str],
+    batch_size: int,
+    threads: int,
+    tta: bool = False,
+    amp: str = "no",
     ahead: int | None = None,
-) -> Iterator[Answers]:  # fmt: skip
-    """The model's answers for picture files and URLs, in order; memory does not grow with their number.
+) -> Iterator[Answers]:
+    """The model's answers for image files and URLs, in order; memory does not grow with their number.
 
-    ``threads`` read, fetch and decode while the model computes, at most ``ahead`` pictures before it (by default two
+    ``threads`` read, fetch and decode while the model computes, at most ``ahead`` images before it (by default two
     batches and one for each thread).
 
     Raises:
-        UserError: pictures of one batch have different shapes, the model does not take them, or gives NaN.
+        UserError: images of one batch have different shapes, the model does not take them, or gives NaN.
     """
     import torch
 
     def prepared(name: str) -> torch.Tensor | str:
         try:
-            return opened.prepare(read_picture(name))
+            return opened.prepare(read_image(name))
         except Exception as error:  # each of Pillow's decoders has errors of its own
             return fault_of(error)
 
@@ -59,12 +62,12 @@ def image_answers(
         sound = [pixels for _, pixels in batch if not isinstance(pixels, str)]
         logits = torch.zeros(0, len(opened.label_names))
         if len({pixels.shape for pixels in sound}) > 1:
-            raise UserError("the model's image processor makes pictures of different shapes; give --batch_size 1")
+            raise UserError("the model's image processor makes images of different shapes; give --batch_size 1")
         if sound:
             try:
                 logits = image_logits(opened, torch.stack(sound), tta, amp)
             except torch.OutOfMemoryError:
-                raise UserError("the GPU's memory does not suffice: give a smaller --batch_size") from None
+                raise UserError("the GPU's memory is too small: give a smaller --batch_size") from None
             except ValueError as error:  # transformers' way to say it
                 reason = first_line(error)[:200]
                 raise UserError(f"the model does not take what its image processor makes: {reason}") from None
@@ -79,9 +82,9 @@ def image_answers(
 
     batch: list[tuple[str, torch.Tensor | str]] = []
     ahead = 2 * batch_size + threads if ahead is None else ahead
-    with contextlib.closing(map_ahead(prepared, names, threads, ahead)) as pictures:
-        for picture in pictures:
-            batch.append(picture)
+    with contextlib.closing(map_ahead(prepared, names, threads, ahead)) as images:
+        for image in images:
+            batch.append(image)
             if len(batch) == batch_size:
                 yield answer(batch)
                 batch = []
@@ -89,16 +92,16 @@ def image_answers(
             yield answer(batch)
 
 
-def told(answers: Iterable[Answers], total: int | None, what: str, hidden: bool = False) -> Iterator[Answers]:
-    """``answers`` with a bar on a terminal, and a line on stderr for each picture that cannot be read.
+def with_progress(answers: Iterable[Answers], total: int | None, what: str, hidden: bool = False) -> Iterator[Answers]:
+    """``answers`` with a bar on a terminal, and a line on stderr for each image that cannot be read.
 
     Where stderr is no terminal, a line every half minute takes the place of the bar. ``hidden``: neither.
     """
     from tqdm import tqdm
 
-    done, started, said = 0, time.monotonic(), time.monotonic()
+    done, started, reported = 0, time.monotonic(), time.monotonic()
     with tqdm(
-        total=total, unit=" pictures", desc=what, delay=2, disable=hidden or None, leave=False, file=sys.stderr
+        total=total, unit=" images", desc=what, delay=2, disable=hidden or None, leave=False, file=sys.stderr
     ) as bar:
         for batch in answers:
             for name, fault in zip(batch.names, batch.faults, strict=True):
@@ -108,9 +111,7 @@ def told(answers: Iterable[Answers], total: int | None, what: str, hidden: bool 
             done += len(batch.names)
             bar.update(len(batch.names))
             now = time.monotonic()
-            if bar.disable and not hidden and now - said > TOLD_EVERY:
+            if bar.disable and not hidden and now - reported > REPORT_EVERY:
                 of_all = f" of {total:,}" if total is not None else ""
-                print(
-                    f"{what}: {done:,}{of_all} pictures, {done / (now - started):,.1f}/s", file=sys.stderr, flush=True
-                )
-                said = now
+                print(f"{what}: {done:,}{of_all} images, {done / (now - started):,.1f}/s", file=sys.stderr, flush=True)
+                reported = now

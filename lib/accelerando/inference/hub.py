@@ -10,7 +10,7 @@ from accelerando.train.state import Run
 
 
 def check_push(push_to_hub: bool, repo_id: str | None) -> None:
-    """UserError before training when a later upload could not work: no repository named, or nobody logged in."""
+    """UserError before training when a later upload could not work: no repository named, or no login."""
     if not push_to_hub:
         return
     if not repo_id or repo_id.count("/") != 1:
@@ -18,7 +18,7 @@ def check_push(push_to_hub: bool, repo_id: str | None) -> None:
     from huggingface_hub import get_token
 
     if get_token() is None:
-        raise UserError("--push_to_hub: nobody is logged in; run `hf auth login` or set HF_TOKEN")
+        raise UserError("--push_to_hub: not logged in; run `hf auth login` or set HF_TOKEN")
 
 
 def push_best(run: Run, push_to_hub: bool, repo_id: str | None, private: bool) -> None:
@@ -29,7 +29,7 @@ def push_best(run: Run, push_to_hub: bool, repo_id: str | None, private: bool) -
 
 
 def push_folder(folder: Path, repo_id: str, private: bool) -> str:
-    """Uploads ``folder`` in one commit and returns its address.
+    """Uploads ``folder`` in one commit and returns its URL.
 
     Raises:
         UserError: the Hub cannot be reached or refuses; the folder stays as it is.

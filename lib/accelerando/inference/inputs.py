@@ -1,37 +1,26 @@
-"""Images from files and URLs, and where answers are written."""
+"""Images from files and URLs."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import stat
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError, first_line
-from accelerando.base.files import open_whole
+from accelerando.data.folders import PICTURES
 
 if TYPE_CHECKING:
-    pass
-
+    from urllib.request import OpenerDirector
 
 URLS = ("http://", "https://")
-
-
+# Endings of image files; those that Pillow may not know too, so that they are named and not silently skipped.
+IMAGES = (*PICTURES, ".gif")
 MOST_BYTES = 100_000_000  # of a file that is fetched
-
-
 PATIENCE = 20.0  # seconds that a server may be silent
-
-
 LONGEST_FETCH = 120.0  # seconds for one file in all
-
-
-TOLD_EVERY = 30.0  # seconds between lines where nobody watches a bar
 
 
 def is_url(name: str) -> bool:
@@ -39,7 +28,7 @@ def is_url(name: str) -> bool:
     return name.lower().startswith(URLS)
 
 
-def read_picture(name: str) -> bytes:
+def read_image(name: str) -> bytes:
     """The file at a path or URL. ValueError or OSError: there is none, or it is refused."""
     if is_url(name):
         return fetch(name)
@@ -80,36 +69,40 @@ def fetch(url: str) -> bytes:
     return b"".join(parts)
 
 
-def _opener() -> Any:
+def _opener() -> OpenerDirector:
     """What opens http and https alone: urllib's own would let a redirection lead to FTP."""
     from urllib import request
 
     opener = request.OpenerDirector()
     for handler in (
-        request.ProxyHandler, request.UnknownHandler, request.HTTPHandler, request.HTTPSHandler,
-        request.HTTPDefaultErrorHandler, request.HTTPRedirectHandler, request.HTTPErrorProcessor,
-    ):  # fmt: skip
+        request.ProxyHandler,
+        request.UnknownHandler,
+        request.HTTPHandler,
+        request.HTTPSHandler,
+        request.HTTPDefaultErrorHandler,
+        request.HTTPRedirectHandler,
+        request.HTTPErrorProcessor,
+    ):
         opener.add_handler(handler())
     return opener
 
 
 def fault_of(error: BaseException) -> str:
-    """Why a picture cannot be read, in one line."""
+    """Why an image cannot be read, in one line."""
     reason = getattr(error, "reason", None)
     if isinstance(reason, BaseException):  # urllib's wrapping
         error = reason
-    # Pillow names the buffer that it read from, which tells nobody anything.
-    text = re.sub(r"cannot identify image file .*", "not a picture, or its header is damaged", first_line(error))
+    # Pillow names the buffer that it read from, which says nothing to the user.
+    text = re.sub(r"cannot identify image file .*", "not an image, or its header is damaged", first_line(error))
     return " ".join(str(getattr(error, "strerror", None) or text).split())
 
 
-def pictures_in(folder: Path) -> Iterator[str]:
-    """The picture files in a folder and the folders in it, by their names' endings; in each folder sorted.
+def images_in(folder: Path) -> Iterator[str]:
+    """The image files in a folder and the folders in it, by their names' endings; in each folder sorted.
 
     Raises:
         UserError: a folder in it cannot be listed.
     """
-    from accelerando.data.folders import PICTURES
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{error.filename}: {error.strerror}") from None
@@ -122,35 +115,5 @@ def pictures_in(folder: Path) -> Iterator[str]:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in sorted(files):
-            if name.lower().endswith((*PICTURES, ".gif")) and not name.startswith("."):
+            if name.lower().endswith(IMAGES) and not name.startswith("."):
                 yield str(Path(place) / name)
-
-
-def printable(name: str) -> str:
-    """A file's name as text that can be written as UTF-8, which its bytes need not be."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-@contextlib.contextmanager
-def open_output(path: str | None) -> Iterator[IO[str]]:
-    """Standard output, or a file at ``path`` that appears when all of it is written and not before."""
-    if path is None:
-        sys.stdout.reconfigure(encoding="utf-8")
-        try:
-            yield sys.stdout
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader has had enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        return
-    target = Path(path)
-    if target.is_dir():
-        raise UserError(f"--output {target}: is a folder; name a file")
-    direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)  # /dev/stderr, a named pipe
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "w", encoding="utf-8") if direct else open_whole(target) as stream:
-            yield stream
-    except BrokenPipeError:
-        return
-    except OSError as error:
-        raise UserError(f"--output {target}: {error.strerror}") from None

@@ -1,77 +1,90 @@
-"""Saved models that answer: a run's weights opened, pictures from files and URLs decoded ahead, logits for each."""
+"""Saved models, opened for prediction: one of transformers, of the library, or of a user's own module."""
 
 from __future__ import annotations
 
-import json
+import importlib
+import inspect
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from accelerando.base.errors import UserError, first_line
+from accelerando.inference.runs import TORCH_MODULE, read_json, task_of_model
 
 if TYPE_CHECKING:
-    import torch
+    from types import ModuleType
 
-T = TypeVar("T")
-R = TypeVar("R")
+    import torch
+    from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
+
+
+class AutoClass(Protocol):
+    """One of transformers' auto classes."""
+
+    def from_pretrained(self, folder: Path, **options: object) -> Any:
+        """The model, or (model, what loading it found) with ``output_loading_info``."""
 
 
 # ------------------------------------------------------------------------------------------------------------- model
 
 
-def model_folder(path: Path) -> Path:
-    """The folder with the weights: ``path`` itself, or ``best/`` or ``last/`` of the run ``path``.
+def import_user_module(name: str) -> ModuleType:
+    """The user's module ``name``, which defines a model or registers it with transformers' auto classes.
+
+    It is looked for in the current folder first. Nothing that a model folder names is imported without this.
 
     Raises:
-        UserError: no such folder, or no model in it.
+        UserError: there is no such module, or it cannot be imported.
     """
-    if not path.is_dir():
-        reason = "is a file, not a folder" if path.exists() else "no such folder"
-        raise UserError(f"{path}: {reason}; give a run or a model folder")
-    for folder in (path, path / "best", path / "last"):
-        if (folder / "config.json").is_file():
-            return folder
-    if (path / "adapter_config.json").is_file():
-        raise UserError(f"{path}: holds a LoRA adapter alone; merge it into its model first")
-    if path.parent.name == "checkpoints":
-        raise UserError(f"{path}: is a checkpoint for resuming; give its run: {path.parent.parent}")
-    raise UserError(f"{path}: no model here (no config.json, nor one in best/ or last/)")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a model folder; UserError where it is broken."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: broken JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object, found a {type(content).__name__}")
-    return content
+        return importlib.import_module(name.removesuffix(".py"))
+    except ModuleNotFoundError as error:
+        if error.name != name.partition(".")[0]:
+            raise UserError(f"--import {name}: {first_line(error)}") from None
+        raise UserError(f"--import {name}: no such module in {here} or among the installed ones") from None
+    except (Exception, SystemExit) as error:  # whatever the module does
+        raise UserError(f"--import {name}: {type(error).__name__}: {first_line(error)}") from None
+    finally:
+        # The module may import others beside it later on; what the tools import comes first from then on.
+        sys.path.remove(here)
+        sys.path.append(here)
 
 
-def task_of(folder: Path, config: dict[str, Any]) -> str:
-    """Which task the model in ``folder`` was trained for, from its ``config.json``: "text", "sign" or "image".
+def import_hint(config: Mapping[str, Any]) -> str:
+    """What to add to an error about a model of a type that transformers does not know; nothing where it does."""
+    from transformers import CONFIG_MAPPING
+
+    kind = config.get("model_type")
+    if kind is None or kind in CONFIG_MAPPING:
+        return ""
+    return f"; transformers does not know the model type {kind!r}: if a module of yours does, give --import my_module"
+
+
+def task_of_saved(folder: Path, config: Mapping[str, Any], module: ModuleType | None = None) -> str:
+    """As :func:`runs.task_of_model`, also for a model that the user's ``module`` registered with an auto class.
 
     Raises:
-        UserError: a model that is no such classifier.
+        UserError: no classifier of texts, signs or images.
     """
-    architectures = [str(name) for name in config.get("architectures") or []]
-    if any(name.endswith("ForSequenceClassification") for name in architectures):
-        return "text"
-    if any(name.endswith("ForImageClassification") for name in architectures):
-        return "image"
-    kind = str(config.get("model_type", "of unknown kind"))
-    if kind.startswith("sign_"):
-        return "sign"
-    if kind == "vision_net":
-        return "image"
-    raise UserError(f"{folder}: the model is {[*architectures, kind][0]}; needed is a classifier of texts, signs or "
-                    "pictures")  # fmt: skip
+    try:
+        return task_of_model(folder, config)
+    except UserError as error:
+        import transformers
+
+        kind = config.get("model_type")
+        if module is not None and kind in transformers.CONFIG_MAPPING:
+            registered = transformers.CONFIG_MAPPING[kind]
+            if registered in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
+                return "image"
+            if registered in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+                return "text"
+        raise UserError(f"{error}{import_hint(config)}") from None
 
 
 def choose_device(name: str) -> torch.device:
@@ -88,17 +101,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def open_saved(auto_class: Any, folder: Path) -> Any:
-    """The model in ``folder`` through one of transformers' auto classes, in float32, for evaluation.
+def open_saved(auto_class: AutoClass, folder: Path, module: ModuleType | None = None) -> PreTrainedModel | TorchModel:
+    """The model in ``folder``, in float32, for evaluation: through one of transformers' auto classes, or, where it was
+    saved as a plain torch module, as :func:`open_torch_module`. ``module``: the user's, from ``--import``.
 
     Raises:
-        UserError: weights that are missing, damaged or another model's.
+        UserError: weights that are missing, damaged or another model's, or a class that nothing knows.
     """
     import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    config = read_json(folder / "config.json")
+    if config.get("model_type") == TORCH_MODULE:
+        return TorchModel(open_torch_module(folder, module), read_config(config))
     try:
         model, report = auto_class.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
@@ -106,22 +123,112 @@ def open_saved(auto_class: Any, folder: Path) -> Any:
     except UserError:
         raise
     except Exception as error:  # each format of weights has errors of its own
-        raise UserError(f"{folder}: the model does not load ({first_line(error)[:200]})") from None
+        reason = f"{first_line(error)[:200]}){import_hint(config)}"
+        raise UserError(f"{folder}: the model does not load ({reason}") from None
     unfit = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
     if unfit:
         raise UserError(f"{folder}: weights are missing ({', '.join(unfit[:3])}); is it a trained classifier?")
     return model.eval()
 
 
+def open_torch_module(folder: Path, module: ModuleType | None) -> torch.nn.Module:
+    """The plain torch module saved in ``folder``, in float32, for evaluation.
+
+    ``config.json`` names its class as ``"class": "my_module:MyNet"``; ``module``, from ``--import``, has that class. It
+    is built by ``MyNet.from_config(config)`` with the content of ``config.json``, or by ``MyNet()`` where it has no
+    ``from_config``, and then gets the weights of ``model.safetensors``.
+
+    Raises:
+        UserError: no module was imported, it lacks the class, or the weights are missing, damaged or another class's.
+    """
+    from safetensors.torch import load_file
+
+    config = read_json(folder / "config.json")
+    home, _, name = str(config.get("class", "")).partition(":")
+    if not home or not name:
+        raise UserError(f'{folder / "config.json"}: names no class, as in "class": "my_module:MyNet"')
+    if module is None:
+        raise UserError(f"{folder}: the model's class is {name} of your module {home}: give --import {home}")
+    found: object = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not inspect.isclass(found):
+        raise UserError(f"{folder}: the model's class is {name}, which {module.__name__} (--import) does not have")
+    try:
+        model = found.from_config(config) if hasattr(found, "from_config") else found()
+    except Exception as error:  # whatever the class does
+        raise UserError(f"{folder}: {name} cannot be built: {type(error).__name__}: {first_line(error)}") from None
+    try:
+        missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    except Exception as error:  # safetensors has errors of its own; torch names shapes on lines of their own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: the weights do not load into {name} ({reason})") from None
+    if missing or unexpected:
+        words = f"lack {missing[0]}" if missing else f"hold {unexpected[0]} too"
+        raise UserError(f"{folder}: the weights are not those of {name}: they {words}")
+    return model.float().eval()
+
+
+def read_config(config: Mapping[str, Any]) -> PretrainedConfig:
+    """The content of a ``config.json`` with transformers' defaults (``id2label`` and the like), for any class."""
+    from transformers import PretrainedConfig
+
+    return PretrainedConfig.from_dict(dict(config))
+
+
+@dataclass
+class ModelOutput:
+    """What a plain torch module gave."""
+
+    logits: torch.Tensor
+
+
+class TorchModel:
+    """A plain torch module with the interface of a model of transformers, as far as prediction needs it.
+
+    The inputs that the module's ``forward`` names are passed by name; a ``forward`` that names none of them gets the
+    first one (the images or the tokens). Its output is the logits [B, C], as a tensor, an attribute or a key.
+    """
+
+    def __init__(self, module: torch.nn.Module, config: PretrainedConfig) -> None:
+        self.module, self.config = module, config
+
+    def to(self, *args: Any, **options: Any) -> TorchModel:
+        """As the method of a torch module."""
+        self.module.to(*args, **options)
+        return self
+
+    def get_input_embeddings(self) -> None:
+        """Unknown: the module is no model of transformers."""
+
+    def __call__(self, **inputs: torch.Tensor) -> ModelOutput:
+        import torch
+
+        parameters = inspect.signature(self.module.forward).parameters
+        if any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+            output = self.module(**inputs)
+        elif named := {name: value for name, value in inputs.items() if name in parameters}:
+            output = self.module(**named)
+        else:
+            output = self.module(next(iter(inputs.values())))
+        if isinstance(output, Mapping):
+            output = output.get("logits")
+        logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+        if logits is None or logits.ndim != 2 or logits.shape[1] != self.config.num_labels:
+            shape = "no logits" if logits is None else f"logits of shape {list(logits.shape)}"
+            raise UserError(f"the model gives {shape}; needed is one for each of its {self.config.num_labels} classes")
+        return ModelOutput(logits)
+
+
 @dataclass
 class ImageModel:
-    """A classifier of pictures and what turns a file into its input.
+    """A classifier of images and what turns a file into its input.
 
     ``prepare`` gives uint8 [3, S, S], which is normalised with ``mean`` and ``std`` (of each colour, 0 to 1), or
     float32 [3, H, W] that is normalised already.
     """
 
-    model: Any
+    model: PreTrainedModel | TorchModel
     device: torch.device
     label_names: list[str]
     prepare: Callable[[bytes], torch.Tensor]
@@ -129,9 +236,10 @@ class ImageModel:
     std: tuple[float, ...]
 
 
-def open_image_model(folder: Path, device: torch.device) -> ImageModel:
-    """The classifier in ``folder``, its pictures prepared as ``scripts/image_classify.py`` evaluates them, or, where
-    ``preprocessor_config.json`` says otherwise, by transformers' own processor.
+def open_image_model(folder: Path, device: torch.device, module: ModuleType | None = None) -> ImageModel:
+    """The classifier in ``folder``, its images prepared as ``scripts/image_classify.py`` evaluates them, or, where
+    ``preprocessor_config.json`` says otherwise, by transformers' own processor. ``module``: the user's, from
+    ``--import``.
 
     Raises:
         UserError: no processor, or weights that are missing or damaged.
@@ -147,12 +255,12 @@ def open_image_model(folder: Path, device: torch.device) -> ImageModel:
     if not path.is_file():
         raise UserError(f"{folder}: no preprocessor_config.json beside the model; copy it from the base model")
     settings = read_json(path)
-    # What Pillow thinks of a file is told once, as the reason why it cannot be read.
+    # What Pillow says of a file is shown once, as the reason why it cannot be read.
     warnings.filterwarnings("ignore", module=r"PIL\b")
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     size = evaluation_size(settings)
-    prepare = OwnProcessor(folder) if size is None else partial(decode_for_evaluation, size=size)
-    model = open_saved(AutoModelForImageClassification, folder).to(device, memory_format=torch.channels_last)
+    prepare = SavedProcessor(folder) if size is None else partial(decode_for_evaluation, size=size)
+    model = open_saved(AutoModelForImageClassification, folder, module).to(device, memory_format=torch.channels_last)
     names = model.config.id2label
     return ImageModel(
         model, device, [str(names[number]) for number in range(model.config.num_labels)], prepare,
@@ -161,7 +269,7 @@ def open_image_model(folder: Path, device: torch.device) -> ImageModel:
 
 
 def evaluation_size(settings: dict[str, Any]) -> int | None:
-    """The side of the pictures where a processor's ``settings`` are those of :func:`data.images.write_image_processor`,
+    """The side of the images where a processor's ``settings`` are those of :func:`data.images.write_image_processor`,
     so that :func:`data.decode.decode_for_evaluation` does the same; else None."""
     from accelerando.data.decode import evaluation_side
 
@@ -178,7 +286,7 @@ def evaluation_size(settings: dict[str, Any]) -> int | None:
     return side if coloured and all(settings.get(name) == value for name, value in ours.items()) else None
 
 
-class OwnProcessor:
+class SavedProcessor:
     """From a file to float32 [3, H, W], normalised, by the processor that is saved in ``folder``.
 
     Raises:
@@ -189,7 +297,9 @@ class OwnProcessor:
         from transformers import AutoImageProcessor
 
         try:
-            self.processor = AutoImageProcessor.from_pretrained(folder, backend="pil", local_files_only=True)
+            self.processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(
+                folder, backend="pil", local_files_only=True
+            )
         except Exception as error:
             raise UserError(f"{folder}: the image processor does not load ({first_line(error)[:200]})") from None
 
@@ -198,14 +308,14 @@ class OwnProcessor:
 
         from accelerando.data.decode import decode_pixels
 
-        picture = Image.fromarray(decode_pixels(file))
-        return self.processor(images=[picture], return_tensors="pt")["pixel_values"][0]
+        image = Image.fromarray(decode_pixels(file))
+        return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
 
 
 def image_logits(opened: ImageModel, pixels: torch.Tensor, tta: bool = False, amp: str = "no") -> torch.Tensor:
-    """Logits [B, C], float32 on the CPU, of prepared pictures [B, 3, H, W].
+    """Logits [B, C], float32 on the CPU, of prepared images [B, 3, H, W].
 
-    ``tta``: the mean over each picture and its mirror image. ``amp``: no, bf16 or fp16.
+    ``tta``: the mean over each image and its mirror image. ``amp``: no, bf16 or fp16.
     """
     import torch
 
@@ -222,14 +332,8 @@ def image_logits(opened: ImageModel, pixels: torch.Tensor, tta: bool = False, am
     return logits.cpu()
 
 
-def scores_of(logits: torch.Tensor, config: Any) -> torch.Tensor:
+def scores_of(logits: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
     """Probabilities [B, C] from logits, as ``config.problem_type`` wants them; of a regression its raw values."""
     if config.problem_type == "multi_label_classification":
         return logits.sigmoid()
     return logits.softmax(dim=-1) if logits.shape[-1] > 1 and config.problem_type != "regression" else logits
-
-
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
-# ------------------------------------------------------------------------------------------------------------ output

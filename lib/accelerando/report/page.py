@@ -1,4 +1,4 @@
-"""``report.html``: the end of a run as one self-contained page, light or dark as its reader's system, also on paper.
+"""``report.html``: the end of a run as one self-contained page, light or dark as the reader's system is, also printed.
 
 A script puts blocks together in the order it likes; each function here returns one block of HTML::
 
@@ -14,6 +14,7 @@ and any script but ours. The same input gives the same bytes.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import html
 import io
@@ -22,13 +23,15 @@ import json
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
+from importlib import resources
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from accelerando.report.plots import MAX_COUNTED_CLASSES, Curve, Point, best_point, points, row_shares, shorten
+
+if TYPE_CHECKING:
+    import numpy as np
 
 LONG_TEXT = 280  # characters of a mistake's text before it is folded
 LONG_TABLE = 30  # rows before a table scrolls in a frame of its own
@@ -41,8 +44,9 @@ def write_report(path: str | Path, title: str, subtitle: str, blocks: Sequence[s
     """Writes the page, atomically: a reader sees the old file or the whole new one. ``blocks`` are used as they are."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    style, script = _asset("page.css"), _asset("page.js")
     # With the hash of our script as the only one allowed, markup that slipped through could still not run.
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     page = f"""<!DOCTYPE html>
 <html lang="en">
@@ -52,14 +56,14 @@ def write_report(path: str | Path, title: str, subtitle: str, blocks: Sequence[s
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <title>{_text(title)}</title>
-<style>{_STYLE}</style>
+<style>{style}</style>
 </head>
 <body>
 <main>
 <header><h1>{_text(title)}</h1><p>{_text(subtitle)}</p></header>
 {chr(10).join(blocks)}
 </main>
-<script>{_SCRIPT}</script>
+<script>{script}</script>
 </body>
 </html>
 """
@@ -99,6 +103,8 @@ def confusion(matrix: np.ndarray, names: Sequence[str], title: str = "Confusion 
     Up to 20 classes the counts stand in their cells; more are drawn as an image beside the pairs that are most often
     confused. Raises ValueError unless the matrix is square with a row for each name.
     """
+    import numpy as np
+
     matrix = np.asarray(matrix)
     shares = row_shares(matrix, names)
     if len(names) > MAX_COUNTED_CLASSES:
@@ -192,7 +198,7 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
     """The most confident errors, worst first as given: dicts with ``text``, ``true``, ``predicted``, ``confidence``.
 
     Beyond 280 characters a text is folded. ``image`` (bytes of a PNG, JPEG or WebP) is optional, and so is ``text``.
-    ``heat``, a square picture of where the model looked (report.saliency), stands beside the image. Where there are
+    ``heat``, a square image of where the model looked (report.saliency), stands beside the image. Where there are
     images, the mistakes are cards side by side, and otherwise a list.
     """
     items = []
@@ -205,10 +211,10 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
                 f'<details class="text"><summary dir="auto">{_text(cut)} … <u>whole text</u></summary>'
                 f'<p dir="auto">{_text(text)}</p></details>'
             )
-        pictures = f'<img alt="" src="{_data_uri(row["image"])}">' if row.get("image") else ""
+        images = f'<img alt="" src="{_data_uri(row["image"])}">' if row.get("image") else ""
         if row.get("heat"):
             alt = _text(f"where the model saw {row['predicted']}")
-            pictures += f'<img alt="{alt}" title="{alt}" src="{_data_uri(row["heat"])}">'
+            images += f'<img alt="{alt}" title="{alt}" src="{_data_uri(row["heat"])}">'
         confidence = row.get("confidence")
         sure = f'<span class="sure">{_number(confidence)}</span>' if confidence is not None else ""
         verdict = (
@@ -216,8 +222,8 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
             f'<span>predicted <b class="wrong">{_text(row["predicted"])}</b> {sure}</span></p>'
         )
         wide = ' class="pair"' if row.get("image") and row.get("heat") else ""
-        pictures = f'<div class="seen">{pictures}</div>' if pictures else ""
-        items.append(f'<li{wide}>{pictures}<div class="said">{verdict}{shown}</div></li>')
+        images = f'<div class="seen">{images}</div>' if images else ""
+        items.append(f'<li{wide}>{images}<div class="said">{verdict}{shown}</div></li>')
     if not items:
         return _section(title, '<p class="note">None.</p>')
     note = "The number is the model’s confidence in its wrong answer." if "sure" in items[0] else ""
@@ -237,15 +243,15 @@ def _heat_legend() -> str:
     stops = ",".join(to_hex(colormaps[COLOURS](number / 8)) for number in range(9))
     bar = f'<i class="scale" style="background:linear-gradient(90deg,{stops})"></i>'
     return (
-        f'<p class="note">The coloured pictures show what spoke for the predicted class: nothing {bar} the most. '
-        "They hold the part of the picture that the model saw.</p>"
+        f'<p class="note">The coloured images show what counted for the predicted class: from nothing {bar} to most. '
+        "They hold the part of the image that the model saw.</p>"
     )
 
 
 def retrieval(rows: Sequence[Mapping[str, Any]], title: str = "Examples") -> str:
-    """Captions and the pictures found for them, in strips one under the other; right ones are framed.
+    """Captions and the images found for them, in strips one under the other; right ones are framed.
 
-    Each row is a dict with ``query`` and ``strips``: name -> [(picture as JPEG or PNG bytes, score, whether it is
+    Each row is a dict with ``query`` and ``strips``: name -> [(image as JPEG or PNG bytes, score, whether it is
     right), ...], the best first.
     """
     if not rows:
@@ -254,15 +260,15 @@ def retrieval(rows: Sequence[Mapping[str, Any]], title: str = "Examples") -> str
     for row in rows:
         strips = []
         for name, found in row["strips"].items():
-            pictures = "".join(
+            images = "".join(
                 f'<figure class="{"right" if right else "wrong"}">'
-                f'<img src="{_data_uri(picture)}" alt="{"right" if right else "wrong"}">'
+                f'<img src="{_data_uri(image)}" alt="{"right" if right else "wrong"}">'
                 f"<figcaption>{'✓ ' if right else ''}{score:.3f}</figcaption></figure>"
-                for picture, score, right in found
+                for image, score, right in found
             )
-            strips.append(f'<div class="strip"><span>{_text(name)}</span>{pictures}</div>')
+            strips.append(f'<div class="strip"><span>{_text(name)}</span>{images}</div>')
         parts.append(f'<article class="search"><h3>{_text(row["query"])}</h3>{"".join(strips)}</article>')
-    note = _note("The five best pictures of the whole gallery with their cosine; a frame marks what is right.")
+    note = _note("The five best images of the whole gallery with their cosine; a frame marks what is right.")
     return _section(title, note + "".join(parts))
 
 
@@ -288,6 +294,12 @@ def settings(config: Mapping[str, Mapping[str, Any]], changed: Collection[str] =
     return _section(title, f'<details class="settings"><summary>{total}</summary>{body}</details>')
 
 
+@functools.cache
+def _asset(name: str) -> str:
+    """The text of a file that lies beside this module, on lines of its own."""
+    return "\n" + resources.files("accelerando.report").joinpath(name).read_text(encoding="utf-8")
+
+
 def _section(title: str, body: str) -> str:
     return f"<section>{f'<h2>{_text(title)}</h2>' if title else ''}{body}</section>"
 
@@ -301,7 +313,7 @@ def _text(value: object) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool | np.bool_)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _cell(value: object) -> str:
@@ -316,7 +328,7 @@ def _setting(value: object) -> str:
     return _text(value) if value not in ("", None) else '<span class="none">none</span>'
 
 
-def _number(value: Any) -> str:
+def _number(value: Real) -> str:
     """12,345 · 831.9 · 0.912 · 0.0004 · 3.2e-7 · – for NaN."""
     if isinstance(value, Integral):
         return f"{int(value):,}"
@@ -429,6 +441,8 @@ def _thinned(line: list[Point]) -> list[Point]:
     """At most DRAWN_POINTS + 2 points: the ends, and the lowest and the highest of each of equal stretches."""
     if len(line) <= DRAWN_POINTS:
         return line
+    import numpy as np
+
     kept = {0, len(line) - 1}
     for stretch in np.array_split(np.arange(len(line)), DRAWN_POINTS // 2):
         values = [line[index][1] for index in stretch]
@@ -475,9 +489,10 @@ def _tick_names(ticks: Sequence[float]) -> list[str]:
 
 
 def _confusion_image(matrix: np.ndarray, shares: np.ndarray, names: Sequence[str]) -> str:
+    import numpy as np
     from PIL import Image
 
-    # Colour with alpha instead of a background, so that the same picture suits the light page and the dark one.
+    # Colour with alpha instead of a background, so that the same image suits the light page and the dark one.
     pixels = np.empty((*matrix.shape, 4), np.uint8)
     pixels[..., :3] = (232, 124, 40)
     pixels[np.arange(len(names)), np.arange(len(names)), :3] = (52, 120, 196)
@@ -498,6 +513,8 @@ def _confusion_image(matrix: np.ndarray, shares: np.ndarray, names: Sequence[str
 
 
 def _confused_pairs(matrix: np.ndarray, shares: np.ndarray, names: Sequence[str], limit: int = 20) -> str:
+    import numpy as np
+
     wrong = matrix.copy()
     np.fill_diagonal(wrong, 0)
     order = [index for index in np.argsort(-wrong, axis=None, kind="stable")[:limit] if wrong.flat[index] > 0]
@@ -509,226 +526,3 @@ def _confused_pairs(matrix: np.ndarray, shares: np.ndarray, names: Sequence[str]
         return _note("No class was confused with another.")
     grid = table(["true", "predicted", "count", "of class"], rows, heat=(3,))
     return "<h3>Most often confused</h3>" + grid.removeprefix("<section>").removesuffix("</section>")
-
-
-_STYLE = """
-:root{--page:#fcfcfb;--ink:#1f2429;--soft:#636b74;--rule:#e3e4e2;--tile:#f4f5f3;--accent:#2463a8;--hit:36 99 168;
---miss:214 104 20;--on:#fff;--c1:#2463a8;--c2:#d9730d;--c3:#0b8468;--c4:#a14f9e;--c5:#5aa5d6;--c6:#8a7400}
-@media screen and (prefers-color-scheme:dark){:root{--page:#16181b;--ink:#e4e6e9;--soft:#9aa2ab;--rule:#2e3237;
---tile:#1e2125;--accent:#7db3f2;--hit:112 172 240;--miss:240 150 70;--on:#10151b;--c1:#74adf0;--c2:#f0a04b;--c3:#4fc3a3;
---c4:#d294d3;--c5:#a9d4f2;--c6:#cfbd4d}}
-*{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%;text-size-adjust:100%}
-body{margin:0;background:var(--page);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
-"Helvetica Neue",Arial,"Liberation Sans",sans-serif;font-variant-numeric:tabular-nums;
--webkit-print-color-adjust:exact;print-color-adjust:exact}
-main{max-width:1000px;margin:0 auto;padding:48px 24px 72px}
-h1{font-size:28px;line-height:1.2;margin:0;letter-spacing:-.01em;overflow-wrap:anywhere}
-header p{margin:8px 0 0;color:var(--soft);overflow-wrap:anywhere}
-section{margin-top:40px}
-h2{font-size:18px;margin:0 0 14px;padding-bottom:8px;border-bottom:1px solid var(--rule)}
-h3{font-size:14px;margin:0;font-weight:600}
-h3 small{font-weight:400;font-size:13px;color:var(--soft)}
-.note{margin:10px 0 0;font-size:13px;color:var(--soft)}
-button{font:inherit;color:inherit;background:none;border:0;padding:0;cursor:pointer}
-:focus-visible{outline:2px solid var(--accent);outline-offset:2px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;margin:0}
-.tile{background:var(--tile);border-radius:10px;padding:14px 16px;break-inside:avoid;min-width:0}
-.tile dt{font-size:13px;color:var(--soft)}
-.tile dd{margin:0}
-.tile b{display:block;font-size:27px;line-height:1.3;font-weight:600;letter-spacing:-.01em;overflow-wrap:anywhere}
-.tile .long{font-size:20px;line-height:35px}
-.tile span{font-size:12.5px;color:var(--soft)}
-.panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,380px),1fr));gap:32px 28px}
-.panel{margin:0;break-inside:avoid;min-width:0;display:flex;flex-direction:column;justify-content:space-between}
-.panel:only-child{max-width:620px;grid-column:1/-1;width:100%}
-.legend{display:flex;flex-wrap:wrap;gap:0 16px;margin:2px 0 8px;font-size:13px;color:var(--soft)}
-.legend b{color:var(--ink);font-weight:600}
-.warn{color:var(--c2)}
-.key{display:inline-block;width:14px;height:3px;border-radius:2px;margin-right:6px;vertical-align:middle;
-background:currentColor}
-.ring{display:inline-block;width:10px;height:10px;border:1.6px solid var(--ink);border-radius:50%;margin-right:6px;
-vertical-align:-1px}
-.empty{margin:0;height:120px;display:grid;place-items:center;color:var(--soft);background:var(--tile);border-radius:8px}
-svg{display:block;width:100%;height:auto;touch-action:pan-y}
-svg text{font-size:12px;fill:var(--soft)}
-.x{text-anchor:middle}.y{text-anchor:end}
-.grid{stroke:var(--rule);stroke-width:1}
-.axis{stroke:var(--soft);stroke-width:1;opacity:.7}
-.line{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round;stroke-linecap:round}
-.fine{stroke-width:1.2}.dashed{stroke-dasharray:5 4}
-.dot{fill:currentColor}
-.best{fill:none;stroke:var(--ink);stroke-width:1.6;pointer-events:all}
-.drop{stroke:var(--ink);stroke-width:1;stroke-dasharray:1.5 3.5;opacity:.55}
-.cursor{stroke:var(--soft);stroke-width:1;visibility:hidden}
-.c1{color:var(--c1)}.c2{color:var(--c2)}.c3{color:var(--c3)}.c4{color:var(--c4)}.c5{color:var(--c5)}.c6{color:var(--c6)}
-.tip{position:fixed;display:none;pointer-events:none;z-index:9;max-width:min(320px,90vw);padding:7px 10px;
-font-size:12.5px;line-height:1.45;background:var(--ink);color:var(--page);border-radius:7px;overflow-wrap:anywhere}
-.tip :first-child{opacity:.75}
-.search{margin:22px 0 0;break-inside:avoid}
-.strip{display:flex;align-items:flex-start;gap:8px;margin-top:8px}
-.strip>span{flex:0 0 62px;font-size:13px;color:var(--soft);padding-top:4px}
-.strip figure{margin:0;flex:0 1 112px;min-width:0;border:3px solid transparent;border-radius:9px;padding:2px}
-.strip .right{border-color:rgb(var(--hit))}
-.strip img{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:var(--tile);border-radius:5px}
-.strip figcaption{font-size:12px;color:var(--soft);text-align:center}
-.scroll{overflow-x:auto}
-.tall{max-height:560px;overflow-y:auto;border-bottom:1px solid var(--rule)}
-table{border-collapse:collapse;font-size:14px}
-.sortable{min-width:min(100%,480px)}
-.sortable td,.sortable th{padding:5px 14px 5px 0;border-bottom:1px solid var(--rule);vertical-align:top}
-.sortable th{position:sticky;top:0;background:var(--page);font-weight:600;font-size:13px;color:var(--soft);
-white-space:nowrap}
-.sortable td{max-width:420px;overflow-wrap:break-word}
-.sortable tr>:last-child{padding-right:2px}
-.l{text-align:left}.r{text-align:right}td.r{white-space:nowrap;overflow-wrap:normal}
-th[aria-sort] button{color:var(--ink)}
-th[aria-sort=ascending] button::after{content:" ↑"}th[aria-sort=descending] button::after{content:" ↓"}
-.heat{min-width:118px}
-.bar{display:inline-block;width:56px;height:6px;margin-left:9px;vertical-align:2px;border-radius:3px;
-background:linear-gradient(var(--c1),var(--c1)) 0/calc(var(--v)*100%) 100% no-repeat var(--rule)}
-.confusion{border-collapse:separate;border-spacing:2px;font-size:13px}
-.confusion th{font-weight:400;color:var(--ink)}
-.confusion thead th{vertical-align:bottom;padding:0 0 5px}
-.confusion thead span{writing-mode:vertical-rl;transform:rotate(180deg);white-space:nowrap;display:inline-block}
-.confusion tbody th{text-align:right;padding-right:8px;white-space:nowrap;position:sticky;left:0;background:var(--page)}
-.confusion td{min-width:44px;height:34px;padding:0 5px;text-align:center;border-radius:4px;background:var(--tile)}
-.dense{font-size:12px;border-spacing:1px}
-.dense td{min-width:36px;height:30px;padding:0 1px;border-radius:3px}
-.confusion .hit{background:rgb(var(--hit)/calc(.06 + .94*var(--v)))}
-.confusion .miss{background:rgb(var(--miss)/calc(.1 + .9*var(--v)))}
-.confusion .strong{color:var(--on)}
-.confusion .none{color:var(--soft);opacity:.6}
-.confusion .corner{background:none;vertical-align:bottom;text-align:right;font-size:12px;color:var(--soft);height:auto;
-padding:0 8px 5px 0;position:sticky;left:0}
-.confusion .corner span{writing-mode:horizontal-tb;transform:none;background:var(--page)}
-.heatmap{margin:0;display:grid;grid-template-columns:auto minmax(0,560px);justify-content:start;gap:6px 8px;
-font-size:12px;color:var(--soft);break-inside:avoid}
-.heatmap img{width:100%;aspect-ratio:1;image-rendering:pixelated;border:1px solid var(--rule);border-radius:4px;
-background:var(--page)}
-.down{writing-mode:vertical-rl;transform:rotate(180deg);text-align:center}
-.along{grid-column:2;text-align:center}
-section>h3{margin:26px 0 8px}
-.mistakes{margin:0;padding:0;list-style:none}
-.mistakes li{padding:12px 0;border-bottom:1px solid var(--rule);break-inside:avoid}
-.mistakes li:first-child{padding-top:0}
-.mistakes p{margin:0;overflow-wrap:anywhere;white-space:pre-line}
-.mistakes .verdict{font-size:13px;color:var(--soft);margin-bottom:3px;display:flex;flex-wrap:wrap;gap:0 16px;
-white-space:normal}
-.note+.note{margin-top:2px}
-.cards{margin-top:16px;display:grid;grid-template-columns:repeat(6,minmax(0,1fr));gap:22px 8px}
-.cards li,.cards li:first-child{padding:0;border:0;min-width:0}
-.cards .pair{grid-column:span 2}
-.cards .said{font-size:12.5px;color:var(--soft);margin-top:6px}
-.cards .verdict{flex-direction:column;line-height:1.4}
-.seen{display:grid;grid-template-columns:1fr;gap:8px}
-.pair .seen{grid-template-columns:1fr 1fr}
-.seen img{display:block;width:100%;aspect-ratio:1;object-fit:contain;background:var(--tile);border-radius:6px}
-.scale{display:inline-block;width:90px;height:9px;margin:0 3px;border-radius:3px;vertical-align:0}
-.verdict b{font-weight:600;color:var(--ink)}.verdict .wrong{color:var(--c2)}
-.sure{margin-left:5px}
-summary{cursor:pointer;overflow-wrap:anywhere}
-.text summary{list-style:none}.text summary::-webkit-details-marker{display:none}
-.text u{color:var(--accent);text-decoration:none;font-size:13px;white-space:nowrap}
-.text[open] summary u{display:none}
-.text[open] summary{color:var(--soft);display:none}
-.command{position:relative}
-pre{margin:0;padding:14px 76px 14px 16px;background:var(--tile);border-radius:10px;overflow-x:auto;white-space:pre-wrap;
-overflow-wrap:anywhere;font:13px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,"Liberation Mono",monospace}
-.copy{position:absolute;top:10px;right:10px;font-size:12.5px;padding:3px 10px;border:1px solid var(--rule);
-border-radius:6px;background:var(--page);color:var(--soft)}
-.settings summary{color:var(--soft)}
-.groups{columns:2 340px;column-gap:36px;margin-top:14px}
-.group{break-inside:avoid;margin-bottom:18px}
-.group dl{margin:4px 0 0;font-size:13.5px}
-.group dl div{display:flex;justify-content:space-between;gap:16px;padding:2px 0 2px 10px;
-border-left:2px solid transparent}
-.group dt{color:var(--soft);white-space:nowrap}.group dd{margin:0;text-align:right;overflow-wrap:anywhere;min-width:0}
-.group .changed{border-color:var(--c2)}.group .changed dd,.group .changed dt{color:var(--ink)}
-.group h3{padding-left:12px}
-.none{color:var(--soft)}
-@media (max-width:860px){.cards{grid-template-columns:repeat(4,minmax(0,1fr))}}
-@media (max-width:560px){.cards{grid-template-columns:repeat(2,minmax(0,1fr))}
-main{padding:28px 16px 48px}h1{font-size:23px}section{margin-top:32px}
-.tiles{grid-template-columns:repeat(2,minmax(0,1fr));gap:8px}.tile{padding:11px 12px}.tile b{font-size:22px}
-.tile .long{font-size:18px;line-height:29px}
-.heat{min-width:0}.bar{display:block;width:100%;margin:2px 0 3px auto}.heat span{display:block}
-.sortable td{max-width:116px}.sortable td,.sortable th{padding-right:10px}
-.confusion td{min-width:36px;height:32px;padding:0 2px}.confusion tbody th{white-space:normal;max-width:104px;
-line-height:1.2;overflow-wrap:break-word}
-.legend{gap:0 12px}}
-@media print{:root{--page:#fff}body{font-size:11pt}main{max-width:none;padding:0}
-.scroll,.tall{overflow:visible;max-height:none}
-.copy,.tip,.text u{display:none}.sortable th,.confusion th{position:static}tr{break-inside:avoid}
-h2,h3{break-after:avoid}
-.panels{grid-template-columns:1fr 1fr;gap:20px}.dense{font-size:7pt}.dense td{min-width:0;padding:0 2px;height:auto}}
-"""
-
-_SCRIPT = """
-(() => {
-  const tip = document.body.appendChild(document.createElement('div'));
-  tip.className = 'tip';
-  const hide = () => { tip.style.display = 'none'; };
-  const show = (event, lines) => {
-    tip.replaceChildren(...lines.map(text => {
-      const line = document.createElement('div');
-      line.textContent = text;
-      return line;
-    }));
-    tip.style.display = 'block';
-    const right = innerWidth - tip.offsetWidth - 8, below = event.clientY + 18;
-    tip.style.left = Math.max(4, Math.min(event.clientX + 14, right)) + 'px';
-    tip.style.top = (below + tip.offsetHeight > innerHeight ? event.clientY - tip.offsetHeight - 12 : below) + 'px';
-  };
-  const nearest = (points, x) => points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
-  for (const svg of document.querySelectorAll('svg[data-curves]')) {
-    const curves = JSON.parse(svg.dataset.curves).filter(curve => curve[1].length);
-    const cursor = svg.querySelector('.cursor');
-    svg.addEventListener('pointermove', event => {
-      const box = svg.getBoundingClientRect();
-      const x = (event.clientX - box.left) / box.width * svg.viewBox.baseVal.width;
-      const here = nearest(curves.map(curve => nearest(curve[1], x)), x);
-      cursor.setAttribute('transform', `translate(${here[0]} 0)`);
-      cursor.style.visibility = 'visible';
-      show(event, ['step ' + here[1], ...curves.map(([label, points]) => {
-        const point = nearest(points, here[0]);
-        return label + ' ' + point[2] + (point[1] === here[1] ? '' : ' (at ' + point[1] + ')');
-      })]);
-    });
-    svg.addEventListener('pointerleave', () => { cursor.style.visibility = 'hidden'; hide(); });
-  }
-  for (const image of document.querySelectorAll('img[data-matrix]')) {
-    const [names, cells] = JSON.parse(image.dataset.matrix), size = names.length;
-    image.addEventListener('pointermove', event => {
-      const box = image.getBoundingClientRect();
-      const at = (offset, length) => Math.max(0, Math.min(size - 1, Math.floor(offset / length * size)));
-      const row = at(event.clientY - box.top, box.height), column = at(event.clientX - box.left, box.width);
-      show(event, [names[row] + ' → ' + names[column], 'count ' + (cells[row * size + column] || 0)]);
-    });
-    image.addEventListener('pointerleave', hide);
-  }
-  for (const button of document.querySelectorAll('.sortable th button')) button.addEventListener('click', () => {
-    const head = button.parentElement, body = head.closest('table').tBodies[0], column = head.cellIndex;
-    const numeric = [...body.rows].some(row => row.cells[column].dataset.v);
-    const order = head.ariaSort ? (head.ariaSort === 'ascending' ? 'descending' : 'ascending')
-      : (numeric ? 'descending' : 'ascending');
-    for (const other of head.parentElement.cells) other.removeAttribute('aria-sort');
-    head.setAttribute('aria-sort', order);
-    const sign = order === 'ascending' ? 1 : -1;
-    body.append(...[...body.rows].sort((a, b) => {
-      const left = a.cells[column], right = b.cells[column];
-      if (!numeric) return sign * left.textContent.localeCompare(right.textContent, undefined, {numeric: true});
-      if (!left.dataset.v || !right.dataset.v) return !left.dataset.v - !right.dataset.v;
-      return sign * (left.dataset.v - right.dataset.v);
-    }));
-  });
-  for (const button of document.querySelectorAll('.copy')) button.addEventListener('click', async () => {
-    const code = button.parentElement.querySelector('code');
-    getSelection().selectAllChildren(code);
-    try { await navigator.clipboard.writeText(code.textContent); button.textContent = 'Copied'; }
-    catch { button.textContent = 'Selected'; }
-    setTimeout(() => { button.textContent = 'Copy'; }, 1500);
-  });
-  addEventListener('beforeprint', () => document.querySelectorAll('details').forEach(d => { d.open = true; }));
-})();
-"""

@@ -1,6 +1,6 @@
-"""Pictures of a run as PNG, for ``plots/`` and TensorBoard; :mod:`report.page` draws the same things into a web page.
+"""Plots of a run as PNG, for ``plots/`` and TensorBoard; :mod:`report.page` draws the same things into a web page.
 
-Nothing here touches pyplot's global state, so a picture can be drawn in the middle of training, from any thread.
+Nothing here touches pyplot's global state, so plots can be drawn in the middle of training, from any thread.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.figure import Figure
 
 Point = tuple[float, float]  # (step, value)
@@ -90,6 +89,8 @@ def row_shares(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
     Raises ValueError unless the matrix is square with a row for each name.
     """
+    import numpy as np
+
     matrix = np.asarray(matrix)
     if matrix.ndim != 2 or matrix.shape != (len(names), len(names)):
         raise ValueError(f"a confusion matrix of {len(names)} classes cannot have the shape {matrix.shape}")
@@ -156,11 +157,12 @@ def plot_curves(history: Sequence[Mapping[str, Any]], series: Sequence[Curve], p
 
 
 def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path | None = None) -> np.ndarray:
-    """The confusion matrix as a picture: uint8 RGB [H, W, 3], also written as PNG where a path is given.
+    """The confusion matrix as an image: uint8 RGB [H, W, 3], also written as PNG where a path is given.
 
     ``matrix``: counts [C, C], rows true, columns predicted; colour is the share of the row, and up to 20 classes the
     count stands in its cell. Raises ValueError unless the matrix is square with a row for each name.
     """
+    import numpy as np
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
     from matplotlib.image import imread

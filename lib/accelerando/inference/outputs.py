@@ -1,0 +1,73 @@
+"""What tools write: files that are there whole or not at all, and lines on the console."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from accelerando.base.errors import UserError
+from accelerando.base.files import open_whole
+
+
+def printable(name: str) -> str:
+    """A file's name as text that can be written as UTF-8, which its bytes need not be."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def print_first(lines: Sequence[str], what: str, count: int, total: int | None = None) -> None:
+    """The first ``count`` of ``lines`` on stderr, each behind ``what``, and how many more of ``total`` (default: of all
+    ``lines``) there are."""
+    for line in lines[:count]:
+        print(printable(f"{what}: {line}"), file=sys.stderr)
+    total = len(lines) if total is None else total
+    if total > count:
+        print(f"... and {total - count:,} more", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def whole_file(target: Path, mode: str = "w", flag: str = "--output") -> Iterator[IO[Any]]:
+    """A file open in ``mode`` (w: UTF-8 text, wb), which takes the place of ``target`` when the block ends well.
+
+    Raises:
+        UserError: nothing can be written there; ``flag`` is what named it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open_whole(target, mode))
+        except OSError as error:
+            raise UserError(f"{flag} {target}: {error.strerror}") from None
+        yield file
+
+
+@contextlib.contextmanager
+def open_output(path: str | None) -> Iterator[IO[str]]:
+    """Standard output, or a file at ``path`` that appears when all of it is written and not before.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    if path is None:
+        sys.stdout.reconfigure(encoding="utf-8")
+        try:
+            yield sys.stdout
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return
+    target = Path(path)
+    if target.is_dir():
+        raise UserError(f"--output {target}: is a folder; name a file")
+    direct = target.exists() and not stat.S_ISREG(target.stat().st_mode)  # /dev/stderr, a named pipe
+    try:
+        with open(target, "w", encoding="utf-8") if direct else whole_file(target) as stream:
+            yield stream
+    except BrokenPipeError:
+        return
+    except OSError as error:
+        raise UserError(f"--output {target}: {error.strerror}") from None
