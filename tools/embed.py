@@ -32,7 +32,7 @@ from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
 from accelerando.base.files import cache_folder
 from accelerando.base.log import progress_bar, quiet_libraries
-from accelerando.data.folders import TablePairs
+from accelerando.data.pairs import TablePairs
 from accelerando.inference.inputs import IMAGES
 from accelerando.inference.outputs import print_first, whole_file
 from accelerando.inference.runs import model_folder

@@ -12,13 +12,9 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from accelerando.base.errors import is_main_rank
-
-if TYPE_CHECKING:
-    pass
-
 
 T = TypeVar("T")
 

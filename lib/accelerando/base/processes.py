@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from accelerando.base.errors import UserError
 
 if TYPE_CHECKING:
-    pass
     from accelerate import Accelerator
 
 

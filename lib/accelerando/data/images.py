@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from accelerando.data.decode import colours_together, decode_crop, decode_for_evaluation, evaluation_side, is_no_picture
-
-if TYPE_CHECKING:
-    from accelerando.data.decode import Source
-
 import math
 import mmap
 from collections.abc import Callable
@@ -20,7 +13,14 @@ import numpy as np
 
 from accelerando.base.errors import first_line
 from accelerando.base.rng import random_state_of
-from accelerando.data.decode import decode_pixels
+from accelerando.data.decode import (
+    colours_together,
+    decode_crop,
+    decode_for_evaluation,
+    decode_pixels,
+    evaluation_side,
+    is_no_picture,
+)
 from accelerando.data.image_cache import CachedImages
 from accelerando.data.order import balanced_rows, epoch_order, number_repeats
 
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
     import torch
 
+    from accelerando.data.decode import Source
     from accelerando.data.folders import ImageFiles
+
 
 PolicyName = Literal["none", "randaugment", "trivialaugment"]
 

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
-
 
 # A pool is sorted by length and cut into blocks; blocks are shuffled, and so are the runs of like lengths inside one.
 # Neighbouring runs are of a like length too, so that two processes get batches that take equally long.

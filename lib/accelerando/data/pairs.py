@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -19,9 +19,6 @@ from accelerando.data.duplicates import join_pairs
 from accelerando.data.order import epoch_order
 from accelerando.data.tables import SUFFIXES, read_text_table
 from accelerando.data.transforms import ImageTransform
-
-if TYPE_CHECKING:
-    pass
 
 
 class PairSource(Protocol):

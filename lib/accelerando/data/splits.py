@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
 from accelerando.base.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def deal_groups(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from accelerando.base.files import write_text
-
-if TYPE_CHECKING:
-    pass
 
 
 def worst_mistakes(

@@ -246,7 +246,7 @@ def add_pictures(
     std: Sequence[float],
     looked_at: int = 8,
 ) -> None:
-    """Gives each of :func:`report.predictions.worst_mistakes` its picture as ``image`` and the first few a heat map, ``heat``.
+    """Gives each of the worst mistakes its picture as ``image``, and the first few a heat map, ``heat``.
 
     ``score``: ``logits`` [n, C] and ``row`` [n], which of ``images``. ``heat`` shows what spoke for the class that was
     predicted, over the part of the picture that was evaluated; without a ``model``, or for one that has no such map, it

@@ -12,7 +12,6 @@ from accelerando.base.log import log, start_log
 from accelerando.base.processes import launcher_command
 
 if TYPE_CHECKING:
-    pass
     import torch
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer

@@ -24,7 +24,6 @@ from accelerando.data.remote import (
 from accelerando.train.checkpoint import MANIFEST, what_is_wrong
 
 if TYPE_CHECKING:
-    pass
     from fsspec import AbstractFileSystem
 
 

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from accelerando.base.files import write_text
-
-if TYPE_CHECKING:
-    from accelerando.train.state import Run
-
 import importlib.util
 import json
 from pathlib import Path
@@ -16,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from accelerando.base.config import flat, to_yaml
 from accelerando.base.errors import UserError, first_line
+from accelerando.base.files import write_text
 
 if TYPE_CHECKING:
-    pass
+    from accelerando.train.state import Run
 
 
 def record(run: Run, kind: str, values: dict[str, Any]) -> None:

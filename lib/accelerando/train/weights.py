@@ -14,7 +14,6 @@ from accelerando.base.processes import gather_objects
 from accelerando.train.accelerator import is_sharded, unwrapped
 
 if TYPE_CHECKING:
-    pass
     import torch
     from accelerate import Accelerator
 
