@@ -22,7 +22,13 @@ FLAGS = {
     "metric": (),
     "head": (),
 }
-EXPECTED = {"loss": "accuracy_group1", "model": "accuracy", "reader": "accuracy", "metric": "top2", "head": "group_accuracy"}
+EXPECTED = {
+    "loss": "accuracy_group1",
+    "model": "accuracy",
+    "reader": "accuracy",
+    "metric": "top2",
+    "head": "group_accuracy",
+}
 
 
 def changed_script(folder: Path, name: str) -> Path:
@@ -37,7 +43,9 @@ def changed_script(folder: Path, name: str) -> Path:
         assert source.count(old) == 1, old
         source = source.replace(old, new)
     script.write_text(source)
-    [module] = [block for block in re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL) if "class BagOfWords" in block]
+    [module] = [
+        block for block in re.findall(r"```python\n(.*?)```", DOCUMENT, flags=re.DOTALL) if "class BagOfWords" in block
+    ]
     (folder / "my_model.py").write_text(module)
     return script
 
@@ -53,14 +61,18 @@ def grouped_args(text_args: list[str], text_set: Path, tmp_path: Path) -> list[s
             for number, row in enumerate(rows):
                 row["group"] = f"g{number % 2}"
             (tmp_path / f"{split}.json").write_text(json.dumps(rows))
-            database.executemany("insert into rows values (?, ?, ?)", [(row["text"], row["label"], split) for row in rows])
+            database.executemany(
+                "insert into rows values (?, ?, ?)", [(row["text"], row["label"], split) for row in rows]
+            )
             args[args.index(str(text_set / f"{split}.json"))] = str(tmp_path / f"{split}.json")
     return args
 
 
 @pytest.mark.launch
 @pytest.mark.parametrize("name", list(CHANGES))
-def test_a_change_of_the_document_trains_and_resumes_exactly(name: str, grouped_args: list[str], tmp_path: Path) -> None:
+def test_a_change_of_the_document_trains_and_resumes_exactly(
+    name: str, grouped_args: list[str], tmp_path: Path
+) -> None:
     model = grouped_args[grouped_args.index("--model_name") + 1]
     script = changed_script(tmp_path, name)
     flags = [model if word == "MODEL" else word for word in FLAGS[name]]

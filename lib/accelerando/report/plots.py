@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Point = tuple[float, float]  # (step, value)
 
 DPI = 150
+MOST_NAMES = 60  # of classes along an axis: each takes time to draw
 MAX_COUNTED_CLASSES = 20  # beyond this a count no longer fits its cell
 
 # Okabe and Ito's palette, for colour-blind eyes, in an order that differs in lightness too, for grey print.
@@ -171,22 +172,36 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path | 
     matrix = np.asarray(matrix)
     shares, classes = row_shares(matrix, names), len(names)
     side = min(13.0, max(2.4, 0.55 * classes if classes <= MAX_COUNTED_CLASSES else 4 + 0.09 * classes))
-    figure = Figure(figsize=(side + 2.4, side + 1.6), layout="constrained")
-    axes = figure.subplots()
+    many = classes > MAX_COUNTED_CLASSES
+    pitch = side * 72 / max(classes, 1)  # points from one row to the next
+    every = max(1, math.ceil(7 / pitch), math.ceil(classes / MOST_NAMES))
+    size = min(9.0, max(5.5, pitch * every * 0.8))
+    shown = range(0, classes, every)
+    labels = [shorten(str(names[index]), 24) for index in shown]
+    if many:
+        # Space for the names from their lengths: to measure hundreds of texts, as a layout does, takes seconds.
+        space = 0.6 + 0.58 * size / 72 * max(map(len, labels))
+        width, height = side + space + 1.2, side + space + 0.3
+        left, bottom, top = space / width, space / height, 1 - 0.2 / height
+        figure = Figure(figsize=(width, height))
+        axes = figure.add_axes((left, bottom, side / width, top - bottom))
+    else:
+        figure = Figure(figsize=(side + 2.4, side + 1.6), layout="constrained")
+        axes = figure.subplots()
     # With many classes an error is a small share: the root keeps it visible.
     norm = PowerNorm(0.5 if classes > MAX_COUNTED_CLASSES else 1, vmin=0, vmax=1)
     image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
     percent = PercentFormatter(1, decimals=0)
-    bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=max(20, 3.5 * side), format=percent)
+    if many:
+        bar = figure.colorbar(
+            image, cax=figure.add_axes((1 - 0.8 / width, bottom, 0.16 / width, top - bottom)), format=percent
+        )
+    else:
+        bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=max(20, 3.5 * side), format=percent)
     bar.set_ticks([0, 0.2, 0.4, 0.6, 0.8, 1] if norm.gamma == 1 else [0, 0.01, 0.05, 0.2, 0.5, 1])
     bar.set_label("share of the true class", fontsize=9)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
-    pitch = side * 72 / max(classes, 1)  # points from one row to the next
-    every = max(1, math.ceil(7 / pitch))
-    size = min(9.0, max(5.5, pitch * every * 0.8))
-    shown = range(0, classes, every)
-    labels = [shorten(str(names[index]), 24) for index in shown]
     upright = classes > 4 or max(map(len, labels), default=0) > 8
     turned = {"rotation": 90 if every > 1 or pitch < 14 else 45, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(shown, labels, fontsize=size, parse_math=False, **(turned if upright else {}))
@@ -209,7 +224,7 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path | 
         axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
         axes.grid(which="minor", color="white", lw=1)
         axes.tick_params(which="minor", length=0)
-    data = _png(figure)
+    data = _png(figure, tight=not many)
     if path is not None:
         _write(Path(path), data)
     pixels = imread(io.BytesIO(data), format="png")[..., :3]
@@ -222,15 +237,18 @@ def _tick(value: float, _: int | None = None) -> str:
     return text.replace("e-0", "e-").replace("e+0", "e")
 
 
-def _png(figure: Figure) -> bytes:
-    """The figure as PNG; a figure made without pyplot is freed with its last reference, nothing has to be closed."""
+def _png(figure: Figure, tight: bool = True) -> bytes:
+    """The figure as PNG, ``tight``: without its empty margins, which takes a second drawing.
+
+    A figure made without pyplot is freed with its last reference, nothing has to be closed.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a class named in a script the font lacks
-        figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight", facecolor="white")
+        figure.savefig(buffer, format="png", dpi=DPI, bbox_inches="tight" if tight else None, facecolor="white")
     return buffer.getvalue()
 
 
