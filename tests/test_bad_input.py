@@ -8,9 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import TEXT, launch, make_rows, weights, write_json
+from harness import TEXT, launch, weights
+from made_data import make_rows, write_json
 
 from accelerando.base.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture
@@ -91,20 +94,6 @@ def test_bad_settings(flags, parts, train_here, tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_process_ends_with_one_line(processes: int, text_args, tmp_path: Path) -> None:
-    done = launch(
-        TEXT, *text_args, "--train_file", "none.json", cwd=tmp_path, processes=processes, check=False, timeout=60
-    )
-    errors = [line for line in done.err.splitlines() if line.startswith("error:")]
-    assert len(errors) == 1
-    assert "none.json" in errors[0]
-    assert not (tmp_path / "runs").exists()
-    if processes == 1:
-        assert done.code == 2
-        assert "Traceback" not in done.err
-
-
 def test_resume_of_a_run_without_any_sound_checkpoint(train_here, tmp_path: Path) -> None:
     run = train_here("--max_steps", "2", name="run")
     (run / "checkpoints" / "step_000002" / "state.json").write_text("{}")
@@ -120,15 +109,7 @@ def test_resume_with_another_model_or_optimizer(train_here) -> None:
         train_here("--resume", str(run), "--strategy", "lora", name="run")
 
 
-def test_overwrite_touches_nothing_but_runs(train_here, tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "precious"
-    folder.mkdir(parents=True)
-    (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="left alone"):
-        train_here("--overwrite", name="precious")
-    assert (folder / "thesis.txt").read_text() == "mine"
-
-
+@pytest.mark.launch
 def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(text_args, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from harness import ROOT
 
 from accelerando.data.collate import collate_text
 from accelerando.data.order import deal, epoch_order

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import history, weights
+from harness import history, weights
 from safetensors.torch import load_file
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 SCENARIOS = {
     "zero_shot": set(),
@@ -61,6 +63,7 @@ def test_each_scenario_trains_exactly_what_it_names(scenario: str, clip_here, ti
     assert f"Scenario {scenario} trains" in log
 
 
+@pytest.mark.figures
 def test_zero_shot_scores_and_trains_nothing(clip_here, pair_set) -> None:
     run = clip_here("--scenario", "zero_shot", "--class_field", "kind", "--micro_batch_size", "0")
     results = json.loads((run / "results.json").read_text())
@@ -81,7 +84,7 @@ def test_zero_shot_scores_and_trains_nothing(clip_here, pair_set) -> None:
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory, clip_args) -> Path:
     """A run of 12 epochs that learns the pairs."""
-    from conftest import CLIP, launch
+    from harness import CLIP, launch
 
     folder = tmp_path_factory.mktemp("tuned")
     flags = ("--scenario", "full", "--epochs", "15", "--best_metric", "recall_mean", "--class_field", "kind")
@@ -89,6 +92,7 @@ def tuned(tmp_path_factory, clip_args) -> Path:
     return folder / "runs" / "a"
 
 
+@pytest.mark.launch
 def test_it_learns_and_shows_the_base_model_beside(tuned: Path) -> None:
     results = json.loads((tuned / "results.json").read_text())
     assert results["validation"]["recall_mean"] > 1.5 * results["base"]["validation"]["recall_mean"]
@@ -101,6 +105,7 @@ def test_it_learns_and_shows_the_base_model_beside(tuned: Path) -> None:
     assert "after" in page and "before" in page
 
 
+@pytest.mark.launch
 def test_what_was_saved_opens_and_scores_what_the_log_says(tuned: Path, pair_set: Path) -> None:
     from transformers import AutoProcessor, CLIPModel
 
@@ -194,7 +199,7 @@ def test_options_that_change_what_is_learnt(
 ) -> None:
     if flags[0] == "--mask_duplicates":
         # Every caption twice in a batch of the whole set.
-        from conftest import draw_pair, write_shard
+        from made_data import draw_pair, write_shard
 
         rng = np.random.default_rng(0)
         drawn = [draw_pair(rng) for _ in range(24)]
@@ -323,7 +328,7 @@ def test_mini_train_and_early_stop(clip_here) -> None:
 
 
 def test_a_table_of_captions_and_images(clip_here, tmp_path: Path) -> None:
-    from conftest import draw_pair
+    from made_data import draw_pair
 
     rng = np.random.default_rng(3)
     (tmp_path / "pictures" / "a").mkdir(parents=True)
@@ -341,7 +346,7 @@ def test_a_table_of_captions_and_images(clip_here, tmp_path: Path) -> None:
 
 
 def test_unreadable_pairs_are_left_out_and_named(clip_here, tmp_path: Path) -> None:
-    from conftest import draw_pair, write_shard
+    from made_data import draw_pair, write_shard
 
     def shard(broken: dict[int, bytes | str], name: str) -> str:
         rng = np.random.default_rng(9)

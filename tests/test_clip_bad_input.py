@@ -6,7 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CLIP, launch, write_shard
+from harness import CLIP, launch
+from made_data import write_shard
 
 from accelerando.base.errors import UserError
 
@@ -106,6 +107,7 @@ def test_an_adapter_for_another_base_model(clip_here, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.launch
 def test_without_any_data_the_missing_flag_is_named(tmp_path: Path) -> None:
     done = launch(CLIP, "--model_name", "x", cwd=tmp_path, check=False)
     assert done.code == 2

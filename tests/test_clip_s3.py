@@ -7,9 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CLIP, kill, launch, start, weights
+from harness import CLIP, kill, launch, numbers, start, wait_for_step, weights
 from test_remote import KEY, SECRET, Server, s3  # noqa: F401  (a fixture)
-from test_resume import numbers, wait_for_step
 
 import accelerando.data.remote
 
@@ -21,14 +20,14 @@ FLAGS = (
 @pytest.fixture
 def bucket_args(s3: Server, clip_args: list[str], pair_set: Path, tmp_path: Path, monkeypatch) -> list[str]:  # noqa: F811
     """The flags of a run whose shards lie in the bucket under data/train and data/val."""
-    import conftest
+    import harness
 
     for split, prefix in (("train", "data/train"), ("validation", "data/val")):
         shutil.copytree(pair_set / split, s3.root / "bucket" / prefix)
     s3.settle()
     import os
 
-    monkeypatch.setattr(conftest, "ENVIRONMENT", {**conftest.ENVIRONMENT, **{
+    monkeypatch.setattr(harness, "ENVIRONMENT", {**harness.ENVIRONMENT, **{
         name: value for name, value in os.environ.items() if name.startswith("AWS_")
     }})  # fmt: skip
     args = [*clip_args, *FLAGS, "--cache_dir", str(tmp_path / "cache")]
@@ -36,6 +35,7 @@ def bucket_args(s3: Server, clip_args: list[str], pair_set: Path, tmp_path: Path
     return args
 
 
+@pytest.mark.launch
 def test_a_run_goes_on_from_the_bucket_on_another_machine(bucket_args, s3: Server, clip_args, tmp_path: Path) -> None:  # noqa: F811
     whole = tmp_path / "whole"
     whole.mkdir()
@@ -75,6 +75,7 @@ def test_a_run_goes_on_from_the_bucket_on_another_machine(bucket_args, s3: Serve
     assert "has checkpoints of a run of this name" in refused.err
 
 
+@pytest.mark.launch
 def test_an_upload_that_fails_is_named_and_training_goes_on(bucket_args, s3: Server, tmp_path: Path) -> None:  # noqa: F811
     process = start(CLIP, *bucket_args, "--epochs", "4", cwd=tmp_path)
     run = tmp_path / "runs" / "run"
@@ -86,6 +87,7 @@ def test_an_upload_that_fails_is_named_and_training_goes_on(bucket_args, s3: Ser
     assert json.loads((run / "results.json").read_text())["samples"] == 4 * 75
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [
@@ -96,7 +98,7 @@ def test_an_upload_that_fails_is_named_and_training_goes_on(bucket_args, s3: Ser
     ],
 )
 def test_what_is_wrong_with_a_bucket_is_one_line(kind, parts, bucket_args, s3: Server, tmp_path, monkeypatch) -> None:  # noqa: F811
-    import conftest
+    import harness
 
     monkeypatch.setattr(accelerando.data.remote, "TRIES", 2)
     flags = {
@@ -104,8 +106,8 @@ def test_what_is_wrong_with_a_bucket_is_one_line(kind, parts, bucket_args, s3: S
         "nothing there": ["--s3_prefix", "data/other", "--s3_validation_prefix", "data/val"],
     }.get(kind, [])
     if kind == "wrong secret":
-        environment = {**conftest.ENVIRONMENT, "AWS_SECRET_ACCESS_KEY": "wrong" * 8}
-        monkeypatch.setattr(conftest, "ENVIRONMENT", environment)
+        environment = {**harness.ENVIRONMENT, "AWS_SECRET_ACCESS_KEY": "wrong" * 8}
+        monkeypatch.setattr(harness, "ENVIRONMENT", environment)
     if kind == "no server":
         s3.kill()
     done = launch(CLIP, *bucket_args, *flags, cwd=tmp_path, check=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_clip
+from made_data import make_clip
 
 from accelerando.base.errors import UserError
 from accelerando.data.collate import ClipCollate

@@ -195,7 +195,7 @@ def test_the_text_guides_files_are_understood_as_they_stand(tmp_path: Path) -> N
     import importlib.util
     import sys
 
-    from conftest import TEXT
+    from harness import TEXT
 
     spec = importlib.util.spec_from_file_location("guide_text", TEXT)
     module = sys.modules["guide_text"] = importlib.util.module_from_spec(spec)

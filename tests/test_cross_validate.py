@@ -13,10 +13,10 @@ import sys
 import time
 from pathlib import Path
 
-import conftest
+import harness
 import numpy as np
 import pytest
-from conftest import IMAGE, ROOT, TEXT, launch, run_in_this_process, start, weights
+from harness import IMAGE, ROOT, TEXT, launch, run_in_this_process, start, weights
 from sklearn.metrics import accuracy_score, f1_score
 
 from accelerando.base.errors import Stopped, UserError
@@ -479,6 +479,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_it_stops_at_a_signal_and_the_same_command_goes_on(
     number: int, image_set: Path, tmp_path: Path, monkeypatch
@@ -486,7 +487,7 @@ def test_it_stops_at_a_signal_and_the_same_command_goes_on(
     """The command line as it is typed. What reaches the tool alone reaches the script too, and is waited for."""
     import torch
 
-    monkeypatch.setitem(conftest.ENVIRONMENT, "HF_HOME", str(tmp_path))
+    monkeypatch.setitem(harness.ENVIRONMENT, "HF_HOME", str(tmp_path))
     (tmp_path / "patient.py").write_text(PATIENT)
     words = ("patient.py", "--data_dir", image_set, "--run_name", "x")
     process = start(TOOL, *words, cwd=tmp_path)
@@ -523,10 +524,11 @@ def test_it_stops_at_a_signal_and_the_same_command_goes_on(
         )
 
 
+@pytest.mark.launch
 def test_ctrl_z_lets_the_fold_rest_too(image_set: Path, tmp_path: Path, monkeypatch) -> None:
     import psutil
 
-    monkeypatch.setitem(conftest.ENVIRONMENT, "HF_HOME", str(tmp_path))
+    monkeypatch.setitem(harness.ENVIRONMENT, "HF_HOME", str(tmp_path))
     (tmp_path / "patient.py").write_text(PATIENT)
     process = start(TOOL, "patient.py", "--data_dir", image_set, "--run_name", "x", cwd=tmp_path)
     deadline = time.monotonic() + 90

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CLIP, ENVIRONMENT, IMAGE, ROOT, SIGN, TEXT, draw_pair, launch, weights
+from harness import CLIP, ENVIRONMENT, IMAGE, ROOT, SIGN, TEXT, launch, weights
+from made_data import draw_pair
 
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("data/*.md")])
 PROGRAMS = sorted(
@@ -80,12 +81,13 @@ def test_every_field_has_its_line_of_help() -> None:
         assert not [name for name, text in rows if not text], program.name
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
 def test_help_answers_at_once(program: Path, tmp_path: Path) -> None:
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
-        done = launch(program, "--help", cwd=tmp_path)
+        done = launch(program, "--help", cwd=tmp_path, real=True)
         seconds.append(time.perf_counter() - started)
     assert "--" in done.out
     assert min(seconds) < 2
@@ -172,6 +174,7 @@ SMALL = (
 )
 
 
+@pytest.mark.launch
 def test_the_readmes_commands_run(workshop) -> None:
     """All of them: those that need GPUs as far as the launcher's own check of what it was given."""
     folder, environment = workshop
@@ -219,6 +222,7 @@ def test_the_readmes_commands_run(workshop) -> None:
     assert (folder / "data" / "processed" / "train.json").is_file()
 
 
+@pytest.mark.launch
 def test_a_copied_script_runs_in_an_empty_folder(tmp_path: Path, text_args) -> None:
     import shutil
 
@@ -245,6 +249,7 @@ def test_a_copied_script_runs_in_an_empty_folder(tmp_path: Path, text_args) -> N
     assert weights(tmp_path / "runs" / "mine" / "last") != weights(tmp_path / "runs" / "plain" / "last")
 
 
+@pytest.mark.launch
 def test_the_launcher_keeps_the_exit_code_of_a_stop_and_says_one_line(workshop) -> None:
     folder, environment = workshop
     command = f"accelerate launch --quiet --config_file accelerate_configs/cpu.yaml scripts/text_classify.py {SMALL} --epohcs 3"

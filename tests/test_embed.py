@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, launch
+from harness import ROOT, launch
 from PIL import Image
 
 from accelerando.base.errors import UserError
@@ -453,6 +453,7 @@ def test_bad_input_is_one_line(run, model, photos, tiny_bert, tmp_path, flags, m
     assert not Path("out.parquet").exists() and not leftovers(tmp_path)
 
 
+@pytest.mark.launch
 def test_the_command(model, photos, tmp_path) -> None:
     done = launch(TOOL, model, str(photos), "--device", "cpu", cwd=tmp_path)
     assert len(done.out.splitlines()) == 1 and done.err == ""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import IMAGE, ROOT, launch, run_in_this_process
+from harness import IMAGE, ROOT, launch, run_in_this_process
 from tools import evaluate, predict
 
 from accelerando.base.errors import errors_in_one_line
@@ -206,6 +206,7 @@ def test_mistakes_end_in_one_line(runs: Path, image_set: Path, call, tmp_path: P
         assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1, (arguments, err)
 
 
+@pytest.mark.launch
 def test_a_trained_model_in_use(runs: Path, image_set: Path, call, tmp_path: Path) -> None:
     """As a user goes on after training: scores the run, asks it about images, and about a list of them."""
     done = launch(ROOT / "tools" / "evaluate.py", runs / "b", "--output_dir", "scores", cwd=tmp_path)

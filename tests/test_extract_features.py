@@ -20,7 +20,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, kill, launch, start
+from harness import ROOT, kill, launch, start
 from PIL import Image
 
 from accelerando.base.errors import UserError
@@ -326,6 +326,7 @@ def test_finished_clips_are_skipped(stub, tmp_path, capsys) -> None:
     assert numbers(stub("in", "--fps", "15", "--overwrite")["b"]["X2048"]) == [0, 2]
 
 
+@pytest.mark.launch
 def test_a_killed_run_leaves_no_half_file(tmp_path) -> None:
     for number in range(30):
         write_frames(tmp_path / "in" / f"c{number:02d}", 2)
@@ -603,6 +604,7 @@ def test_bad_input_is_one_line(run, tmp_path, flags, message) -> None:
     assert not leftovers(tmp_path) and not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.launch
 def test_the_command(tmp_path) -> None:
     write_video(tmp_path / "in" / "a.mp4", 2)
     (tmp_path / "in" / "bad.mp4").write_bytes(b"x")

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import CLIP, ENVIRONMENT, IMAGE, ROOT, SIGN, TEXT, history, weights
+from harness import CLIP, ENVIRONMENT, IMAGE, ROOT, SIGN, TEXT, history, weights
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")

@@ -10,17 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE, history, launch, weights
+from harness import IMAGE, history, launch, weights
 from PIL import Image
 from safetensors.torch import load_file
 
 from accelerando.base.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def results(run: Path) -> dict:
     return json.loads((run / "results.json").read_text())
 
 
+@pytest.mark.figures
 def test_it_learns_and_leaves_what_it_promises(image_here, image_set: Path) -> None:
     flags = ("--epochs", "30", "--lr", "1e-2", "--report_on_train", "--report_to", "tensorboard")
     run = image_here(*flags, "--fold", "2")
@@ -235,6 +238,7 @@ def test_what_cannot_be_is_one_line(flags: tuple[str, ...], words: str, image_he
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.launch
 def test_an_error_ends_with_exit_code_2(image_args, tmp_path: Path) -> None:
     done = launch(IMAGE, *image_args, "--archtecture", "resnet18", cwd=tmp_path, check=False)
     assert done.code == 2

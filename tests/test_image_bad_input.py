@@ -13,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE, launch
+from harness import IMAGE, launch
 from PIL import Image
 
 from accelerando.base.errors import UserError
 from accelerando.models.vision import make_net
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def picture(seed: int = 0) -> bytes:
@@ -164,6 +166,7 @@ def test_weights_of_another_architecture(pair: Path, image_here, tmp_path: Path)
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.launch
 def test_a_batch_of_one_picture_is_explained(pair: Path, tmp_path: Path) -> None:
     """Batch norms over one picture of one pixel: torch's own error is a traceback."""
     flags = ("--data_dir", str(pair), "--architecture", "resnet18", "--image_size", "32", "--batch_size", "7")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import history, weights
+from harness import history, weights
 
 from accelerando.base.config import parse_args
 from accelerando.base.errors import UserError
@@ -120,7 +120,7 @@ def test_nested_sections_of_a_config_are_read(tmp_path: Path) -> None:
     if args is None:
         import importlib.util
 
-        from conftest import IMAGE
+        from harness import IMAGE
 
         spec = importlib.util.spec_from_file_location("image_classify", IMAGE)
         args = sys.modules["image_classify"] = importlib.util.module_from_spec(spec)

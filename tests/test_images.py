@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -234,6 +235,45 @@ def test_mixed_samples_name_both_classes(files) -> None:
     plain = TrainingImages(files, ImageAugmentation(), (32,)).at(5, 0)
     assert plain["share"] == 1
     assert plain["label"] == plain["other_label"]
+
+
+@pytest.fixture
+def plain_colours(tmp_path: Path) -> ImageFiles:
+    """Twelve PNG files of one grey level each, of four classes."""
+    names = [f"{row}.png" for row in range(12)]
+    for row, name in enumerate(names):
+        Image.new("RGB", (20, 20), (20 * row,) * 3).save(tmp_path / name)
+    return ImageFiles(tmp_path, pa.array(names), np.arange(12) % 4)
+
+
+@pytest.mark.parametrize("kind", ["mixup", "cutmix"])
+def test_another_image_is_mixed_in_and_its_class_named(kind: str, plain_colours: ImageFiles) -> None:
+    """What is beside the own grey level comes from one file: that of the class named, and by the share that is named."""
+    dataset = TrainingImages(plain_colours, ImageAugmentation(crop_scale=1, flip=0), (16,), epochs=20, **{kind: 1.0})
+    others = []
+    for epoch in range(20):
+        for row in range(12):
+            sample = dataset.at(row, epoch)
+            pixels, share = sample["pixel_values"].double(), sample["share"]
+            if share > 0.9:
+                continue  # too little of the other image to tell its level from rounding
+            if kind == "mixup":
+                assert pixels.min() == pixels.max()
+                level = (pixels[0, 0, 0].item() - share * 20 * row) / (1 - share)
+                assert level == pytest.approx(20 * round(level / 20), abs=0.5 / (1 - share) + 1e-6)
+                other = round(level / 20)
+            else:
+                levels = set(pixels.unique().tolist()) - {20.0 * row}
+                assert (pixels == 20 * row).double().mean().item() == pytest.approx(share) or not levels
+                other = int(levels.pop()) // 20 if levels else row
+                assert not levels
+            others.append((row, other))
+            assert sample["other_label"] == other % 4
+            assert sample["label"] == row % 4
+    assert len(others) > 100
+    same = np.mean([row == other for row, other in others])
+    assert same < 0.2  # one draw in twelve meets the image itself
+    assert len({other for _, other in others}) == 12
 
 
 def test_without_a_crop_training_sees_what_evaluation_sees(files) -> None:

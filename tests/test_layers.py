@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IMAGE, launch, weights
+from harness import IMAGE, launch, weights
 from safetensors.torch import load_file
 
 from accelerando.models.vision import VisionNet, VisionNetConfig
 from accelerando.train.layerwise import layers_of, train_from, train_mode
 from accelerando.train.optim import make_optimizer, make_scheduler, parameter_groups
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 def net(architecture: str) -> VisionNet:
@@ -118,6 +120,7 @@ def test_a_gradual_run_goes_on_at_the_end_of_an_epoch(image_here, tiny_vit: Path
     assert weights(parts / "last") == weights(whole / "last")
 
 
+@pytest.mark.launch
 def test_gradual_unfreezing_under_fsdp(image_here, image_args, tiny_vit: Path, tmp_path: Path) -> None:
     flags = ("--model_name", str(tiny_vit), "--strategy", "gradual", "--layer_decay", "0.7", "--epochs", "3")
     one = load_file(image_here(*flags, "--batch_size", "16") / "last" / "model.safetensors")

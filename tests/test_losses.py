@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from clip_gradients import BATCH, embed, make_pairs, tiny_clip
-from conftest import ROOT, launch
+from harness import ROOT, launch
 from safetensors.torch import load_file
 
 from accelerando.data.order import deal
@@ -84,6 +84,7 @@ CASES = [("full", "clip", cut) for cut in CUTS] + [
 ]
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize(("scenario", "loss", "cut"), CASES)
 def test_loss_and_gradients_of_a_batch_of_64(scenario: str, loss: str, cut: str, tmp_path: Path) -> None:
     micro, processes, fsdp, dtype, relative = CUTS[cut]

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch
+from harness import ROOT, launch
 
 SCRIPT = ROOT / "data" / "make_clip_demo.py"
 
@@ -38,6 +38,7 @@ def piece_color(demo: ModuleType, row: dict, seed: int) -> np.ndarray:
     return drawn[changed].mean(0)
 
 
+@pytest.mark.launch
 def test_same_bytes_with_any_number_of_workers(tmp_path: Path) -> None:
     flags = ("--count", "120", "--seed", "5", "--size", "48")
     one = launch(SCRIPT, "--output_dir", "one", "--num_workers", "1", *flags, cwd=tmp_path)
@@ -68,6 +69,7 @@ def test_draws_once_and_again_for_other_arguments(tmp_path: Path, demo: ModuleTy
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+@pytest.mark.launch
 def test_leaves_a_folder_of_the_users_alone(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
@@ -136,6 +138,7 @@ def test_size_position_and_kind_are_seen(demo: ModuleType) -> None:
             assert (first & second).sum() < 0.9 * (first | second).sum()
 
 
+@pytest.mark.launch
 def test_help_needs_no_torch() -> None:
     done = launch(SCRIPT, "--help", cwd=ROOT)
     assert "--num_workers" in done.out and "--seed" in done.out

@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch
+from harness import ROOT, launch
 from PIL import Image
 
 SCRIPT = ROOT / "data" / "make_image_demo.py"
@@ -98,6 +98,7 @@ def test_counts_of_classes(made: SimpleNamespace) -> None:
     assert [path.name for path in made.folder.parent.iterdir()] == ["digits"]  # no draft
 
 
+@pytest.mark.launch
 def test_same_bytes_from_the_command_line(made: SimpleNamespace, tmp_path: Path) -> None:
     done = launch(SCRIPT, "--output_dir", "again", cwd=tmp_path)
     assert done.out.endswith("written to again/raw\n") and not done.err
@@ -171,6 +172,7 @@ def test_without_scikit_learn(tmp_path: Path) -> None:
     assert done.stderr == "error: the digits come with scikit-learn: pip install scikit-learn\n"
 
 
+@pytest.mark.launch
 def test_baseline_of_the_test_images(split: SimpleNamespace, demo: ModuleType) -> None:
     assert "copies" not in split.out and not (split.folder / "splits" / "duplicates.txt").exists()
     assert "Logistic" not in make(demo, split.folder, "--no_baseline")

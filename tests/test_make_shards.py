@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch
+from harness import ROOT, launch
 
 from accelerando.base.errors import UserError
 
@@ -169,6 +169,7 @@ def test_the_webdataset_package_reads_the_shards(pack, images: Path, tmp_path: P
     assert sorted(found) == sorted(row["caption"] for row in rows)
 
 
+@pytest.mark.launch
 def test_bytes_do_not_depend_on_workers_row_order_or_the_moment(images: Path, tmp_path: Path, pack) -> None:
     rows = furniture(images, 30)
     (images / "chairs" / "broken.png").write_bytes(picture(1)[:200])
@@ -502,6 +503,7 @@ def test_a_failure_while_writing_leaves_nothing_and_keeps_the_old(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "out", "rows.csv"]
 
 
+@pytest.mark.launch
 def test_mistakes_end_in_one_line(pack, images: Path, tmp_path: Path) -> None:
     rows = furniture(images, 4)
     table = write_csv(tmp_path / "rows.csv", rows)

@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch
+from harness import ROOT, launch
 
 SCRIPT = ROOT / "data" / "make_sign_demo.py"
 FLAGS = (
@@ -129,6 +129,7 @@ def test_splits_share_no_signer(made: SimpleNamespace, demo: ModuleType) -> None
     assert 0.12 < np.mean([task.occluded for task in tasks]) < 0.18
 
 
+@pytest.mark.launch
 def test_same_bytes_with_two_workers(made: SimpleNamespace, tmp_path: Path) -> None:
     launch(SCRIPT, "--output_dir", "two", "--num_workers", "2", "--no_baseline", *FLAGS, cwd=tmp_path)
     one, two = hashes(made.folder), hashes(tmp_path / "two")
@@ -236,6 +237,7 @@ def test_baseline_beats_chance(made: SimpleNamespace, demo: ModuleType) -> None:
     assert inputs.dtype == np.float32 and inputs.shape == (48, 16 * 156) and sorted(set(glosses)) == [*range(6)]
 
 
+@pytest.mark.launch
 def test_help_needs_no_torch() -> None:
     done = launch(SCRIPT, "--help", cwd=ROOT)
     assert "--num_workers" in done.out and "--clips_per_signer" in done.out

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import IMAGE, launch, weights
+from harness import IMAGE, kill_and_resume, launch, weights
 from safetensors.torch import load_file
-from test_resume import kill_and_resume
 
 from accelerando.base.errors import UserError
 from accelerando.data.order import poisson_rows
@@ -18,6 +17,8 @@ from accelerando.models.vision import VisionNet, VisionNetConfig
 from accelerando.train.batches import TrainBatches
 from accelerando.train.privacy import clip_and_add, epsilon_of, make_valid, noise_for, start_privacy, steps_within
 from accelerando.train.state import TrainState
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 NET = ("--trainer_type", "dp", "--noise_seed", "5")
 
@@ -270,13 +271,14 @@ def test_noise_follows_its_seed_alone(image_here, tiny_vit) -> None:
     assert "noise_seed: null" in (Path("runs") / "a" / "config.yaml").read_text()
 
 
+@pytest.mark.launch
 def test_killed_and_resumed_it_has_spent_the_same(image_args, tiny_vit, tmp_path: Path) -> None:
     flags = [*image_args, *NET, "--model_name", str(tiny_vit), "--target_epsilon", "3", "--epochs", "6"]
     flags += ["--batch_size", "5", "--gradient_accumulation_steps", "2", "--save_every", "3", "--run_name", "run"]
     reference = tmp_path / "reference"
     reference.mkdir()
     launch(IMAGE, *flags, cwd=reference)
-    run = kill_and_resume(tmp_path, flags, 1, kills=2, seed=3, script=IMAGE)
+    run = kill_and_resume(tmp_path, IMAGE, flags, 1, kills=2, seed=3)
     unbroken = results(reference / "runs" / "run")
     assert results(run)["epsilon"] == unbroken["epsilon"] <= 3.0
     assert unbroken["epsilon"] == pytest.approx(recomputed(unbroken), abs=1e-9)
@@ -284,6 +286,7 @@ def test_killed_and_resumed_it_has_spent_the_same(image_args, tiny_vit, tmp_path
     assert weights(run / "last") == weights(reference / "runs" / "run" / "last")
 
 
+@pytest.mark.launch
 def test_two_processes_train_as_one_does(image_args, tiny_vit, tmp_path: Path) -> None:
     flags = [*image_args, *NET, "--model_name", str(tiny_vit), "--noise_multiplier", "0.8", "--target_epsilon", "50"]
     launch(IMAGE, *flags, "--batch_size", "8", "--run_name", "one", cwd=tmp_path)
@@ -316,6 +319,7 @@ def test_what_cannot_go_with_privacy_is_one_line(flags, words: str, image_here, 
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.launch
 def test_fsdp_is_refused(image_args, tiny_vit, tmp_path: Path) -> None:
     flags = [*image_args, *NET, "--model_name", str(tiny_vit), "--target_epsilon", "3"]
     done = launch(IMAGE, *flags, cwd=tmp_path, processes=2, fsdp=True, check=False)

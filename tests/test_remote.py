@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from harness import ROOT
 
 from accelerando.base.errors import UserError
 from accelerando.data import remote

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SIGN, history, launch, make_clip, weights
+from harness import SIGN, history, launch, weights
+from made_data import make_clip
 
 from accelerando.base.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 GRU = ("--model", "iv3_gru")
 
@@ -77,6 +80,7 @@ def test_options_that_do_not(flags: tuple[str, ...], sign_here, known: dict) -> 
         assert weights(run / "best") != weights(Path("runs/other/last"))
 
 
+@pytest.mark.figures
 def test_it_learns_and_leaves_what_it_promises(sign_here) -> None:
     run = sign_here("--epochs", "25", "--log-csv", "logs/table.csv", "--report_on_train", "--report_to", "tensorboard")
     found = results(run)
@@ -202,6 +206,7 @@ def test_the_guide_s_commands_run(name: str, sign_here, sign_set: Path, tmp_path
         assert len(list(csv.DictReader(Path(flags.split()[-1]).read_text().splitlines()))) >= 1
 
 
+@pytest.mark.launch
 @pytest.mark.parametrize("flags", [("--model", "transformer"), (*GRU, "--no-pretrained-backbone")], ids=" ".join)
 def test_smoke_test_needs_no_data(flags: tuple[str, ...], tmp_path: Path) -> None:
     done = launch(SIGN, *flags, "--smoke-test", "--num-gloss", "105", "--num-cat", "10", "--epochs", "1", cwd=tmp_path)

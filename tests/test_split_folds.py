@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch, start
+from harness import ROOT, launch, start
 
 from accelerando.base.errors import UserError
 from accelerando.data.folders import read_class_folders, read_class_map, read_index
@@ -177,6 +177,7 @@ def test_the_seed_decides_and_not_the_order_of_the_file_system(split, tmp_path: 
     assert files(tmp_path / "splits") != first
 
 
+@pytest.mark.launch
 def test_workers_find_the_same(tmp_path: Path) -> None:
     make_raw(tmp_path, {"ants": 8, "bees": 9})
     (tmp_path / "raw" / "ants" / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0")
@@ -432,6 +433,7 @@ def test_nothing_of_an_earlier_split_stays_and_an_interrupted_one_leaves_it(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["raw", "splits"]
 
 
+@pytest.mark.launch
 def test_two_interrupts_at_once_end_it_and_its_workers(tmp_path: Path) -> None:
     make_raw(tmp_path, {"ants": 9, "bees": 9})
     flags = ("--raw_data", "raw", "--num_workers", "2", "--overwrite")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch
+from harness import ROOT, launch
 
 from accelerando.base.errors import UserError
 
@@ -226,6 +226,7 @@ def test_bad_use_is_one_line_and_writes_nothing(flags, parts, split, tmp_path: P
     assert sorted(set(tmp_path.rglob("*")) - {tmp_path / "labels.csv"}) == before
 
 
+@pytest.mark.launch
 def test_the_process_ends_with_one_line(tmp_path: Path) -> None:
     done = launch(TOOL, "--labels", "none.csv", "--output_dir", "out", cwd=tmp_path, check=False)
     assert (done.code, done.out) == (2, "")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch, make_rows, write_json
+from harness import ROOT, launch
+from made_data import make_rows, write_json
 
 from accelerando.base.errors import UserError
 from accelerando.data.splits import stratified_split
@@ -214,6 +215,7 @@ def test_tokenised_text_is_kept_and_kept_apart(tmp_path: Path, tiny_bert: Path) 
 PREPROCESS = ROOT / "tools" / "preprocess_text.py"
 
 
+@pytest.mark.launch
 def test_preprocessing_cleans_splits_and_says_what_it_dropped(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -249,6 +251,7 @@ def test_preprocessing_cleans_splits_and_says_what_it_dropped(tmp_path: Path) ->
     assert len(read_text_table(str(tmp_path / "out" / "train.json"))) == len(kept)
 
 
+@pytest.mark.launch
 def test_preprocessing_keeps_given_splits_and_removes_leaks(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()
@@ -268,6 +271,7 @@ def test_preprocessing_keeps_given_splits_and_removes_leaks(tmp_path: Path) -> N
     assert missing.err.startswith("error: --input_dir nowhere")
 
 
+@pytest.mark.launch
 def test_preprocessing_deletes_nothing_else_and_splits_no_text(tmp_path: Path) -> None:
     raw = tmp_path / "raw"
     raw.mkdir()

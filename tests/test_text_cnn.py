@@ -192,6 +192,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.launch
 def test_ddp_and_fsdp2_on_two_ranks_give_the_gradients_of_one(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     ranks = [

@@ -10,8 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import TEXT, history, launch, start, weights
-from test_resume import wait_for_step
+from harness import TEXT, history, launch, start, wait_for_step, weights
 
 
 def tensorboard_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
@@ -38,6 +37,7 @@ def test_tensorboard_has_curves_report_and_confusion_matrix(train_here) -> None:
     assert any("classification_report" in tag for tag in events.Tags()["tensors"])
 
 
+@pytest.mark.launch
 def test_tensorboard_goes_on_without_a_second_copy_of_a_step(text_args, tmp_path: Path) -> None:
     args = [*text_args, "--run_name", "run", "--report_to", "tensorboard", "--epochs", "6", "--save_every", "4"]
     run = tmp_path / "runs" / "run"
@@ -120,16 +120,17 @@ class Hub(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.mark.launch
 def test_push_to_hub_uploads_the_best_folder(text_args, tmp_path: Path, monkeypatch) -> None:
-    import conftest
+    import harness
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(
-        conftest,
+        harness,
         "ENVIRONMENT",
-        {**conftest.ENVIRONMENT, "HF_ENDPOINT": address, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"},
+        {**harness.ENVIRONMENT, "HF_ENDPOINT": address, "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"},
     )
     flags = ("--max_steps", "2", "--push_to_hub", "--hub_repo_id", "me/model", "--run_name", "run")
     done = launch(TEXT, *text_args, *flags, cwd=tmp_path)
@@ -142,14 +143,15 @@ def test_push_to_hub_uploads_the_best_folder(text_args, tmp_path: Path, monkeypa
     assert "hf_x" not in done.out + done.err
 
 
+@pytest.mark.launch
 def test_a_hub_that_cannot_be_reached_is_one_line_and_the_run_is_complete(
     text_args, tmp_path: Path, monkeypatch
 ) -> None:
-    import conftest
+    import harness
 
     monkeypatch.setattr(
-        conftest, "ENVIRONMENT",
-        {**conftest.ENVIRONMENT, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"},
+        harness, "ENVIRONMENT",
+        {**harness.ENVIRONMENT, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_x", "HF_HUB_OFFLINE": "0"},
     )  # fmt: skip
     flags = ("--max_steps", "2", "--push_to_hub", "--hub_repo_id", "me/model", "--run_name", "run")
     done = launch(TEXT, *text_args, *flags, cwd=tmp_path, check=False)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, launch
+from harness import ROOT, launch
 
 from accelerando.base.errors import UserError
 from accelerando.data.sign_labels import KINDS, Labels, inspect_clip, label_problems, read_labels
@@ -434,6 +434,7 @@ def test_table_and_json_agree_and_fit_80_columns(tmp_path: Path, validate) -> No
     assert "and 8 more" in out
 
 
+@pytest.mark.launch
 def test_workers_change_nothing(tmp_path: Path) -> None:
     sets = Sets(tmp_path, 70)  # two chunks
     spoil_several(sets)
