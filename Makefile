@@ -1,4 +1,4 @@
-# make demo (TASK=clip|text|sign|image) · make test · make setup · make bench · make torture · make lint
+# make demo (TASK=clip|text|sign|image) · make test · make test-fast · make setup · make bench · make torture · make lint
 # VENV=path chooses the virtual environment, PYTHON=python3.x the interpreter it is made with.
 
 VENV ?= .venv
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONPATH := $(CURDIR)/lib
 
-.PHONY: setup demo demo_clip demo_text demo_sign demo_image test bench bench_clip bench_text bench_sign bench_image bench_gpu torture lint link
+.PHONY: setup demo demo_clip demo_text demo_sign demo_image test test-fast bench bench_clip bench_text bench_sign bench_image bench_gpu torture lint link
 
 setup: $(STAMP) link
 
@@ -59,8 +59,12 @@ demo_image: setup
 	@echo; $(BIN)/python data/make_image_demo.py --output_dir data/demo_image  # says how far logistic regression gets
 	@echo "Report: $(CURDIR)/runs/demo_image_cv/report.html"
 
+# Everything; and what needs no training in a process of its own, for daily work.
 test: setup
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+test-fast: setup
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup -m "not launch" $(PYTEST_ARGS)
 
 torture: setup
 	$(BIN)/python -m pytest tests/torture.py -s $(PYTEST_ARGS)

@@ -21,7 +21,7 @@ def test_the_decay_is_ramped_up(decay: float) -> None:
     for step in range(1, 200):
         with torch.no_grad():
             weight.fill_(float(step % 7))
-        ema.update(step)
+        ema.update()
         d = min(decay, (1 + step) / (10 + step))
         expected = d * expected + (1 - d) * (step % 7)
         assert ema.averages[0].item() == pytest.approx(expected, rel=1e-9)
@@ -33,8 +33,8 @@ def test_the_first_weights_are_soon_forgotten() -> None:
     ema = Ema(optimizer, 0.999)
     with torch.no_grad():
         weight.zero_()
-    for step in range(1, 51):
-        ema.update(step)
+    for _ in range(50):
+        ema.update()
     assert 0 < ema.averages[0].item() < 1e-6
 
 
@@ -46,5 +46,17 @@ def test_inside_averaged_the_model_has_the_averages_and_afterwards_its_own() -> 
     with averaged(ema):
         assert (weight.item(), ema.averages[0].item()) == (1.0, 5.0)
     assert (weight.item(), ema.averages[0].item()) == (5.0, 1.0)
-    with averaged(None):
-        assert weight.item() == 5.0
+    off = Ema(optimizer, None)
+    off.update()
+    with averaged(off):
+        assert weight.item() == 5.0 and not off.averages
+
+
+def test_a_resumed_run_goes_on_with_its_ramp() -> None:
+    weight, optimizer = one_weight(0.0)
+    ema = Ema(optimizer, 0.9999)
+    ema.steps = 89  # of before
+    with torch.no_grad():
+        weight.fill_(1.0)
+    ema.update()
+    assert ema.averages[0].item() == pytest.approx(1 - 91 / 100)
