@@ -67,22 +67,22 @@ def test_a_second_run_opens_no_clip_and_a_changed_one_is_noticed(sign_set: Path,
     again = pack_clips(labels, folder, "X", "body", tmp_path / "cache")
     assert len(opened) == 2
     assert (again.frames == first.frames).all()
+    (damaged,) = (tmp_path / "cache" / "clips").glob("*/frames.bin")
+    expected = first.frames.copy()  # of the mapped file, which is cut off
+    os.truncate(damaged, 100)
+    assert (pack_clips(labels, folder, "X", "body", tmp_path / "cache").frames == expected).all()
+    assert sorted(opened) == ["a", "a", "b", "b"]
+    opened.clear()
     np.savez(folder / "b.npz", **make_clip(np.random.default_rng(99), 3))
     os.utime(folder / "b.npz", ns=(1, 1))
     changed = pack_clips(labels, folder, "X", "body", tmp_path / "cache")
-    assert sorted(opened) == ["a", "a", "b", "b"]
-    assert changed.frames.shape != first.frames.shape or (changed.frames != first.frames).any()
+    assert sorted(opened) == ["a", "b"]
+    assert changed.frames.shape != expected.shape or (changed.frames != expected).any()
     # An attempt that broke off leaves nothing that counts.
     (folder / "b.npz").write_bytes(b"no archive")
     with pytest.raises(UserError):
         pack_clips(labels, folder, "X", "body", tmp_path / "cache")
-    assert sorted(path.suffix for path in (tmp_path / "cache" / "clips").iterdir()) == [
-        "",
-        "",
-        ".lock",
-        ".lock",
-        ".lock",
-    ]
+    assert len([path for path in (tmp_path / "cache" / "clips").iterdir() if path.suffix != ".lock"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import random
 from pathlib import Path
 
@@ -207,6 +208,9 @@ def test_tokenised_text_is_kept_and_kept_apart(tmp_path: Path, tiny_bert: Path) 
     assert np.array_equal(first.ids, again.ids)
     assert (folder / "ids.npy").stat().st_mtime_ns == stamp
     assert isinstance(again.ids, np.memmap)
+    os.truncate(folder / "ids.npy", 200)
+    assert np.array_equal(first.offsets, tokenize_table(table, tokenizer, 20, cache=tmp_path / "cache").offsets)
+    assert (folder / "ids.npy").stat().st_size > 200  # damaged, so it is made again
     tokenize_table(table, tokenizer, 21, cache=tmp_path / "cache")
     tokenize_table(table.take(np.arange(69)), tokenizer, 20, cache=tmp_path / "cache")
     assert len([path for path in (tmp_path / "cache" / "tokens").iterdir() if path.is_dir()]) == 3
