@@ -21,13 +21,13 @@ import io
 import itertools
 import json
 import math
-import os
 from collections.abc import Collection, Mapping, Sequence
 from importlib import resources
 from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from accelerando.base.files import open_whole
 from accelerando.report.plots import MAX_COUNTED_CLASSES, Curve, Point, best_point, points, row_shares, shorten
 
 if TYPE_CHECKING:
@@ -67,15 +67,8 @@ def write_report(path: str | Path, title: str, subtitle: str, blocks: Sequence[s
 </body>
 </html>
 """
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(draft, "wb") as file:
-            file.write(page.encode(errors="replace"))  # a lone surrogate must not lose the page
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with open_whole(path, errors="replace") as file:  # a lone surrogate must not lose the page
+        file.write(page)
 
 
 def headline(numbers: Sequence[tuple[str, str, str]]) -> str:
