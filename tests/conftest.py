@@ -54,7 +54,7 @@ def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     from PIL import Image
 
     def save(figure: Figure, target: BinaryIO, **_: object) -> None:
-        Image.new("L", (1, 1), 255).save(target, "PNG")
+        Image.new("RGB", (1, 1), "white").save(target, "PNG")
 
     if not request.node.get_closest_marker("figures"):
         monkeypatch.setattr(Figure, "savefig", save)

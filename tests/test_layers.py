@@ -108,7 +108,7 @@ def test_gradual_unfreezing_begins_as_the_head_alone(image_here, tiny_vit: Path)
     slower = image_here(*flags, "--strategy", "gradual", "--unfreeze_every", "2", "--epochs", "2", name="slower")
     kept = load_file(slower / "last" / "model.safetensors")
     assert {name for name in old if not torch.equal(old[name], kept[name])} == {"classifier.weight", "classifier.bias"}
-    assert "trained are the last 2 of 4 layers" in (second / "logs" / "train.log").read_text()
+    assert "Strategy gradual, the last 2 of 4 layers" in (second / "logs" / "train.log").read_text()
 
 
 def test_a_gradual_run_goes_on_at_the_end_of_an_epoch(image_here, tiny_vit: Path) -> None:

@@ -16,6 +16,7 @@ from accelerando.data.order import poisson_rows
 from accelerando.models.vision import VisionNet, VisionNetConfig
 from accelerando.train.batches import TrainBatches
 from accelerando.train.privacy import clip_and_add, epsilon_of, make_valid, noise_for, start_privacy, steps_within
+from accelerando.train.state import Run as TrainingRun
 from accelerando.train.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -25,6 +26,13 @@ NET = ("--trainer_type", "dp", "--noise_seed", "5")
 
 def results(run: Path) -> dict:
     return json.loads((run / "results.json").read_text())
+
+
+def started(model: torch.nn.Module, optimizer: torch.optim.Optimizer, bound: float, noise: float, seed: int | None):
+    """Privacy for 10 steps of 4 out of 20 samples on average."""
+    run = TrainingRun(Path(), Accelerator(cpu=True), None, TrainState(), total_steps=10)
+    batches = TrainBatches(range(20), list, 4)
+    return start_privacy(run, model, optimizer, batches, bound, noise, seed, None, 1e-5)
 
 
 def small_net(architecture: str = "resnet18") -> VisionNet:
@@ -138,9 +146,7 @@ def test_a_step_is_the_mean_of_clipped_gradients(bound: float) -> None:
     model = small_net()
     make_valid(model, 32)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    privacy = start_privacy(
-        Accelerator(cpu=True), model, optimizer, TrainState(), 4, 20, 10, bound, 0.0, 1, None, 1e-5
-    )  # fmt: skip
+    privacy = started(model, optimizer, bound, 0.0, 1)
     for rows in (slice(0, 2), slice(2, 5)):
         loss = torch.nn.functional.cross_entropy(model(pixel_values=pixels[rows]).logits, labels[rows], reduction="sum")
         loss.backward()
@@ -158,17 +164,15 @@ def test_noise_has_the_deviation_that_was_asked_for() -> None:
     model = small_net("squeezenet1_1")
     make_valid(model, 48)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    privacy = start_privacy(
-        Accelerator(cpu=True), model, optimizer, TrainState(), 4, 20, 10, 0.5, 3.0, None, None, 1e-5
-    )  # fmt: skip
+    privacy = started(model, optimizer, 0.5, 3.0, None)
     (model(pixel_values=torch.randn(1, 3, 48, 48)).logits.sum() * 0).backward()
     clip_and_add(privacy, last=True)
     noise = torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
     assert float(noise.std()) == pytest.approx(3.0 * 0.5 / 4, rel=0.01)
-    assert 0 <= privacy.state.noise_seed < 2**62
+    assert 0 <= privacy.state.extra["noise_seed"] < 2**62
 
     def drawn(seed: int, step: int) -> torch.Tensor:
-        privacy.state.noise_seed, privacy.state.step = seed, step
+        privacy.state.extra["noise_seed"], privacy.state.step = seed, step
         privacy.optimizer.zero_grad()
         (model(pixel_values=torch.randn(1, 3, 48, 48)).logits.sum() * 0).backward()
         clip_and_add(privacy, last=True)
@@ -195,7 +199,7 @@ def test_wrong_gradients_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.nn.Module, "register_forward_pre_hook", lambda *_: None)
     forward = model.forward
     model.forward = lambda pixel_values: forward(pixel_values.contiguous(memory_format=torch.channels_last))
-    with pytest.raises(UserError, match="gradients of single pictures are off by"):
+    with pytest.raises(UserError, match="gradients of single samples are off by"):
         make_valid(model, 32)
 
 
@@ -306,7 +310,7 @@ def test_two_processes_train_as_one_does(image_args, tiny_vit, tmp_path: Path) -
         (("--balanced",), "--balanced cannot go with"), (("--class_weights",), "--class_weights cannot go with"),
         (("--strategy", "gradual"), "full or head"), (("--amp", "bf16"), "float32"),
         (("--report_on_train",), "without noise"), (("--compile_model",), "not compiled"), (("--target_epsilon", "None"), "needs a budget"),
-        (("--batch_size", "500"), "500 pictures a step on average, but there are 66"),
+        (("--batch_size", "500"), "500 samples a step on average, but there are 66"),
         (("--target_epsilon", "0.001"), "leaves nothing to learn"),
         (("--noise_multiplier", "0.3", "--target_epsilon", "0.1"), "the first step would already spend more"),
         (("--model_name", "None", "--architecture", "vit_b_16", "--image_size", "224"), "MultiheadAttention"),

@@ -36,7 +36,7 @@ def test_going_back_to_an_earlier_checkpoint_gives_up_what_came_after(text_args,
     assert names == [f"step_{step:06d}" for step in range(2, 15, 2)]
     train_here("--resume", str(whole / "checkpoints" / "step_000004"), base=[], name="run")
     log = (whole / "logs" / "train.log").read_text()
-    assert [name for name in names if f"/{name}: the run goes on from step_000004" in log] == names[2:]
+    assert [name for name in names if f"/{name}: the run continues from step_000004" in log] == names[2:]
     assert [path.name for path in sorted((whole / "checkpoints").iterdir())] == names
     assert weights(whole / "last") == expected
     with pytest.raises(UserError, match="no complete checkpoint; there are step_000014"):

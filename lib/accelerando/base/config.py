@@ -191,24 +191,23 @@ def without_effect(args: Any, only_with: Mapping[str, Sequence[str]], **here: bo
 
     ``only_with`` (beside ``ONLY_WITH``) maps a condition to the settings that need it: ``"strategy lora"`` (the flag
     has one of the values), ``"cache"`` (it is on) or ``"not cache"``, or a word of ``here``, which says what this
-    machine or data has.
+    machine or this data has.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     lines = []
     for condition, names in [*ONLY_WITH.items(), *only_with.items()]:
+        unwanted = condition.startswith("not ")
         word, *values = condition.removeprefix("not ").split()
         if word in here:
-            met, needed = here[word], word.replace("_", " ")
+            there, shown = here[word], word
         else:
             value = getattr(args, word)
             given = value if isinstance(value, tuple) else (value,)
-            met = any(str(one) in values for one in given) if values else bool(value)
-            needed = f"--{word}" + (f" {' or '.join(values)}" if values else "")
-        if condition.startswith("not "):
-            met, needed = not met, f"no {needed}"
-        if not met:
+            there = any(str(one) in values for one in given) if values else bool(value)
+            shown = f"--{word}" + (f" {' or '.join(values)}" if values else "")
+        if there == unwanted:
             changed = [name for name in names if getattr(args, name) != defaults[name]]
-            lines += [f"--{name} has no effect here: it needs {needed}" for name in changed]
+            lines += [f"--{name} has no effect here {'with' if unwanted else 'without'} {shown}" for name in changed]
     return lines
 
 

@@ -167,13 +167,13 @@ class TrainBatches:
     seed: int = 0
     lengths: np.ndarray | None = None
     num_workers: int = 0
-    accelerator: Accelerator | None = None  # tells the three that follow
     num_processes: int = 1
     process_index: int = 0
     device: torch.device | str = "cpu"
     effective_batch_size: int | None = None
     pin_memory: bool = True  # on a GPU: page-locked batches
     poisson_seed: int | None = None
+    accelerator: Accelerator | None = None  # sets num_processes, process_index and device
     seconds_waited: float = 0.0  # for data
     unreadable: set[int] = field(default_factory=set, repr=False)
     _loader: torch.utils.data.DataLoader | None = field(default=None, repr=False)
