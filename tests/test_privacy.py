@@ -30,6 +30,8 @@ def results(run: Path) -> dict:
 
 def started(model: torch.nn.Module, optimizer: torch.optim.Optimizer, bound: float, noise: float, seed: int | None):
     """Privacy for 10 steps of 4 out of 20 samples on average."""
+    from accelerate import Accelerator
+
     run = TrainingRun(Path(), Accelerator(cpu=True), None, TrainState(), total_steps=10)
     batches = TrainBatches(range(20), list, 4)
     return start_privacy(run, model, optimizer, batches, bound, noise, seed, None, 1e-5)
