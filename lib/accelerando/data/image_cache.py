@@ -118,7 +118,7 @@ def check(target: Path, count: int) -> None:
 
 
 def _make(target: Path, paths: list[str], side: int, workers: int) -> None:
-    from accelerando.base.log import log, watched
+    from accelerando.base.log import log, with_progress
     from accelerando.base.processes import map_in_processes
 
     size = expected_size(paths, side)
@@ -135,7 +135,7 @@ def _make(target: Path, paths: list[str], side: int, workers: int) -> None:
         with open(draft / "pixels.bin", "wb") as file:
             # Few pictures at a time: a worker's results wait in memory for those before them.
             pictures = map_in_processes(functools.partial(_shrink, side), paths, workers, chunk=8)
-            for row, picture in enumerate(watched(pictures, len(paths), "decoding", "pictures")):
+            for row, picture in enumerate(with_progress(pictures, len(paths), "decoding", "pictures")):
                 if picture is not None:
                     shapes[row] = *picture.pixels.shape[:2], *picture.size
                     file.write(picture.pixels.data)
