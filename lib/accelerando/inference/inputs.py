@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError, first_line
-from accelerando.data.folders import PICTURES
+from accelerando.data.folders import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from urllib.request import OpenerDirector
 
 URLS = ("http://", "https://")
 # Endings of image files; those that Pillow may not know too, so that they are named and not silently skipped.
-IMAGES = (*PICTURES, ".gif")
+IMAGES = (*IMAGE_SUFFIXES, ".gif")
 MOST_BYTES = 100_000_000  # of a file that is fetched
 PATIENCE = 20.0  # seconds that a server may be silent
 LONGEST_FETCH = 120.0  # seconds for one file in all
