@@ -79,7 +79,7 @@ def whole_folder(folder: Path, file_by_file: bool = False) -> Iterator[Path]:
     """
     target = folder.resolve()  # follows a symlink, so that the folder it points to is replaced
     old = _old_of(target)
-    put_back(target)
+    restore_folder(target)
     _remove(old)
     _remove_stale_drafts(target)
     draft = _draft_of(target)
@@ -99,12 +99,12 @@ def whole_folder(folder: Path, file_by_file: bool = False) -> Iterator[Path]:
             draft.rename(target)
             _sync(target.parent)
     finally:
-        put_back(target)
+        restore_folder(target)
         _remove(draft)
     _remove(old)
 
 
-def put_back(folder: Path) -> None:
+def restore_folder(folder: Path) -> None:
     """Restores the old folder if :func:`whole_folder` was killed or failed between its two renames."""
     if not folder.exists() and _old_of(folder).exists():
         _old_of(folder).rename(folder)
