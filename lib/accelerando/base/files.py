@@ -293,7 +293,7 @@ def derived(target: Path, read: Callable[[Path], T], make: Callable[[Path], None
             return read(target)  # another run may have made it meanwhile
         except DAMAGED as error:
             if target.exists():
-                log.warning("%s is damaged and will be made again: %s", target, error)
+                log.warning("%s is corrupted and will be made again: %s", target, error)
         remove_drafts(target.parent, target.name)
         try:
             make(target)

@@ -213,7 +213,7 @@ def decode_pixels(file: bytes, min_side: int | None = None) -> np.ndarray:
                 image = Image.alpha_composite(canvas, image)
             return np.array(image.convert("RGB"))
     except UnidentifiedImageError:  # its message names a buffer in memory
-        raise ValueError("not an image, or its header is damaged") from None
+        raise ValueError("not an image, or its header is corrupted") from None
     except (SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for a corrupted PNG, a huge image
         raise ValueError(str(error)) from None
 

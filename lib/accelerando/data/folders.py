@@ -19,8 +19,19 @@ if TYPE_CHECKING:
 
 # Files taken for images; .heic is listed so that such files are reported as unreadable instead of ignored.
 IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp"),
-    *(".tif", ".tiff", ".avif", ".heic", ".ppm", ".pgm"),
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".ppm",
+    ".pgm",
 )
 LeftOut = Callable[[str, str], None]  # called with a file or folder that is left out, and the reason
 

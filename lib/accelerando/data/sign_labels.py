@@ -245,7 +245,7 @@ def label_problems(
             problems.append(make_problem("listed_twice", f"{name}.npz", text))
         elif name not in present:
             alike = plain.get(_plain(name)) or plain.get(_plain(re.split(r"[/\\]", name)[-1]))
-            text = f"{where} lists it{f'; meant {alike!r}?' if alike else ''}"
+            text = f"{where} lists it{f'; did you mean {alike!r}?' if alike else ''}"
             problems.append(make_problem("missing_file", f"{name}.npz", text))
         first.setdefault(name, row)
         for column, values, count in (("gloss", labels.gloss, num_gloss), ("cat", labels.cat, num_cat)):

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # ids 0 to 4
 # Without any of these, transformers may make an empty tokenizer instead of raising an error.
 VOCABULARY_FILES = (
-    *("tokenizer.json", "vocab.txt", "vocab.json"),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
 )
 CHUNK = 4096  # texts held as Python strings at a time
 NO_LIMIT = int(1e30)  # transformers' model_max_length for a tokenizer that does not truncate

@@ -114,7 +114,7 @@ def _in_graph(values: torch.Tensor) -> torch.Tensor:
     return values if values.requires_grad else values.detach().requires_grad_()
 
 
-# ------------------------------------------------------------------------------------------------ what has positions
+# ----------------------------------------------------------------------------------------- outputs that have positions
 
 
 def _spatial_calls(model: torch.nn.Module, pixels: torch.Tensor) -> dict[int, Layout]:
@@ -163,7 +163,7 @@ def _by_position(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     return values[:, -layout.height * layout.width :].unflatten(1, (layout.height, layout.width))
 
 
-# ------------------------------------------------------------------------------------------ a look into a running net
+# ------------------------------------------------------------------------------------------------------ forward hooks
 
 
 def _forward(model: torch.nn.Module, pixels: torch.Tensor, watch: Callable[[int, Any], Any]) -> torch.Tensor:
