@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import whole_folder
-from accelerando.base.log import watched
+from accelerando.base.log import with_progress
 from accelerando.base.processes import map_in_processes
 
 if TYPE_CHECKING:
@@ -645,7 +645,7 @@ def draw_all(folder: Path, rows: list[dict[str, str]], args: Args) -> None:
     draw = functools.partial(draw_one, folder, args.seed, args.size)
     workers = workers if workers > 1 and len(rows) > 50 else 0  # a process is not worth its start for a few images
     done = map_in_processes(draw, list(enumerate(rows)), workers, chunk=50)
-    for _ in watched(done, len(rows), "drawing", "images"):
+    for _ in with_progress(done, len(rows), "drawing", "images"):
         pass
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import whole_folder, write_text
-from accelerando.base.log import watched
+from accelerando.base.log import with_progress
 from accelerando.base.processes import map_in_processes
 
 VERSION = 1  # incremented when the same arguments give other clips
@@ -402,7 +402,7 @@ def write_all(folder: Path, tasks: list[Task], args: Args) -> None:
     parts = [tasks[start : start + 24] for start in range(0, len(tasks), 24)]
     write = functools.partial(write_some, folder, args.seed)
     done = map_in_processes(write, parts, workers if workers > 1 else 0, chunk=1)
-    for _ in watched(done, len(parts), "signing", "parts"):
+    for _ in with_progress(done, len(parts), "signing", "parts"):
         pass
     names = []
     for gloss, sign in enumerate(make_glosses(args.num_glosses)):

@@ -34,7 +34,7 @@ from accelerando.report import page, results
 from accelerando.report.metrics import classification_metrics
 from accelerando.report.model_card import write_model_card
 from accelerando.report.predictions import probabilities, worst_mistakes, write_predictions
-from accelerando.report.saliency import add_pictures
+from accelerando.report.saliency import add_images
 from accelerando.train.accelerator import (
     is_sharded,
     log_trained,
@@ -369,7 +369,7 @@ def write_report(
     # One process alone cannot ask a sharded net what it looked at.
     sharded = is_sharded(run.accelerator)
     net = open_classifier(str(run.directory / "best")) if sharded else unwrapped(run.accelerator, model)
-    add_pictures(worst, found[last], EvaluationImages(data.splits[last], args.image_size), net, data.mean, data.std)
+    add_images(worst, found[last], EvaluationImages(data.splits[last], args.image_size), net, data.mean, data.std)
     counts = {split: len(rows["labels"]) for split, rows in found.items()}
     details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist()}
     details |= privacy_results(run.state, args.target_delta)

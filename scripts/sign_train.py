@@ -27,8 +27,8 @@ from accelerando.data.sign_clips import (
     TrainingClips,
     channel_statistics,
     class_names,
-    made_up_clips,
     pack_clips,
+    synthetic_clips,
 )
 from accelerando.data.sign_labels import label_problems, read_labels, report_problems
 from accelerando.data.splits import stratified_split
@@ -222,7 +222,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     normalisation = args.normalisation or ("body" if transformer else "none")
     collate = ClipCollate(multiple_of=8 if args.compile_model else 1)
     if args.smoke_test:
-        splits = made_up_clips(156 if transformer else 2048, args.num_gloss or 105, args.num_cat or 10, args.seed)
+        splits = synthetic_clips(156 if transformer else 2048, args.num_gloss or 105, args.num_cat or 10, args.seed)
         names = class_names(splits, Path(), None, args.num_gloss or 105, args.num_cat or 10)
         return Data(splits, names, key, "none" if normalisation == "body" else normalisation, collate)
 

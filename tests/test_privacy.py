@@ -140,7 +140,6 @@ def gradient_by_hand(model: torch.nn.Module, pixels: torch.Tensor, labels: torch
 @pytest.mark.parametrize("bound", [0.5, 1e6])
 def test_a_step_is_the_mean_of_clipped_gradients(bound: float) -> None:
     """Over micro-batches of unequal size, pictures in any layout of memory, residual nets with in-place additions."""
-    from accelerate import Accelerator
 
     pixels = torch.randn(5, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     labels = torch.tensor([0, 1, 2, 1, 0])
@@ -161,7 +160,6 @@ def test_a_step_is_the_mean_of_clipped_gradients(bound: float) -> None:
 
 
 def test_noise_has_the_deviation_that_was_asked_for() -> None:
-    from accelerate import Accelerator
 
     model = small_net("squeezenet1_1")
     make_valid(model, 48)

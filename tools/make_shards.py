@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 from accelerando.base.config import check_ranges, flat, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
 from accelerando.base.files import whole_folder
-from accelerando.base.log import watched
+from accelerando.base.log import with_progress
 from accelerando.base.processes import map_in_processes
 from accelerando.inference.inputs import IMAGES
 from accelerando.inference.outputs import print_first
@@ -367,7 +367,7 @@ def check_images(images: list[str], args: Args) -> dict[str, ImageFile]:
     check = functools.partial(check_image, verify=args.verify)
     paths = [f"{args.images}/{image}" for image in images]
     found = map_in_processes(check, paths, args.num_workers)
-    return dict(zip(images, watched(found, len(paths), "checking", "images"), strict=True))
+    return dict(zip(images, with_progress(found, len(paths), "checking", "images"), strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------ split
@@ -502,7 +502,7 @@ def write_all(
         jobs += [(name, draft / name / f"{number:05d}.tar", samples) for number, samples in enumerate(shards)]
         images = len({files[sample.row.image].digest for sample in splits[name]})
         counts[name] = {"samples": len(splits[name]), "images": images, "shards": len(shards), "bytes": 0}
-    for name, path, samples in watched(jobs, len(jobs), "packing", "shards"):
+    for name, path, samples in with_progress(jobs, len(jobs), "packing", "shards"):
         counts[name]["bytes"] += write_shard(path, samples, files, args)
     return counts
 

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 from accelerando.base.config import Alias, check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
 from accelerando.base.files import whole_folder
-from accelerando.base.log import watched
+from accelerando.base.log import with_progress
 from accelerando.base.processes import map_in_processes
 from accelerando.data.folders import class_folders
 from accelerando.inference.outputs import print_first
@@ -149,7 +149,7 @@ def read_prints(raw: Path, images: list[str], workers: int | None) -> list[Finge
         workers = min(8, len(os.sched_getaffinity(0)), len(images) // 100)
         workers = workers if workers > 1 else 0
     found = map_in_processes(read_print, [f"{raw}/{image}" for image in images], workers)
-    return list(watched(found, len(images), "reading", "images"))
+    return list(with_progress(found, len(images), "reading", "images"))
 
 
 # ------------------------------------------------------------------------------------------------------------ split

@@ -1,11 +1,11 @@
-"""What is easy to get wrong in a training script, in plain functions; see README.md.
+"""The parts of a training script that are easy to get wrong, as plain functions; see README.md.
 
-``base <- data <- models <- train <- report <- inference``: a module imports from its own folder or from those to its
-left.
+``base <- data <- models <- train <- report <- inference``: a module imports only from its own folder and from those to
+its left.
 """
 
 import os
 
-# Read when OpenMP is loaded with torch. By default its threads spin at each barrier, and beside any other process on
-# the same cores a run then crawls (25 times slower was measured); with few spins it shares them fairly.
+# OpenMP reads this when torch loads it. By default its threads spin at each barrier, which makes a run very slow
+# (25 times slower was measured) when another process uses the same cores; with few spins they share the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")

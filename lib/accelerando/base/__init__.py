@@ -1,1 +1,1 @@
-"""Errors, settings, log, files, processes and random states."""
+"""Errors, settings, logging, files, processes and random states."""

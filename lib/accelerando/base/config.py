@@ -1,14 +1,14 @@
-"""Dataclass, YAML and command line are one thing: default < YAML (``--config``) < command line.
+"""Settings from a dataclass, a YAML file and the command line: default < YAML (``--config``) < command line.
 
-A script's ``Args`` is a flat dataclass. Each field has its help in a comment on the same line; a comment line of the
-form ``# -- data --`` starts a section, which groups ``--help`` and the saved ``config.yaml``::
+A script's ``Args`` is a flat dataclass. The comment on a field's line is its help text; a comment line of the form
+``# -- data --`` starts a section, which groups ``--help`` and the saved ``config.yaml``::
 
     @dataclass
     class Args:
         # -- training --
         lr: float = 2e-5  # peak learning rate
 
-YAML keys pass through the same parser as flags, so an unknown key or a bad value fails the same way.
+YAML keys go through the same parser as flags, so an unknown key or an invalid value fails in the same way.
 """
 
 from __future__ import annotations
@@ -25,16 +25,19 @@ import sys
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from accelerando.base.errors import UserError, is_main_rank
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 T = TypeVar("T")
 
-# An alias is another name for a field, or a field with a translation of the values: {"true": "fp16"}.
+# An alias is the name of a field, or that name with a mapping of values: {"true": "fp16"}.
 Alias = str | tuple[str, dict[str, str]]
 
-# Spellings that the five guides and Hugging Face's own arguments use for the shared vocabulary.
+# Names that the five guides and Hugging Face's TrainingArguments use for the shared settings.
 COMMON_ALIASES: dict[str, Alias] = {
     "learning_rate": "lr",
     "wd": "weight_decay",
@@ -74,10 +77,10 @@ COMMON_ALIASES: dict[str, Alias] = {
     "wandb.notes": "wandb_notes",
 }
 
-# What a flag means that stands without a value.
+# The value of a flag that is given without one.
 BARE = {"resume": "auto", "amp": "auto"}
 
-# What `accelerate launch` decides, and how.
+# Settings of `accelerate launch`, and the command that sets them.
 LAUNCH_FLAGS: dict[str, str] = {
     "distributed_mode": "accelerate launch --config_file accelerate_configs/{mode}.yaml {script}",
     "enable_parallel": "accelerate launch --config_file accelerate_configs/multi_gpu.yaml {script}",
@@ -86,16 +89,16 @@ LAUNCH_FLAGS: dict[str, str] = {
 
 
 def parse_args(cls: type[T], aliases: dict[str, Alias] | None = None, argv: list[str] | None = None) -> T:
-    """The filled ``cls`` from ``argv`` (``sys.argv[1:]`` by default) and the YAML files it names with ``--config``.
+    """An instance of ``cls`` from ``argv`` (default: ``sys.argv[1:]``) and the YAML files that ``--config`` names.
 
     Raises:
-        UserError: an unknown flag or key (with a suggestion), a value that does not parse, a broken YAML file.
+        UserError: an unknown flag or key (with a suggestion), an invalid value, an invalid YAML file.
     """
 
     argv = list(sys.argv[1:] if argv is None else argv)
     table = {**COMMON_ALIASES, **(aliases or {})}
     known = {field.name: field for field in dataclasses.fields(cls)}
-    # An alias may stand for another one: per_device_train_batch_size -> batch_size -> micro_batch_size.
+    # An alias may refer to another alias: per_device_train_batch_size -> batch_size -> micro_batch_size.
     table = {
         name: table.get(target, target) if isinstance(target, str) and target not in known else target
         for name, target in table.items()
@@ -105,7 +108,7 @@ def parse_args(cls: type[T], aliases: dict[str, Alias] | None = None, argv: list
         try:
             _print_help(cls, table)
             sys.stdout.flush()
-        except BrokenPipeError:  # `--help | head` has read enough
+        except BrokenPipeError:  # `--help | head` closes the pipe early
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
 
@@ -117,7 +120,7 @@ def parse_args(cls: type[T], aliases: dict[str, Alias] | None = None, argv: list
     args, message = _run_parser(cls, from_yaml + argv)
     if message is None:
         return args
-    # Which of the two holds the mistake: a parse of the command line alone tells.
+    # Parsing the command line alone shows which of the two has the error.
     _, alone = _run_parser(cls, argv)
     raise UserError(message if alone == message or not from_yaml else f"{_values_of(argv, '--config')[-1]}: {message}")
 
@@ -133,14 +136,14 @@ def sections(cls: type) -> dict[str, list[tuple[str, str]]]:
                 heading = match[1]
                 found.setdefault(heading, {})
             elif (match := re.match(r"\s+(\w+)\s*:[^#]*(?:#\s*(.*))?$", line)) and match[1] in fields:
-                # A field that is given again, with another default, stays where it was.
+                # A field that a subclass redefines, with another default, stays in its section.
                 place = next((name for name, rows in found.items() if match[1] in rows), heading)
                 found[place][match[1]] = (match[2] or found[place].get(match[1], "")).strip()
     return {name: list(rows.items()) for name, rows in found.items() if rows}
 
 
-def grouped(args: Any) -> dict[str, dict[str, Any]]:
-    """``args`` by section, tuples as lists: what ``config.yaml`` holds. Says nothing of where it was read from."""
+def grouped(args: DataclassInstance) -> dict[str, dict[str, object]]:
+    """``args`` by section, tuples as lists: the content of ``config.yaml``, without the path it was read from."""
     values = dataclasses.asdict(args)
     return {
         heading: {name: _plain(values[name]) for name, _ in rows if name not in ("config", "resume", "overwrite")}
@@ -148,26 +151,43 @@ def grouped(args: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def flat(args: Any) -> dict[str, Any]:
-    """``args`` as one level of plain values, for trackers."""
+def flat(args: DataclassInstance) -> dict[str, object]:
+    """``args`` as one flat mapping, for trackers."""
     return {name: value for group in grouped(args).values() for name, value in group.items()}
 
 
-# Settings of all scripts, with the least and the largest value; None is always fine.
+# The smallest and largest value of settings that the scripts share; None is always valid.
 RANGES: dict[str, tuple[float, float]] = {
-    "adam_beta1": (0, 0.999999), "adam_beta2": (0, 0.999999), "batch_size": (1, 2**30), "early_stop": (1, 2**30),
-    "early_stop_min_delta": (0, math.inf), "epochs": (1, 2**30), "eval_batch_size": (1, 2**30),
-    "eval_every": (0, 2**40), "gradient_accumulation_steps": (1, 2**30), "grad_clip": (1e-12, math.inf),
-    "keep_checkpoints": (1, 2**30), "log_every": (1, 2**40), "lora_alpha": (1e-12, math.inf),
-    "lora_dropout": (0, 0.999999), "lora_r": (1, 2**20), "lr": (0, math.inf), "max_length": (3, 2**20),
-    "max_steps": (1, 2**40), "momentum": (0, 0.999999), "num_workers": (0, 1024), "save_every": (0, 2**40),
-    "scheduler_factor": (0, 0.999999), "scheduler_step_size": (1, 2**30), "warmup_steps": (0, 2**40),
+    "adam_beta1": (0, 0.999999),
+    "adam_beta2": (0, 0.999999),
+    "batch_size": (1, 2**30),
+    "early_stop": (1, 2**30),
+    "early_stop_min_delta": (0, math.inf),
+    "epochs": (1, 2**30),
+    "eval_batch_size": (1, 2**30),
+    "eval_every": (0, 2**40),
+    "gradient_accumulation_steps": (1, 2**30),
+    "grad_clip": (1e-12, math.inf),
+    "keep_checkpoints": (1, 2**30),
+    "log_every": (1, 2**40),
+    "lora_alpha": (1e-12, math.inf),
+    "lora_dropout": (0, 0.999999),
+    "lora_r": (1, 2**20),
+    "lr": (0, math.inf),
+    "max_length": (3, 2**20),
+    "max_steps": (1, 2**40),
+    "momentum": (0, 0.999999),
+    "num_workers": (0, 1024),
+    "save_every": (0, 2**40),
+    "scheduler_factor": (0, 0.999999),
+    "scheduler_step_size": (1, 2**30),
+    "warmup_steps": (0, 2**40),
     "weight_decay": (0, 1e6),
-}  # fmt: skip
+}
 
 
-def check_ranges(args: Any, **others: tuple[float, float]) -> None:
-    """UserError for a number outside of ``RANGES``, or of ``others`` that this script alone has."""
+def check_ranges(args: DataclassInstance, **others: tuple[float, float]) -> None:
+    """UserError for a number outside its range in ``RANGES``, or in ``others``, the script's own."""
     for name, (low, high) in {**RANGES, **others}.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
@@ -175,7 +195,7 @@ def check_ranges(args: Any, **others: tuple[float, float]) -> None:
             raise UserError(f"--{name} {value}: {limit}")
 
 
-# Settings of all scripts that only matter together with another one: {"flag value ...": names}.
+# Settings that have an effect only together with another one: {"flag value ...": names}.
 ONLY_WITH: dict[str, tuple[str, ...]] = {
     "report_to wandb": ("wandb_project", "wandb_entity", "wandb_name", "wandb_tags", "wandb_notes"),
     "report_to mlflow": ("experiment_name",),
@@ -186,12 +206,12 @@ ONLY_WITH: dict[str, tuple[str, ...]] = {
 }
 
 
-def without_effect(args: Any, only_with: Mapping[str, Sequence[str]], **here: bool) -> list[str]:
-    """A line for each setting that was changed and that nothing reads, because what it belongs to is not in use.
+def without_effect(args: DataclassInstance, only_with: Mapping[str, Sequence[str]], **here: bool) -> list[str]:
+    """A line for each setting that was changed but has no effect, because the feature it belongs to is not in use.
 
-    ``only_with`` (beside ``ONLY_WITH``) maps a condition to the settings that need it: ``"strategy lora"`` (the flag
-    has one of the values), ``"cache"`` (it is on) or ``"not cache"``, or a word of ``here``, which says what this
-    machine or this data has.
+    ``only_with`` (in addition to ``ONLY_WITH``) maps a condition to the settings that need it: ``"strategy lora"`` (the
+    flag has one of the values), ``"cache"`` (it is on), ``"not cache"``, or a key of ``here``, which describes this
+    machine or its data.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     lines = []
@@ -211,15 +231,15 @@ def without_effect(args: Any, only_with: Mapping[str, Sequence[str]], **here: bo
     return lines
 
 
-def to_yaml(args: Any) -> str:
-    """``args`` as YAML grouped by section; ``--config`` of it repeats the run."""
+def to_yaml(args: DataclassInstance) -> str:
+    """``args`` as YAML grouped by section; passed to ``--config``, it repeats the run."""
     import yaml
 
     return yaml.safe_dump(grouped(args), sort_keys=False, allow_unicode=True, width=100)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; UserError names file and line where it is broken."""
+    """The mapping in a YAML file; UserError names the file and line of a syntax error."""
     import yaml
 
     try:
@@ -231,7 +251,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: broken YAML ({getattr(error, 'problem', error)})") from None
+        raise UserError(f"{path}{where}: invalid YAML ({getattr(error, 'problem', error)})") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -243,7 +263,7 @@ def _target(alias: Alias) -> str:
     return alias if isinstance(alias, str) else alias[0]
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
@@ -252,13 +272,13 @@ def _is_bool(field: dataclasses.Field) -> bool:
 
 
 def _canonical_argv(argv: list[str], known: dict[str, dataclasses.Field], table: dict[str, Alias]) -> list[str]:
-    """Flags in one spelling: underscores, aliases resolved, ``--a=b`` split, ``--flag true``, ``--resume`` alone."""
+    """Normalizes flags: dashes, aliases, ``--a=b``, ``--flag true`` and a bare ``--resume``."""
     result: list[str] = []
     position = 0
     while position < len(argv):
         token = argv[position]
         position += 1
-        if token == "--":  # what follows is positional, whatever it looks like
+        if token == "--":  # everything after it is positional
             return result + argv[position:]
         if not token.startswith("--"):
             result.append(token)
@@ -289,7 +309,7 @@ def _canonical_argv(argv: list[str], known: dict[str, dataclasses.Field], table:
             result += ["--" + name, value.capitalize()]
         elif name in known:
             if equals and value.startswith("-"):
-                result.append(f"--{name}={value}")  # a text that looks like a flag stays a value
+                result.append(f"--{name}={value}")  # a value that looks like a flag
                 continue
             result.append("--" + name)
             if equals:
@@ -309,11 +329,11 @@ def _launch_answer(flag: str, value: str) -> str:
     line = LAUNCH_FLAGS[flag[2:].replace("-", "_")].format(mode=mode, device=device, script=sys.argv[0])
     if value.startswith("cuda:"):
         line = f"CUDA_VISIBLE_DEVICES={value[5:]} {line}"
-    return f"{flag} is decided by the launcher: {line} ..."
+    return f"{flag} is set by the launcher: {line} ..."
 
 
 def _add_translated(argv: list[str], alias: tuple[str, dict[str, str]], value: str) -> None:
-    """Adds the flag an alias stands for. "false" yields to any other word on the field; trackers add up."""
+    """Adds the flag that an alias refers to. "false" never overrides another value; trackers are combined."""
     flag, word = "--" + alias[0], alias[1].get(value.lower(), value)
     if value.lower() == "false":
         argv[:0] = [flag, word]
@@ -323,7 +343,7 @@ def _add_translated(argv: list[str], alias: tuple[str, dict[str, str]], value: s
         argv += [flag, word]
 
 
-def _suggestion(name: str, known: dict[str, Any], table: dict[str, Alias], prefix: str) -> str:
+def _suggestion(name: str, known: dict[str, dataclasses.Field], table: dict[str, Alias], prefix: str) -> str:
     close = difflib.get_close_matches(name, [*known, *table], n=1, cutoff=0.6)
     return f": did you mean {prefix}{close[0]}?" if close else "; --help lists them all"
 
@@ -339,8 +359,8 @@ def _values_of(argv: list[str], flag: str) -> list[str]:
     return values
 
 
-def _config_of_resumed_run(argv: list[str], known: dict[str, Any]) -> list[str]:
-    """``--resume runs/x`` without ``--config`` starts from the configuration of that run."""
+def _config_of_resumed_run(argv: list[str], known: dict[str, dataclasses.Field]) -> list[str]:
+    """``--resume runs/x`` without ``--config`` uses the configuration of that run."""
     resumed = _values_of(argv, "--resume") if "resume" in known else []
     if not resumed or resumed[0] == "auto" or _values_of(argv, "--config"):
         return []
@@ -352,14 +372,14 @@ def _config_of_resumed_run(argv: list[str], known: dict[str, Any]) -> list[str]:
 
 
 def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str, Alias]) -> list[str]:
-    """The flags a YAML file stands for; keys may be grouped in sections of any name."""
-    pairs: list[tuple[str, str, Any]] = []  # (the last two keys with a dot, key, value)
+    """The content of a YAML file as flags; keys may be grouped in sections of any name."""
+    pairs: list[tuple[str, str, Any]] = []  # (section.key, key, value)
 
     def collect(mapping: dict[Any, Any], section: str) -> None:
         for key, value in mapping.items():
-            if isinstance(value, dict):  # no setting is a mapping, whatever its section is called
+            if isinstance(value, dict):  # a section: no setting is a mapping
                 collect(value, f"{key}.")
-            elif value is not None or key in known or key in table:  # nothing else: a heading without settings
+            elif value is not None or key in known or key in table:  # otherwise an empty section
                 pairs.append((f"{section}{key}", str(key), value))
 
     collect(read_yaml(path), "")
@@ -373,12 +393,12 @@ def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str,
         name = alias or name
         if name not in known:
             raise UserError(f"{path}: unknown key {dotted!r}{_suggestion(name, known, table, '')}")
-        if name in BARE and isinstance(value, bool):  # YAML takes a bare `no` for false
+        if name in BARE and isinstance(value, bool):  # YAML reads an unquoted `no` as false
             argv += ["--" + name, BARE[name] if value else {"amp": "no"}.get(name, "None")]
             continue
         if _is_bool(known[name]):
             if not isinstance(value, bool):
-                raise UserError(f"{path}: {dotted} is true or false, not {value!r}")
+                raise UserError(f"{path}: {dotted} must be true or false, not {value!r}")
             argv.append("--" + name if value else "--no_" + name)
         elif isinstance(value, list):
             argv += ["--" + name, *map(str, value)]
@@ -390,7 +410,7 @@ def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str,
 
 
 def _with_sections(cls: type) -> tuple[type, dict[str, str]]:
-    """A nested twin of ``cls`` (one inner dataclass a section), from which tyro makes its groups and help."""
+    """A nested copy of ``cls`` (one inner dataclass per section), from which tyro makes its groups and help."""
     import tyro
 
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -425,13 +445,13 @@ def _run_parser(cls: type[T], argv: list[str]) -> tuple[T | None, str | None]:
 
 
 def _one_line(box: str) -> str:
-    """The message of tyro's framed error: what stands between the title and the next rule."""
+    """The message in tyro's framed error: the text between the title and the next rule."""
     lines = [line.strip(" │\t") for line in box.splitlines() if line.strip()]
     rules = [number for number, line in enumerate(lines) if line and set(line) <= set("-─")]
     start = 1 if lines and lines[0].startswith("╭") else (rules[0] + 1 if rules else 0)
     end = next((number for number in rules if number > start), len(lines))
     message = " ".join(lines[start:end])
-    return message.removeprefix("Error parsing ") or "bad arguments; --help lists them all"
+    return message.removeprefix("Error parsing ") or "invalid arguments; --help lists them all"
 
 
 def _print_help(cls: type, table: dict[str, Alias]) -> None:
@@ -448,5 +468,5 @@ def _print_help(cls: type, table: dict[str, Alias]) -> None:
         import textwrap
 
         width = min(100, max(40, int(os.environ.get("COLUMNS", "80"))))
-        print("Other spellings, dashes or underscores alike:")
+        print("Other spellings (with dashes or underscores):")
         print(textwrap.fill(", ".join(spelled), width, initial_indent="  ", subsequent_indent="  "))

@@ -1,4 +1,4 @@
-"""One line for what a user can mend, a traceback for a defect of ours."""
+"""One line for an error that the user can fix, a traceback for a bug."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """An error the user can mend: printed as one line, exit code 2."""
+    """An error that the user can fix: printed as one line, exit code 2."""
 
 
 class Stopped(Exception):  # noqa: N818  (an end, not an error)
-    """The run was asked to stop and has saved; ``exit_code`` is the shell's 128 + signal."""
+    """The run was asked to stop and has saved a checkpoint; ``exit_code`` is 128 + signal, as in a shell."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -23,7 +23,7 @@ class Stopped(Exception):  # noqa: N818  (an end, not an error)
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its kind where it has none."""
+    """The first line of an error's message, or the name of its class if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -45,25 +45,25 @@ def errors_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         leave("interrupted", 130)
     except ValueError as error:
-        if "Expected more than 1 value per channel" not in str(error):  # torch's own, in a batch norm
+        if "Expected more than 1 value per channel" not in str(error):  # raised by torch's batch norm
             raise
-        leave("error: a batch of one sample, which batch norms cannot take: change --batch_size by one", 2)
+        leave("error: a batch has a single sample, but batch norm needs at least two: change --batch_size by one", 2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        hint = "what was finished before is intact: free space, then run it again (training: with --resume)"
+        hint = "everything saved before is intact: free some space, then run it again (training: with --resume)"
         leave(f"error: {error}; {hint}", 2)
     else:
         end_rank(0)
 
 
 def leave(message: str, exit_code: int) -> None:
-    """Prints ``message`` once and exits; process groups are torn down first, so that no rank warns about it."""
+    """Prints ``message`` once and exits; destroys the process group first, so that no rank warns about it."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0 and message:  # one process of each machine
         print(message, file=sys.stderr, flush=True)
     if "torch" in sys.modules:
         distributed = sys.modules["torch"].distributed
-        # Where only this rank failed the others are inside a collective: a barrier here would never end.
+        # If only this rank failed, the others wait in a collective, and destroying the group here would hang.
         if exit_code != 2 and distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
     end_rank(exit_code)
@@ -71,14 +71,14 @@ def leave(message: str, exit_code: int) -> None:
 
 
 def end_rank(exit_code: int) -> None:
-    """Ends a process that is one of several after its exit handlers ran; does nothing to one that is alone.
+    """Ends a process of a distributed run after its exit handlers; does nothing in a single-process run.
 
-    gloo's threads may still want the interpreter while it is torn down, which aborts the process now and then
-    (pytorch/pytorch#179291): a run that went well would be reported as failed.
+    gloo's threads may still use the interpreter while it shuts down, which sometimes aborts the process
+    (pytorch/pytorch#179291): a successful run would be reported as failed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):  # piped into something that has ended
+            with contextlib.suppress(OSError):  # the reader of the pipe has exited
                 stream.flush()
         os._exit(exit_code)

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, locks, derived data in the cache folder."""
+"""Files and folders written atomically, locks, and derived data in the cache folder."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ from accelerando.base.log import log
 T = TypeVar("T")
 
 LOCK = ".lock"  # in a run folder
-LOCK_PATIENCE = 5.0  # seconds: a process that was told to stop needs some to save
-STALE = 60.0  # seconds that the draft of a process not seen here is untouched: it may be another machine's
-DAMAGED = (OSError, ValueError, EOFError, KeyError)  # what reading a damaged file raises
+LOCK_PATIENCE = 5.0  # seconds to wait for a lock: a process that is asked to stop first saves
+STALE = 60.0  # seconds; a younger draft may belong to a process of another machine, which is not visible here
+DAMAGED = (OSError, ValueError, EOFError, KeyError)  # the errors that reading a damaged file raises
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -44,13 +44,13 @@ def expand_braces(pattern: str) -> list[str]:
 
 @contextlib.contextmanager
 def open_whole(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
-    """A file to write, which takes the place of ``path`` when the block ends well: it is there whole or not at all.
+    """Writes a file atomically: the yielded draft replaces ``path`` when the block ends without an error.
 
-    It is on the disk before it has its name. Until then it lies beside ``path`` under a name that no other process has,
-    and is removed when the block fails; what a killed process left of it goes when ``path`` is next written. Text is
-    UTF-8; ``options`` are those of ``open``.
+    The draft lies beside ``path`` under a name unique to this process, is synced to disk before it is renamed, and is
+    removed if the block fails; the draft of a killed process is removed when ``path`` is written again. Text is UTF-8;
+    ``options`` are those of ``open``.
     """
-    target = path.resolve()  # of a link, the file behind it is replaced
+    target = path.resolve()  # follows a symlink, so that the file it points to is replaced
     _remove_stale_drafts(target)
     draft = _draft_of(target)
     try:
@@ -63,23 +63,23 @@ def open_whole(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file atomically."""
     with open_whole(path) as file:
         file.write(text)
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path, file_by_file: bool = False) -> Iterator[Path]:
-    """A draft to make and fill, which takes the place of ``folder`` when the block ends well: whole or not at all.
+    """Writes a folder atomically: the block creates and fills the yielded draft, which then replaces ``folder``.
 
-    It is on the disk before it has its name. A block that fails or is interrupted leaves ``folder`` as it was; what a
-    killed one left, the next one removes, or puts back where it was killed between the two renames.
+    The draft is synced to disk before it is renamed. If the block fails or is interrupted, ``folder`` stays as it was.
+    After a killed process the next call cleans up, and restores ``folder`` if it was killed between the two renames.
 
-    ``file_by_file``: ``folder`` keeps what else is in it, and each file is replaced whole.
+    ``file_by_file``: ``folder`` keeps its other files, and each new file is replaced atomically.
     """
-    target = folder.resolve()  # of a link, the folder behind it is replaced
+    target = folder.resolve()  # follows a symlink, so that the folder it points to is replaced
     old = _old_of(target)
-    put_back(target)
+    restore_folder(target)
     _remove(old)
     _remove_stale_drafts(target)
     draft = _draft_of(target)
@@ -99,25 +99,25 @@ def whole_folder(folder: Path, file_by_file: bool = False) -> Iterator[Path]:
             draft.rename(target)
             _sync(target.parent)
     finally:
-        put_back(target)
+        restore_folder(target)
         _remove(draft)
     _remove(old)
 
 
-def put_back(folder: Path) -> None:
-    """Undoes half of what :func:`whole_folder` does where it was killed or failed between its two renames."""
+def restore_folder(folder: Path) -> None:
+    """Restores the old folder if :func:`whole_folder` was killed or failed between its two renames."""
     if not folder.exists() and _old_of(folder).exists():
         _old_of(folder).rename(folder)
 
 
 def remove_drafts(folder: Path, name: str | None = None) -> None:
-    """Removes all drafts in ``folder``, or those of one ``name``. For whoever holds a lock: others may write them."""
+    """Removes all drafts in ``folder``, or those of one ``name``. Hold a lock: other processes may be writing them."""
     for draft in folder.glob(f".{glob.escape(name)}.*.draft" if name else ".*.draft"):
         _remove(draft)
 
 
 def _draft_of(target: Path) -> Path:
-    # Process numbers alone would meet: several containers may share a disk.
+    # The process id alone is not unique: several containers may share a disk.
     return target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(3).hex()}.draft")
 
 
@@ -136,12 +136,12 @@ def _remove_stale_drafts(target: Path) -> None:
 
 @functools.cache
 def _drafts_in(folder: Path) -> list[Path]:
-    """The drafts that this process found when it first wrote to ``folder``: one look, however many files it writes."""
+    """The drafts in ``folder`` when this process first wrote to it: listed once, however many files it writes."""
     return list(folder.glob(".*.draft"))
 
 
 def _is_running(process: int) -> bool:
-    with contextlib.suppress(PermissionError):  # another user's
+    with contextlib.suppress(PermissionError):  # another user's process
         try:
             os.kill(process, 0)
         except (ProcessLookupError, OverflowError):
@@ -158,7 +158,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Brings a file, or a folder's list of names, to the disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -169,32 +169,32 @@ def _sync(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- locks
 
 
-_threads: dict[Path, threading.Lock] = {}  # POSIX locks keep processes apart, not threads
-os.register_at_fork(after_in_child=_threads.clear)  # those of threads that a child does not have
+_thread_locks: dict[Path, threading.Lock] = {}  # POSIX locks exclude other processes, not other threads
+os.register_at_fork(after_in_child=_thread_locks.clear)  # their threads do not exist in the child
 
 
 @contextlib.contextmanager
 def locked(path: Path, patience: float = math.inf) -> Iterator[IO[str]]:
-    """Keeps other processes and threads out of the block; ``path`` is a file, which is made and stays.
+    """Keeps other processes and threads out of the block; ``path`` is the lock file, which is created and kept.
 
-    A lock of POSIX: a forked process neither inherits it nor gives it away, and it goes with the process, however that
-    ends. Where the file system has none, other processes are not kept out. Nothing else in this process may open
-    ``path``: to close it would give the lock away. Yields the open file.
+    This is a POSIX lock: a forked process neither inherits nor releases it, and it is released when the process ends
+    in any way. On a file system without locks, other processes are not excluded. Nothing else in this process may open
+    ``path``: closing it would release the lock. Yields the open file.
 
     Raises:
-        BlockingIOError: somebody else has it, and still has after ``patience`` seconds.
-        OSError: the file cannot be made.
+        BlockingIOError: the lock is taken, and still is after ``patience`` seconds.
+        OSError: the file cannot be created.
     """
     path = path.resolve()
     limit, pause = time.monotonic() + patience, 0.01
-    own = _threads.setdefault(path, threading.Lock())
+    own = _thread_locks.setdefault(path, threading.Lock())
     with contextlib.ExitStack() as stack:
         if not own.acquire(timeout=min(patience, threading.TIMEOUT_MAX)):
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), str(path))
         stack.callback(own.release)
         file = stack.enter_context(open(path, "a+", encoding="utf-8"))
         while True:
-            try:  # again and again: a wait in the kernel fails where two processes' threads seem to wait for each other
+            try:  # polled: a blocking wait fails if the kernel sees a deadlock between two processes' threads
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except (BlockingIOError, PermissionError):
@@ -213,10 +213,10 @@ held_locks: dict[Path, contextlib.ExitStack] = {}
 def hold(directory: Path) -> None:
     """Keeps other processes from training in ``directory`` until the run is finished or this process ends.
 
-    What a killed one left half written in it is removed.
+    Removes the drafts of killed processes.
 
     Raises:
-        UserError: another process has it, and still has after ``LOCK_PATIENCE``.
+        UserError: another process holds the folder, and still does after ``LOCK_PATIENCE``.
     """
     path = directory.resolve() / LOCK
     if path in held_locks:
@@ -227,26 +227,26 @@ def hold(directory: Path) -> None:
     except BlockingIOError:
         holder = path.read_text(encoding="utf-8").strip() or "another process"
         raise UserError(
-            f"{directory} is in use by {holder}: wait for its end or stop it, or give another --run_name"
+            f"{directory} is in use by {holder}: wait until it ends, stop it, or choose another --run_name"
         ) from None
-    except OSError:  # not writable, which the first save says
+    except OSError:  # not writable: the first save reports it
         return
     held_locks[path] = lock
     remove_drafts(directory)
-    with contextlib.suppress(OSError):  # a full disk, which the first save says
+    with contextlib.suppress(OSError):  # a full disk: the first save reports it
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
 
 
 def release(directory: Path) -> None:
-    """Lets others into a folder that :func:`hold` keeps."""
+    """Releases a folder that :func:`hold` has locked."""
     if lock := held_locks.pop(directory.resolve() / LOCK, None):
         lock.close()
 
 
 def is_unused(directory: Path) -> bool:
-    """Whether a folder is not there, or has nothing in it but the lock of a run that did not come to begin."""
+    """True if a folder does not exist, or contains only the lock file of a run that never started."""
     return not directory.exists() or (directory.is_dir() and all(path.name == LOCK for path in directory.iterdir()))
 
 
@@ -254,7 +254,7 @@ def is_unused(directory: Path) -> bool:
 
 
 def cache_folder(named: str | None = None) -> Path:
-    """What can be made again is kept in ``named``, else in $ACCELERANDO_CACHE, else in ~/.cache/accelerando.
+    """The folder for derived data: ``named``, else $ACCELERANDO_CACHE, else ~/.cache/accelerando.
 
     Raises:
         UserError: there is no home directory.
@@ -264,14 +264,14 @@ def cache_folder(named: str | None = None) -> Path:
     try:
         return Path.home() / ".cache" / "accelerando"
     except RuntimeError:
-        raise UserError("there is no home directory to keep data in: name a folder with --cache_dir") from None
+        raise UserError("no home directory for the cache: name a folder with --cache_dir") from None
 
 
 def derived(target: Path, read: Callable[[Path], T], make: Callable[[Path], None]) -> T:
-    """What ``read`` finds at ``target``, a file or folder in a folder of the cache; ``make`` makes it where it must.
+    """What ``read`` finds at ``target``, a file or folder in a subfolder of the cache; ``make`` creates it if needed.
 
-    Of processes that want it at once one makes it, and the others wait. ``read`` raises one of ``DAMAGED`` for what is
-    not whole, which is then made again; ``make`` uses :func:`open_whole` or :func:`whole_folder`.
+    If several processes need it at once, one makes it and the others wait. If ``read`` raises one of ``DAMAGED``, the
+    target is made again; ``make`` uses :func:`open_whole` or :func:`whole_folder`.
 
     Raises:
         UserError: the cache cannot be written to, or the disk is full.
@@ -285,20 +285,20 @@ def derived(target: Path, read: Callable[[Path], T], make: Callable[[Path], None
             try:
                 stack.enter_context(locked(lock, patience=0))
             except BlockingIOError:
-                log.info("Another run makes %s: waiting for it", target)
+                log.info("Another run is making %s: waiting for it", target)
                 stack.enter_context(locked(lock))
         except OSError as error:
-            raise UserError(f"--cache_dir {cache}: {error.strerror}; name a folder to write to") from None
+            raise UserError(f"--cache_dir {cache}: {error.strerror}; name a folder that is writable") from None
         try:
             return read(target)  # another run may have made it meanwhile
         except DAMAGED as error:
             if target.exists():
-                log.warning("%s is damaged and made again: %s", target, error)
+                log.warning("%s is corrupted and will be made again: %s", target, error)
         remove_drafts(target.parent, target.name)
         try:
             make(target)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            raise UserError(f"--cache_dir {cache}: {error.strerror}: free space, or name another folder") from None
+            raise UserError(f"--cache_dir {cache}: {error.strerror}: free some space or name another folder") from None
         return read(target)

@@ -1,4 +1,4 @@
-"""The logger, its lines in the terminal and in a file, and progress bars."""
+"""The logger, its output in the terminal and in a file, and progress bars."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from accelerando.base.errors import is_main_rank
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 T = TypeVar("T")
 
 
-def watched(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
-    """``items`` with a bar on a terminal; elsewhere a line at the start and every half minute."""
+def with_progress(items: Iterable[T], total: int, what: str, unit: str) -> Iterator[T]:
+    """``items`` with a progress bar on a terminal; elsewhere prints a line at the start and every half minute."""
 
     bar = progress_bar(total, 0, f" {unit}", what)
-    said = -math.inf
+    last_line = -math.inf
     with bar:
         for number, item in enumerate(items):
-            if bar.disable and time.monotonic() - said > 30:
+            if bar.disable and time.monotonic() - last_line > 30:
                 print(f"{what}: {number:,} of {total:,} {unit}", flush=True)
-                said = time.monotonic()
+                last_line = time.monotonic()
             yield item
             bar.update()
 
@@ -66,7 +69,7 @@ class _LineFormatter(logging.Formatter):
 
 
 class _ConsoleHandler(logging.StreamHandler):
-    """Writes above a progress bar instead of into it; ``only_file`` records stay out of the terminal."""
+    """Writes above a progress bar instead of into it; skips ``only_file`` records."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "only_file", False):
@@ -81,12 +84,12 @@ class _ConsoleHandler(logging.StreamHandler):
 
 
 def start_log() -> None:
-    """Console output on the main process; lines are kept for the file that :func:`attach_log_file` opens later."""
+    """Starts console output on the main process; keeps the lines for the file that :func:`attach_log_file` opens."""
     quiet_libraries()
     for handler in log.handlers[:]:
         log.removeHandler(handler)
     log.propagate = False
-    logging.raiseExceptions = False  # a full disk is reported once, by the save that fails, not by each line
+    logging.raiseExceptions = False  # a full disk is reported once, by the save that fails, not for each line
     log.setLevel(logging.INFO if is_main_rank() else logging.CRITICAL)
     if not is_main_rank():
         return
@@ -97,7 +100,7 @@ def start_log() -> None:
 
 
 def attach_log_file(path: Path) -> None:
-    """Opens ``path`` and writes into it what was logged so far."""
+    """Opens ``path`` and writes the lines logged so far into it."""
     file = logging.FileHandler(path, encoding="utf-8")
     file.setFormatter(_LineFormatter(colour=False))
     for handler in log.handlers[:]:
@@ -108,18 +111,18 @@ def attach_log_file(path: Path) -> None:
     log.addHandler(file)
 
 
-def success(message: str, *values: Any) -> None:
-    """A line about something that went well."""
+def success(message: str, *values: object) -> None:
+    """Logs a line at level SUCCESS."""
     log.log(SUCCESS, message, *values)
 
 
 def on_terminal() -> bool:
-    """True when a person watches: colours and progress bars; otherwise plain lines."""
+    """True if the output goes to a terminal: colours and progress bars; otherwise plain lines."""
     return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def quiet_libraries() -> None:
-    """Keeps the console for what the user can act on."""
+    """Silences library messages that the user cannot act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -133,12 +136,20 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def progress_bar(total: int, initial: int, unit: str, description: str = "") -> Any:
-    """A bar on a terminal, nothing elsewhere; shown when it takes longer than two seconds."""
+def progress_bar(total: int, initial: int, unit: str, description: str = "") -> tqdm:
+    """A progress bar on a terminal, shown after two seconds; nothing elsewhere."""
     from tqdm import tqdm
 
     hidden = not (is_main_rank() and on_terminal())
     return tqdm(
-        total=total, initial=initial, unit=unit, desc=description, disable=hidden, delay=2, leave=False, ncols=80,
-        file=sys.stderr, dynamic_ncols=True,
-    )  # fmt: skip
+        total=total,
+        initial=initial,
+        unit=unit,
+        desc=description,
+        disable=hidden,
+        delay=2,
+        leave=False,
+        ncols=80,
+        file=sys.stderr,
+        dynamic_ncols=True,
+    )

@@ -1,4 +1,4 @@
-"""A function over many items in worker processes, in order, with a bar."""
+"""Functions mapped over items by worker processes or threads, and the processes of a distributed run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from accelerando.base.errors import UserError
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from accelerate import Accelerator
 
 
@@ -26,7 +28,7 @@ R = TypeVar("R")
 
 
 def map_in_processes(function: Callable[[T], R], items: Sequence[T], workers: int, chunk: int = 64) -> Iterator[R]:
-    """``function`` of each item, in order; workers are given ``chunk`` items at a time. 0 workers: this process.
+    """``function`` of each item, in order; each worker gets ``chunk`` items at a time. 0 workers: this process.
 
     Raises:
         UserError: a worker was killed.
@@ -44,13 +46,13 @@ def map_in_processes(function: Callable[[T], R], items: Sequence[T], workers: in
         min(workers, len(chunks)),
         multiprocessing.get_context("spawn"),  # a fork of a process with threads may hang
         signal.signal,
-        (signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is the main process's
+        (signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is handled by the main process
     )
     others = set(multiprocessing.active_children())
-    pending: deque = deque()  # bounded: results wait for nobody
+    pending: deque[Future[list[R]]] = deque()  # bounded, so that results do not pile up
     try:
         for part in chunks:
-            # Ctrl-C comes after a worker was started, not amid it; the worker inherits that it is held back.
+            # Ctrl-C is blocked while a worker starts; the worker inherits the mask.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 pending.append(pool.submit(_each, function, part))
@@ -61,9 +63,9 @@ def map_in_processes(function: Callable[[T], R], items: Sequence[T], workers: in
         while pending:
             yield from pending.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a worker was killed, most likely for memory: give fewer --num_workers") from None
+        raise UserError("a worker was killed, most likely out of memory: use fewer --num_workers") from None
     except BaseException:
-        # Nobody waits for what is half done, and a second Ctrl-C leaves no worker behind that the exit would wait for.
+        # The results are no longer needed, and the exit must not wait for a worker after a second Ctrl-C.
         for worker in set(multiprocessing.active_children()) - others:
             worker.terminate()
         raise
@@ -77,13 +79,13 @@ def _each(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 @functools.cache
 def command_line() -> str:
-    """The command that started this process as it was typed, ``accelerate launch`` included."""
+    """The command that started this process, with ``accelerate launch`` if it was used."""
     return shlex.join(launcher_command() or ["python", *sys.argv])
 
 
 @functools.cache
 def launcher_command() -> tuple[str, ...]:
-    """The words of the ``accelerate launch`` or ``torchrun`` that is this process's parent; empty where it is not."""
+    """The command line of the parent process if it is ``accelerate launch`` or ``torchrun``, otherwise empty."""
     with contextlib.suppress(OSError):
         parent = Path(f"/proc/{os.getppid()}/cmdline").read_text().rstrip("\0").split("\0")
         for position, word in enumerate(parent):
@@ -94,7 +96,7 @@ def launcher_command() -> tuple[str, ...]:
 
 @contextlib.contextmanager
 def main_process_first(accelerator: Accelerator) -> Iterator[None]:
-    """The main process does the work of the block; the others do it after, finding it cached."""
+    """The main process runs the block first; the others run it after that and find the result cached."""
     if not accelerator.is_main_process:
         accelerator.wait_for_everyone()
     yield
@@ -102,8 +104,8 @@ def main_process_first(accelerator: Accelerator) -> Iterator[None]:
         accelerator.wait_for_everyone()
 
 
-def gather_objects(accelerator: Accelerator, item: Any) -> list[Any]:
-    """``item`` of every process, in order, on every process."""
+def gather_objects(accelerator: Accelerator, item: T) -> list[T]:
+    """Every process's ``item``, in order of rank, on all processes."""
     if accelerator.num_processes == 1:
         return [item]
     from accelerate.utils import gather_object
@@ -112,7 +114,7 @@ def gather_objects(accelerator: Accelerator, item: Any) -> list[Any]:
 
 
 def signal_when_parent_dies(number: int) -> None:
-    """Has Linux send this process a signal when its parent ends, however that happens."""
+    """Makes Linux send this process a signal when its parent ends, for whatever reason."""
     import ctypes
     import sys
 
@@ -122,10 +124,10 @@ def signal_when_parent_dies(number: int) -> None:
 
 
 def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, ahead: int) -> Iterator[tuple[T, R]]:
-    """(item, ``function(item)``) in order, computed by ``threads`` threads at most ``ahead`` items before they are
-    taken. An exception of ``function`` is raised in its place.
+    """(item, ``function(item)``) in order, computed by ``threads`` threads, at most ``ahead`` items in advance. An
+    exception of ``function`` is raised in place of its result.
 
-    The threads end with the iterator, or, where one waits for a server, with the process.
+    The threads end with the iterator; a thread that waits for a server ends with the process.
     """
     from concurrent.futures import Future
     from queue import SimpleQueue
@@ -159,7 +161,7 @@ def map_ahead(function: Callable[[T], R], items: Iterable[T], threads: int, ahea
         stopped.set()
         for _ in workers:
             tasks.put(None)
-        # A thread amid torch's code would disturb the end of the process; one that waits for a server does not.
+        # A thread that still runs torch code would disturb the exit of the process; one that waits for a server won't.
         deadline = time.monotonic() + 2
         for worker in workers:
             if worker.ident is not None:

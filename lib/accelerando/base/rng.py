@@ -1,4 +1,4 @@
-"""Random states: saved, restored, and set as a function of numbers."""
+"""Random states: saved, restored, and derived from seeds."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
     from accelerate import Accelerator
 
 
 @contextmanager
 def random_state_of(seed: Sequence[int]) -> Iterator[None]:
-    """torch's global random state as a function of the numbers in ``seed``; afterwards it is as it was before."""
+    """Seeds torch's global random state from the numbers in ``seed``; restores the previous state afterwards."""
     import numpy as np
     import torch
 
@@ -69,7 +67,7 @@ def random_state(device: torch.device) -> list[torch.Tensor]:
 
 
 def set_random_state(device: torch.device, states: list[torch.Tensor]) -> None:
-    """Goes back to what :func:`random_state` returned."""
+    """Restores what :func:`random_state` returned."""
     import torch
 
     torch.set_rng_state(states[0])

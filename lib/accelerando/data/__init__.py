@@ -1,1 +1,1 @@
-"""From files to batches: readers, orders, splits, transforms, collate functions."""
+"""From files to batches: readers, sample orders, splits, transforms, collate functions."""

@@ -1,21 +1,22 @@
-"""From samples to batches: dicts of tensors, padded to the longest of the batch."""
+"""From samples to batches: dicts of tensors, padded to the longest sample of the batch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 def collate_text(pad_token_id: int, multiple_of: int = 1) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
     """Collate for token samples: ``input_ids``, ``attention_mask`` (and ``token_type_ids``) [B, T], ``labels`` [B].
 
-    T is the longest text of the batch, rounded up to ``multiple_of`` (8 suits a GPU's matrix units and, compiled, keeps
-    the number of shapes small).
+    T is the length of the longest text, rounded up to a multiple of ``multiple_of`` (8 suits a GPU's tensor cores, and
+    keeps the number of shapes small for torch.compile).
     """
     return TextCollate(pad_token_id, multiple_of)
 
@@ -42,7 +43,7 @@ class TextCollate:
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
         if "label" in samples[0]:
             tensors["labels"] = torch.tensor([int(sample["label"]) for sample in samples], dtype=torch.int64)
-        for name in samples[0].keys() - {"input_ids", "token_type_ids", "label"}:  # a table's further columns
+        for name in samples[0].keys() - {"input_ids", "token_type_ids", "label"}:  # additional columns of the table
             tensors[name] = torch.from_numpy(np.array([sample[name] for sample in samples]))
         return tensors
 
@@ -51,8 +52,8 @@ class ClipCollate:
     """Collate for clips of signing: a dict of tensors.
 
     ``frames`` float32 [B, T, D], ``attention_mask`` int64 [B, T], ``gloss`` and ``cat`` int64 [B], and ``mask`` bool
-    [B, T, 78] where the clips have one. T is the longest clip of the batch, rounded up to ``multiple_of``; what only
-    fills up is 0. A class because worker processes need to pickle it.
+    [B, T, 78] if the clips have one. T is the length of the longest clip, rounded up to a multiple of ``multiple_of``;
+    padding is 0. A class because worker processes need to pickle it.
     """
 
     def __init__(self, multiple_of: int = 1) -> None:
@@ -80,12 +81,14 @@ class PairCollate:
     """Collate for image-caption pairs: a dict of tensors.
 
     ``pixel_values`` uint8 [B, 3, S, S], ``input_ids`` and ``attention_mask`` int64 [B, T], ``image_id`` and ``text_id``
-    int64 [B], ``valid`` float32 [B]. T is the longest caption of the batch, at most ``max_length``, rounded up to
-    ``multiple_of``; with ``full_length`` it is ``max_length`` and there is no mask, as SigLIP was trained. A class
-    because worker processes need to pickle it.
+    int64 [B], ``valid`` float32 [B]. T is the length of the longest caption, at most ``max_length``, rounded up to a
+    multiple of ``multiple_of``; with ``full_length`` it is ``max_length`` and there is no mask, as in SigLIP's
+    training. A class because worker processes need to pickle it.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, multiple_of: int = 1, full_length: bool = False) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, multiple_of: int = 1, full_length: bool = False
+    ) -> None:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.multiple_of, self.full_length = multiple_of, full_length
 
@@ -99,23 +102,26 @@ class PairCollate:
             batch["pixel_values"] = torch.stack([sample["pixel_values"] for sample in samples])
         if "caption" in samples[0]:
             tokens = self.tokenizer(
-                [sample["caption"] for sample in samples], truncation=True, max_length=self.max_length,
-                padding="max_length" if self.full_length else True, return_tensors="pt",
+                [sample["caption"] for sample in samples],
+                truncation=True,
+                max_length=self.max_length,
+                padding="max_length" if self.full_length else True,
+                return_tensors="pt",
                 pad_to_multiple_of=self.multiple_of if self.multiple_of > 1 else None,
-            )  # fmt: skip
+            )
             names = ("input_ids",) if self.full_length else ("input_ids", "attention_mask")
             batch.update({name: tokens[name][:, : self.max_length] for name in names})
         return batch
 
 
 class ImageCollate:
-    """Collate for pictures: ``pixel_values`` uint8 [B, 3, S, S], ``labels`` and ``other_labels`` int64 [B], ``share``
+    """Collate for images: ``pixel_values`` uint8 [B, 3, S, S], ``labels`` and ``other_labels`` int64 [B], ``share``
     and ``valid`` float32 [B]. A class because worker processes need to pickle it."""
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         import torch
 
-        # With the colours of a pixel beside each other, as they come: no copy is turned round.
+        # The samples are channels_last, and so is the batch: stacked like this, nothing is transposed in memory.
         pixels = torch.stack([sample["pixel_values"].permute(1, 2, 0) for sample in samples])
         batch = {"pixel_values": pixels.permute(0, 3, 1, 2)}
         for name, column in (("labels", "label"), ("other_labels", "other_label")):

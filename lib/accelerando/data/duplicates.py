@@ -1,4 +1,4 @@
-"""Copies among pictures: the same pixels, or nearly (resized, compressed again, a little brighter)."""
+"""Duplicate and near-duplicate images: the same pixels, or the image resized, recompressed or slightly brightened."""
 
 from __future__ import annotations
 
@@ -9,46 +9,46 @@ from typing import NamedTuple
 
 import numpy as np
 
-SIDE = 16  # of the small pictures that candidates are compared by
-# Differences of small pictures in standard deviations. Of photos that were resized, compressed or brightened the root
-# mean square is 0.01 to 0.1 and the largest one of a place 0.03 to 0.3; of the most alike of 1,797 digits 0.09 and 0.4.
-ALIKE, PLACE = 0.1, 0.35
-GAIN = 1.5  # ratio of contrasts up to which pictures are copies
-SHIFT = 48.0  # mean brightness (of 255) by which copies may differ
-PLAIN = 6.0  # spread (of 255) below which a picture shows nothing to tell it from another one
-FEW_BITS = 4  # a hash with fewer bits set or unset says too little, as of plain colours and gradients
+SIDE = 16  # pixels: side of the thumbnails on which candidates are compared
+# Differences of thumbnails, in standard deviations. For photos that were resized, compressed or brightened, the root
+# mean square is 0.01 to 0.1 and the maximum over pixels 0.03 to 0.3; for the most similar of 1,797 digits 0.09 and 0.4.
+MAX_RMS, MAX_DIFFERENCE = 0.1, 0.35
+MAX_CONTRAST_RATIO = 1.5  # between the contrasts of duplicates
+MAX_BRIGHTNESS_SHIFT = 48.0  # difference in mean brightness of duplicates, 0 to 255
+MIN_STD = 6.0  # 0 to 255; an image with a smaller standard deviation is too plain to compare
+MIN_BITS = 4  # a hash with fewer bits set, or unset, is not distinctive: plain colours and gradients
 
 
 class Fingerprint(NamedTuple):
-    """What is kept of a picture to find its copies."""
+    """What is kept of an image to find its duplicates."""
 
     digest: bytes  # of size and pixels
-    hash: int  # 64 bits: is a place brighter than the one to its left?
+    hash: int  # 64 bits, a difference hash: is a pixel brighter than the one to its left?
     small: bytes  # uint8 [SIDE, SIDE, 3]
 
 
 def fingerprint(pixels: np.ndarray) -> Fingerprint:
-    """Of a picture, uint8 [H, W, 3]."""
+    """The fingerprint of an image, uint8 [H, W, 3]."""
     from PIL import Image
 
     digest = hashlib.sha256(str(pixels.shape).encode() + b"\0")
     digest.update(np.ascontiguousarray(pixels))
     image = Image.fromarray(pixels)
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX)).astype(np.int16)
-    # Two levels of margin: even backgrounds give the same bits however they were compressed.
+    # A margin of two levels: uniform backgrounds give the same bits whatever the compression.
     bits = np.packbits(grey[:, 1:] > grey[:, :-1] + 2)
     small = np.asarray(image.resize((SIDE, SIDE), Image.Resampling.BOX))
     return Fingerprint(digest.digest()[:16], int.from_bytes(bits.tobytes(), "big"), small.tobytes())
 
 
 def near_pairs(hashes: np.ndarray, most_bits: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each pair of rows whose hashes (uint64 [n]) differ in up to ``most_bits`` bits, once, in parts of two int arrays.
+    """Each pair of rows whose hashes (uint64 [n]) differ in up to ``most_bits`` bits, once, as pairs of int arrays.
 
-    The bits are cut into one band more than may differ, so that a pair is alike in one band at least: only rows that
-    share a band are compared, one vector operation for each distance of two rows in a sorted bucket.
+    The bits are divided into ``most_bits + 1`` bands, so that the hashes of a pair agree in at least one band: only
+    rows that share a band are compared, with one vector operation for each distance of two rows in a sorted bucket.
     """
     bands = most_bits + 1
-    # Bits by turns: no band is only the top of the pictures, which may be the same white everywhere.
+    # Interleaved bits: otherwise a band would cover only the top of the images, which is often white in all of them.
     masks = [np.uint64(sum(1 << bit for bit in range(band, 64, bands))) for band in range(bands)]
     for band, mask in enumerate(masks):
         keys = hashes & mask
@@ -62,18 +62,18 @@ def near_pairs(hashes: np.ndarray, most_bits: int) -> Iterator[tuple[np.ndarray,
                 break
             differ = ordered[first] ^ ordered[first + step]
             hits = np.flatnonzero(np.bitwise_count(differ) <= most_bits)
-            for earlier in masks[:band]:  # found there already
+            for earlier in masks[:band]:  # pairs that an earlier band has found
                 hits = hits[(differ[hits] & earlier) != 0]
             if len(hits):
                 yield order[first[hits]], order[first[hits] + step]
 
 
 def duplicate_groups(prints: Sequence[Fingerprint], most_bits: int) -> np.ndarray:
-    """Group of each picture, int [n].
+    """Group of each image, int [n].
 
-    Pictures of one group have the same pixels, or hashes that differ in up to ``most_bits`` bits (0: no such search)
-    and small pictures that agree in every place but for brightness and contrast; and so do the pictures that are alike
-    to these. A group's number is the row of its first picture.
+    Images in a group have the same pixels, or hashes that differ in up to ``most_bits`` bits (0: only equal pixels) and
+    thumbnails that agree apart from brightness and contrast, directly or through other images of the group. A group's
+    number is the row of its first image.
     """
     digests = np.array([found.digest for found in prints], "S16")
     _, first, same = np.unique(digests, return_index=True, return_inverse=True)
@@ -87,7 +87,7 @@ def duplicate_groups(prints: Sequence[Fingerprint], most_bits: int) -> np.ndarra
 
 
 def join_pairs(count: int, pairs: Iterable[tuple[int, int]]) -> np.ndarray:
-    """The least member of each one's set, int [count], after both of every pair were put into one set."""
+    """The smallest member of each member's set, int [count], after the sets of every pair were merged (union-find)."""
     links = list(range(count))
 
     def root(member: int) -> int:
@@ -103,19 +103,19 @@ def join_pairs(count: int, pairs: Iterable[tuple[int, int]]) -> np.ndarray:
 
 
 def _alike_pairs(hashes: np.ndarray, small: np.ndarray, most_bits: int) -> Iterator[tuple[int, int]]:
-    """Pairs of rows that are near by hash and alike by their ``small`` pictures, uint8 [n, SIDE * SIDE * 3]."""
+    """Pairs of rows with similar hashes and similar thumbnails ``small``, uint8 [n, SIDE * SIDE * 3]."""
     mean, spread, coarse = (np.empty(shape, np.float32) for shape in (len(small), len(small), (len(small), 48)))
     plain = np.empty(len(small), bool)
     for start in range(0, len(small), 4096):
         part = small[start : start + 4096].astype(np.float32).reshape(-1, SIDE, SIDE, 3)
         rows = slice(start, start + len(part))
         mean[rows], spread[rows] = part.mean((1, 2, 3)), part.std((1, 2, 3))
-        plain[rows] = part.std((1, 2)).max(1) < PLAIN
+        plain[rows] = part.std((1, 2)).max(1) < MIN_STD
         blocks = part.reshape(-1, 4, SIDE // 4, 4, SIDE // 4, 3).mean((2, 4)).reshape(-1, 48)
-        coarse[rows] = (blocks - mean[rows, None]) / np.maximum(spread[rows, None], PLAIN)
-    spread = np.maximum(spread, PLAIN)
+        coarse[rows] = (blocks - mean[rows, None]) / np.maximum(spread[rows, None], MIN_STD)
+    spread = np.maximum(spread, MIN_STD)
     bits = np.bitwise_count(hashes)
-    rows = np.flatnonzero(~plain & (bits >= FEW_BITS) & (bits <= 64 - FEW_BITS))
+    rows = np.flatnonzero(~plain & (bits >= MIN_BITS) & (bits <= 64 - MIN_BITS))
 
     def scaled(chosen: np.ndarray) -> np.ndarray:
         return (small[chosen].astype(np.float32) - mean[chosen, None]) / spread[chosen, None]
@@ -124,11 +124,12 @@ def _alike_pairs(hashes: np.ndarray, small: np.ndarray, most_bits: int) -> Itera
         for start in range(0, len(ones), 8192):
             one, other = rows[ones[start : start + 8192]], rows[others[start : start + 8192]]
             ratio = spread[one] / spread[other]
-            near = (ratio < GAIN) & (ratio > 1 / GAIN) & (np.abs(mean[one] - mean[other]) < SHIFT)
+            near = (ratio < MAX_CONTRAST_RATIO) & (ratio > 1 / MAX_CONTRAST_RATIO)
+            near &= np.abs(mean[one] - mean[other]) < MAX_BRIGHTNESS_SHIFT
             one, other = one[near], other[near]
-            # The mean square of means over blocks is never larger than that of all places.
-            near = np.square(coarse[one] - coarse[other]).mean(1) < ALIKE**2
+            # Cheap first: the mean square over block means is never larger than over all pixels.
+            near = np.square(coarse[one] - coarse[other]).mean(1) < MAX_RMS**2
             one, other = one[near], other[near]
             differ = np.abs(scaled(one) - scaled(other)).reshape(len(one), SIDE * SIDE, 3)
-            near = (np.square(differ).mean((1, 2)) < ALIKE**2) & (differ.mean(2).max(1) < PLACE)
+            near = (np.square(differ).mean((1, 2)) < MAX_RMS**2) & (differ.mean(2).max(1) < MAX_DIFFERENCE)
             yield from zip(one[near].tolist(), other[near].tolist(), strict=True)

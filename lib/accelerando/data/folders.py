@@ -1,4 +1,4 @@
-"""Images in folders: a folder for each class, index files of folds, or beside a table of captions."""
+"""Images in folders: a folder for each class, or the index files of folds."""
 
 from __future__ import annotations
 
@@ -17,15 +17,28 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-# What is read; .heic is here so that such files are named as unreadable and not taken for notes.
-PICTURES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic", ".ppm",
-            ".pgm")  # fmt: skip
-LeftOut = Callable[[str, str], None]  # takes a file or folder, and why
+# Files taken for images; .heic is listed so that such files are reported as unreadable instead of ignored.
+IMAGE_SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".avif",
+    ".heic",
+    ".ppm",
+    ".pgm",
+)
+LeftOut = Callable[[str, str], None]  # called with a file or folder that is left out, and the reason
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """n picture files in ``folder``: ``names`` relative to it (Arrow strings, with slashes), ``classes`` int64 [n]."""
+    """n image files in ``folder``: ``names`` relative to it (Arrow strings, with slashes), ``classes`` int64 [n]."""
 
     folder: Path
     names: pa.Array
@@ -44,10 +57,10 @@ class ImageFiles:
 
 
 def class_folders(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
-    """Class -> its pictures in ``folder/<class>``, at any depth, relative to ``folder`` with slashes; both sorted.
+    """Class -> its images in ``folder/<class>``, at any depth, relative to ``folder`` with slashes; both sorted.
 
     Raises:
-        UserError: no such folder, no class folders in it, or a class folder without a picture.
+        UserError: no such folder, no class folders in it, or a class folder without an image.
     """
     if not folder.is_dir():
         near = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
@@ -61,22 +74,24 @@ def class_folders(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
             left_out(path.name, "hidden")
         elif path.is_dir():
             others: list[tuple[str, str]] = []
-            found[path.name] = _pictures(folder, path, lambda name, why, others=others: others.append((name, why)))
+            found[path.name] = _find_images(folder, path, lambda name, why, others=others: others.append((name, why)))
             for other in others:
                 left_out(*other)
             if not found[path.name]:
-                hint = f"; left out are {len(others):,}, such as {others[0][0]} ({others[0][1]})" if others else ""
-                raise UserError(f"{path}: no picture in this class folder: fill it or move it away{hint}")
+                hint = (
+                    f"; {len(others):,} files were left out, such as {others[0][0]} ({others[0][1]})" if others else ""
+                )
+                raise UserError(f"{path}: no image in this class folder: add images or move it away{hint}")
         else:
-            beside = beside or (path.name if path.name.lower().endswith(PICTURES) else "")
-            left_out(path.name, "lies beside the class folders")
+            beside = beside or (path.name if path.name.lower().endswith(IMAGE_SUFFIXES) else "")
+            left_out(path.name, "not in a class folder")
     if not found:
-        what = f"its pictures (such as {beside}) lie in no class folder" if beside else "no class folders in it"
+        what = f"its images (such as {beside}) are not in class folders" if beside else "no class folders in it"
         raise UserError(f"{folder}: {what}; it should look like {folder.name}/ants/1.jpg, {folder.name}/bees/2.jpg")
     return found
 
 
-def _pictures(folder: Path, top: Path, left_out: LeftOut) -> list[str]:
+def _find_images(folder: Path, top: Path, left_out: LeftOut) -> list[str]:
     found, seen = [], set()
     for place, folders, files in os.walk(top, followlinks=True):
         here = Path(place).relative_to(folder)
@@ -93,11 +108,11 @@ def _pictures(folder: Path, top: Path, left_out: LeftOut) -> list[str]:
             if name.startswith("."):
                 left_out(path, "hidden")
             elif name.lower().endswith(".gif"):
-                left_out(path, "a GIF, which are left out (torchvision does so too); save it as PNG if it is wanted")
-            elif not name.lower().endswith(PICTURES):
-                left_out(path, "no picture by its name")
+                left_out(path, "GIFs are not used (nor by torchvision); save it as PNG if you need it")
+            elif not name.lower().endswith(IMAGE_SUFFIXES):
+                left_out(path, "its name does not end like that of an image")
             elif re.search(r"[\r\n\ud800-\udfff]", path):
-                left_out(path, "line breaks or bytes in its name that are not UTF-8; rename it")
+                left_out(path, "its name has line breaks or bytes that are not UTF-8; rename it")
             else:
                 found.append(path)
     return sorted(found)
@@ -107,7 +122,7 @@ def read_class_map(splits: Path) -> dict[str, int]:
     """Class name -> number from 0 on, from ``classes.json``, which all folds share.
 
     Raises:
-        UserError: there are no splits yet (with the command that makes them), or the file is broken.
+        UserError: there are no splits yet (names the command that makes them), or the file is invalid.
     """
     path = splits / "classes.json"
     again = f"python tools/split_folds.py --raw_data {splits.parent / 'raw'} --folds 5"
@@ -117,26 +132,26 @@ def read_class_map(splits: Path) -> dict[str, int]:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: broken ({error}); {again} --overwrite makes it anew") from None
+        raise UserError(f"{path}: invalid ({error}); {again} --overwrite makes it again") from None
     numbers = list(content.values()) if isinstance(content, dict) else []
     if not numbers or any(type(number) is not int for number in numbers) or sorted(numbers) != [*range(len(numbers))]:
         raise UserError(
-            f'{path}: expected {{"ants": 0, "bees": 1}}, each number once; {again} --overwrite makes it anew'
+            f'{path}: expected {{"ants": 0, "bees": 1}}, each number once; {again} --overwrite makes it again'
         )
     return dict(sorted(content.items(), key=lambda item: item[1]))
 
 
 def read_index(path: Path, class_map: dict[str, int], folder: Path | None = None) -> ImageFiles:
-    """The pictures that an index file names, a line each: ``raw/ants/0013035.jpg`` is of class ants.
+    """The images that an index file lists, one per line: ``raw/ants/0013035.jpg`` has class ants.
 
     Args:
         path: such as ``data/x/splits/fold_0_train.txt``.
-        class_map: of :func:`read_class_map`.
-        folder: what the lines are relative to; by default the one that holds the splits, ``data/x``.
+        class_map: from :func:`read_class_map`.
+        folder: what the lines are relative to; default: the parent of the splits folder, ``data/x``.
 
     Raises:
-        UserError: no such index file, an empty one, a line that names no picture of a class, a picture that is not
-            there or named before, or a class that is not in ``class_map``.
+        UserError: no such index file, or an empty one; a malformed line; an image that is missing or listed twice; a
+            class that is not in ``class_map``.
     """
     folder = folder or path.absolute().parent.parent
     try:
@@ -162,24 +177,24 @@ def read_index(path: Path, class_map: dict[str, int], folder: Path | None = None
             listed = ", ".join(list(class_map)[:8]) + (", ..." if len(class_map) > 8 else "")
             raise UserError(f"{path}: line {number}: class {parts[1]!r} is not in classes.json, which has {listed}")
         if name in names:
-            raise UserError(f"{path}: line {number}: {name} is in line {names[name]} already")
+            raise UserError(f"{path}: line {number}: {name} is already in line {names[name]}")
         if not (folder / name).is_file():
-            raise UserError(f"{path}: line {number}: {folder / name} is not there; split again if files were moved")
+            raise UserError(f"{path}: line {number}: {folder / name} does not exist; split again if files were moved")
         names[name] = number
         classes.append(class_map[parts[1]])
     if not names:
-        raise UserError(f"{path}: no picture in it")
+        raise UserError(f"{path}: no image in it")
     return _image_files(folder, names, classes)
 
 
 def read_class_folders(data: Path, left_out: LeftOut | None = None) -> tuple[dict[str, int], dict[str, ImageFiles]]:
-    """Class map, and side -> pictures, of ``train/<class>/*``, and of ``val/`` and ``test/`` where they are there.
+    """Class map, and split -> images, of ``train/<class>/*`` and, if they exist, ``val/`` and ``test/``.
 
-    Classes are numbered by name in ``train``; another side may lack some of them. ``left_out`` is told of files that
-    are no pictures.
+    Classes are numbered in the order of their names in ``train``; the other splits may lack some of them. ``left_out``
+    is called for each file that is not an image.
 
     Raises:
-        UserError: ``train`` is missing or lacks a class, a side has no class folders, or a class folder is empty.
+        UserError: ``train`` is missing or lacks a class, a split has no class folders, or a class folder is empty.
     """
     class_map: dict[str, int] = {}
     sides: dict[str, ImageFiles] = {}
@@ -187,14 +202,14 @@ def read_class_folders(data: Path, left_out: LeftOut | None = None) -> tuple[dic
         if side != "train" and not (data / side).exists():
             continue
 
-        def tell(name: str, why: str, side: str = side) -> None:
+        def report(name: str, why: str, side: str = side) -> None:
             if left_out is not None:
                 left_out(f"{side}/{name}", why)
 
-        found = class_folders(data / side, tell)
+        found = class_folders(data / side, report)
         class_map = class_map or {name: number for number, name in enumerate(found)}
         if unknown := [name for name in found if name not in class_map]:
-            raise UserError(f"{data / side / unknown[0]}: {data / 'train'} has no such class, so none is trained")
+            raise UserError(f"{data / side / unknown[0]}: {data / 'train'} has no such class to train on")
         classes = [class_map[name] for name, files in found.items() for _ in files]
         sides[side] = _image_files(data, (f"{side}/{file}" for files in found.values() for file in files), classes)
     return class_map, sides
@@ -203,12 +218,12 @@ def read_class_folders(data: Path, left_out: LeftOut | None = None) -> tuple[dic
 def read_splits(
     data: Path, fold: int, left_out: LeftOut | None = None, wanted: Sequence[str] = ("train", "validation", "test")
 ) -> tuple[dict[str, int], dict[str, ImageFiles]]:
-    """Class map, and split -> pictures, of a folder with ``splits/`` (of ``fold``) or with ``train/`` and ``val/``.
+    """Class map, and split -> images, of a folder with ``splits/`` (of ``fold``) or with ``train/`` and ``val/``.
 
-    Splits that are not ``wanted`` are not read where there are index files; a test split is there or not.
+    With index files only the ``wanted`` splits are read; a test split is optional.
 
     Raises:
-        UserError: there are neither (with the command that splits), or they are broken; see :func:`read_index` and
+        UserError: there is neither (names the command that splits), or they are invalid; see :func:`read_index` and
             :func:`read_class_folders`.
     """
     index = data / "splits"

@@ -1,4 +1,4 @@
-"""Pictures decoded once and kept as pixels in one memory-mapped file, so that an epoch decodes none."""
+"""Images decoded once and cached as pixels in a memory-mapped file, so that training epochs need no decoding."""
 
 from __future__ import annotations
 
@@ -10,41 +10,44 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from accelerando.base.errors import UserError
 from accelerando.base.files import derived, whole_folder
-from accelerando.data.decode import Picture
+from accelerando.data.decode import DecodedImage
 from accelerando.data.folders import ImageFiles
 
-VERSION = 1  # of what is kept; another one is another cache
-FEW = 256  # pictures that one process reads sooner than several start
-LARGE = 2e9  # bytes of a cache that are worth a word beforehand
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+VERSION = 1  # of the format; part of the cache's name
+FEW = 256  # below this number of images, starting worker processes takes longer than decoding
+LARGE = 2e9  # bytes; a larger cache is announced in the log
 
 
 @dataclass(frozen=True)
 class CachedImages(ImageFiles):
-    """Picture files whose pixels are in the folder ``cache``, at its ``places`` [n]; made by :func:`cached_images`.
+    """Image files whose pixels are in the folder ``cache``, at positions ``places`` [n]; made by :func:`cached_images`.
 
-    A picture is kept with its shorter side at ``side`` pixels, resized as evaluation does it, and a smaller one at its
-    own size. Every process maps the same file; none copies it.
+    Images are stored with a shorter side of ``side`` pixels, resized as in evaluation; smaller ones keep their size.
+    All processes map the same file.
     """
 
     cache: Path
     side: int
     places: np.ndarray
 
-    def picture(self, row: int) -> Picture | None:
-        """The picture of a row; None: it cannot be read."""
+    def decoded(self, row: int) -> DecodedImage | None:
+        """The image of a row; None: it cannot be read."""
         starts, shapes, pixels = self._arrays
         place = self.places[row]
         height, width, file_height, file_width = shapes[place].tolist()
         if not height:
             return None
         found = pixels[starts[place] : starts[place + 1]].reshape(height, width, 3)
-        return Picture(found, (file_height, file_width))
+        return DecodedImage(found, (file_height, file_width))
 
     @cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -54,29 +57,29 @@ class CachedImages(ImageFiles):
         pixels = np.memmap(self.cache / "pixels.bin", np.uint8, "r") if starts[-1] else np.zeros(0, np.uint8)
         return np.asarray(starts), np.asarray(shapes), np.asarray(pixels)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name != "_arrays"}
 
 
 def cached_images(splits: dict[str, ImageFiles], side: int, cache: Path, workers: int = 0) -> dict[str, CachedImages]:
-    """The pictures of ``splits``, all of one folder, decoded and kept under ``cache``, or found there.
+    """The images of ``splits``, all in one folder, decoded into ``cache`` unless they are already there.
 
-    What is kept depends on all of the pictures together, so that the folds of a cross-validation share it; on their
-    names, sizes and times, and on ``side``, the shorter side in pixels. Processes and runs that want the same cache
-    wait for the one that makes it. A picture that cannot be read is kept as such.
+    The cache covers the images of all splits, so that the folds of a cross-validation share it. It is identified by
+    the names, sizes and modification times of the files and by ``side``, the shorter side in pixels. If several
+    processes or runs need the same cache, one makes it and the others wait. Unreadable images are recorded as such.
 
     Args:
         workers: processes that decode; 0: one for each core.
 
     Raises:
-        UserError: ``cache`` cannot be written to, or is too small; a picture is not there any more.
+        UserError: ``cache`` cannot be written to, or has too little space; an image no longer exists.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     folders = {files.folder for files in splits.values()}
     if len(folders) != 1:
-        raise ValueError(f"pictures of several folders: {sorted(map(str, folders))}")
+        raise ValueError(f"images of several folders: {sorted(map(str, folders))}")
     folder = folders.pop()
     names = pc.unique(pa.chunked_array([files.names for files in splits.values()]))
     names = names.take(pc.sort_indices(names))
@@ -90,24 +93,24 @@ def cached_images(splits: dict[str, ImageFiles], side: int, cache: Path, workers
     }
 
 
-def fingerprint(folder: Path, names: Any, side: int) -> str:
-    """What the cache of these pictures is called: it changes with any name, size or time, and with ``side``."""
+def fingerprint(folder: Path, names: pa.Array, side: int) -> str:
+    """The name of the cache of these images; it changes with any file's name, size or time, and with ``side``."""
     digest = hashlib.sha256(json.dumps([VERSION, side]).encode())
     for name in names.to_pylist():
         try:
             facts = (folder / name).stat()
         except FileNotFoundError:
-            raise UserError(f"{folder / name}: no such file any more: start again") from None
+            raise UserError(f"{folder / name}: the file no longer exists: start again") from None
         digest.update(f"{name}|{facts.st_size}|{facts.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
 
 
 def check(target: Path, count: int) -> None:
-    """ValueError, EOFError or OSError where ``target`` is no whole cache of ``count`` pictures."""
+    """Raises ValueError, EOFError or OSError if ``target`` is not a complete cache of ``count`` images."""
     starts, shapes = (np.load(target / f"{name}.npy", allow_pickle=False) for name in ("starts", "shapes"))
     length = (target / "pixels.bin").stat().st_size
     if starts.shape != (count + 1,) or shapes.shape != (count, 4):
-        raise ValueError(f"starts.npy and shapes.npy are not those of {count:,} pictures")
+        raise ValueError(f"starts.npy and shapes.npy are not those of {count:,} images")
     if starts[0] or (np.diff(starts) != 3 * shapes[:, 0].astype(np.int64) * shapes[:, 1]).any():
         raise ValueError("starts.npy and shapes.npy do not agree")
     if length != starts[-1]:
@@ -118,36 +121,38 @@ def check(target: Path, count: int) -> None:
 
 
 def _make(target: Path, paths: list[str], side: int, workers: int) -> None:
-    from accelerando.base.log import log, watched
+    from accelerando.base.log import log, with_progress
     from accelerando.base.processes import map_in_processes
 
     size = expected_size(paths, side)
     free = shutil.disk_usage(target.parent).free
     if size > free:
-        raise UserError(f"--cache_dir {target.parent.parent}: {free / 1e9:.1f} GB are free, and the decoded pictures "
-                        f"take about {size / 1e9:.1f} GB: free space, or name another folder")  # fmt: skip
+        raise UserError(
+            f"--cache_dir {target.parent.parent}: {free / 1e9:.1f} GB are free, but the decoded images take about "
+            f"{size / 1e9:.1f} GB: free some space or name another folder"
+        )
     if size > LARGE:
-        log.info("Decoded pictures take about %.1f GB in %s", size / 1e9, target)
+        log.info("The decoded images will take about %.1f GB in %s", size / 1e9, target)
     workers = (workers or len(os.sched_getaffinity(0))) if len(paths) >= FEW else 0
     shapes = np.zeros((len(paths), 4), np.int32)
     with whole_folder(target) as draft:
         draft.mkdir()
         with open(draft / "pixels.bin", "wb") as file:
-            # Few pictures at a time: a worker's results wait in memory for those before them.
-            pictures = map_in_processes(functools.partial(_shrink, side), paths, workers, chunk=8)
-            for row, picture in enumerate(watched(pictures, len(paths), "decoding", "pictures")):
-                if picture is not None:
-                    shapes[row] = *picture.pixels.shape[:2], *picture.size
-                    file.write(picture.pixels.data)
+            # Small chunks: results are held in memory until the earlier ones have been written.
+            images = map_in_processes(functools.partial(_shrink, side), paths, workers, chunk=8)
+            for row, image in enumerate(with_progress(images, len(paths), "decoding", "images")):
+                if image is not None:
+                    shapes[row] = *image.pixels.shape[:2], *image.size
+                    file.write(image.pixels.data)
         starts = np.concatenate([[0], np.cumsum(3 * shapes[:, 0].astype(np.int64) * shapes[:, 1])])
         np.save(draft / "starts.npy", starts, allow_pickle=False)
         np.save(draft / "shapes.npy", shapes, allow_pickle=False)
-    log.info("Decoded pictures are kept in %s (%s MB)", target, f"{int(starts[-1]) / 1e6:,.1f}")
+    log.info("Decoded images are cached in %s (%s MB)", target, f"{int(starts[-1]) / 1e6:,.1f}")
 
 
 def expected_size(paths: list[str], side: int) -> float:
-    """Bytes of the pixels that a cache keeps of these files, from the headers of a few hundred."""
-    from accelerando.data.decode import header_size, is_no_picture
+    """Estimated bytes of pixels in a cache of these files, from the headers of a few hundred of them."""
+    from accelerando.data.decode import header_size, is_unreadable
 
     some = paths[:: max(1, len(paths) // 200)]
     total = 0.0
@@ -155,7 +160,7 @@ def expected_size(paths: list[str], side: int) -> float:
         try:
             height, width = header_size(Path(path).read_bytes())
         except (ValueError, OSError) as error:
-            if not is_no_picture(error):
+            if not is_unreadable(error):
                 raise
             continue
         shrunk = min(1.0, side / min(height, width))
@@ -163,13 +168,13 @@ def expected_size(paths: list[str], side: int) -> float:
     return total * len(paths) / len(some)
 
 
-def _shrink(side: int, path: str) -> Picture | None:
-    """A picture as the cache keeps it; None: it cannot be read. In a process of its own, on one core."""
+def _shrink(side: int, path: str) -> DecodedImage | None:
+    """An image as the cache stores it; None: it cannot be read. A worker process uses one core."""
     import multiprocessing
 
     import torch
 
-    from accelerando.data.decode import header_size, is_no_picture, pixels_of, resize_shorter, to_tensor
+    from accelerando.data.decode import header_size, is_unreadable, pixels_of, resize_shorter, to_tensor
 
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)
@@ -177,9 +182,9 @@ def _shrink(side: int, path: str) -> Picture | None:
         file = Path(path).read_bytes()
         pixels, size = pixels_of(file, side), header_size(file)
     except (ValueError, OSError) as error:
-        if not is_no_picture(error):
+        if not is_unreadable(error):
             raise
         return None
-    if min(pixels.shape[:2]) > side:  # a smaller one grows when it is read, as evaluation lets it grow
+    if min(pixels.shape[:2]) > side:  # a smaller one is enlarged when it is read, as in evaluation
         pixels = resize_shorter(to_tensor(pixels), side, "bilinear").permute(1, 2, 0).numpy()
-    return Picture(np.ascontiguousarray(pixels), size)
+    return DecodedImage(np.ascontiguousarray(pixels), size)

@@ -1,4 +1,4 @@
-"""Pictures of classes: decoded at the scale that is needed, cropped, augmented and mixed, from (seed, epoch, row)."""
+"""Labelled images: decoded at the scale needed, cropped, augmented and mixed, as a function of (seed, epoch, row)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import numpy as np
 from accelerando.base.errors import first_line
 from accelerando.base.rng import random_state_of
 from accelerando.data.decode import (
-    colours_together,
     decode_crop,
     decode_for_evaluation,
     decode_pixels,
     evaluation_side,
-    is_no_picture,
+    is_unreadable,
+    to_channels_last,
 )
 from accelerando.data.image_cache import CachedImages
 from accelerando.data.order import balanced_rows, epoch_order, number_repeats
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import torch
+    from torchvision.transforms import v2
 
     from accelerando.data.decode import Source
     from accelerando.data.folders import ImageFiles
@@ -38,12 +39,12 @@ PolicyName = Literal["none", "randaugment", "trivialaugment"]
 
 @dataclass(frozen=True)
 class ImageAugmentation:
-    """Random changes of a training picture, drawn anew for each picture and epoch.
+    """Random augmentation of a training image, drawn for each image and epoch.
 
-    ``crop_scale``: the smallest share of its area that is cut out, at 3:4 to 4:3 (Szegedy et al. 2014); 1: what
-    evaluation sees. ``flip``: probability of a left-right mirror. ``policy``: RandAugment (Cubuk et al. 2019,
-    arXiv:1909.13719) or TrivialAugmentWide (Müller and Hutter 2021, arXiv:2103.10158). ``erasing``: probability that a
-    rectangle is filled with the mean (Zhong et al. 2017, arXiv:1708.04896).
+    ``crop_scale``: the smallest crop, as a fraction of the area, at an aspect ratio of 3:4 to 4:3 (Szegedy et al.
+    2014); 1: the crop of evaluation. ``flip``: probability of a horizontal flip. ``policy``: RandAugment (Cubuk et al.
+    2019, arXiv:1909.13719) or TrivialAugmentWide (Müller and Hutter 2021, arXiv:2103.10158). ``erasing``: probability
+    that a rectangle is filled with the mean (Zhong et al. 2017, arXiv:1708.04896).
     """
 
     crop_scale: float = 0.08
@@ -53,7 +54,7 @@ class ImageAugmentation:
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
 
     def __call__(self, source: Source, size: int, seed: tuple[int, ...], sound: bool = False) -> torch.Tensor:
-        """uint8 [3, size, size] of a picture; ``seed`` is (seed, epoch, row). ValueError or OSError: it is none.
+        """The image as uint8 [3, size, size]; ``seed`` is (seed, epoch, row). ValueError or OSError: it is unreadable.
 
         ``sound``: see :func:`decode_crop`.
         """
@@ -67,13 +68,13 @@ class ImageAugmentation:
         if self.policy != "none" or self.erasing:
             with random_state_of(seed):
                 pixels = self._policy(pixels)
-        return colours_together(pixels)
+        return to_channels_last(pixels)
 
     @cached_property
-    def _policy(self) -> Any:
+    def _policy(self) -> v2.Compose:
         from torchvision.transforms import v2
 
-        steps: list[Any] = []
+        steps: list[v2.Transform] = []
         if self.policy != "none":
             steps.append(v2.RandAugment() if self.policy == "randaugment" else v2.TrivialAugmentWide())
         if self.erasing:
@@ -83,14 +84,14 @@ class ImageAugmentation:
 
 @dataclass
 class TrainingImages:
-    """The pictures of ``files`` as each epoch changes them; a map-style data set that is told the epoch.
+    """The images of ``files``, augmented differently in each epoch; a map-style data set that takes the epoch.
 
-    A sample has ``pixel_values`` uint8 [3, S, S], ``label``, ``other_label`` and ``share``: the label counts by
-    ``share``, the other one by the rest. They differ where two pictures are mixed: by MixUp (Zhang et al. 2017,
-    arXiv:1710.09412) or CutMix (Yun et al. 2019, arXiv:1905.04899), with shares from Beta(alpha, alpha); where both are
-    on, each takes half of the pictures. The other picture is drawn from all of them, so that neither batches nor
-    processes matter. ``valid`` is 0 for a file that cannot be read. ``sizes``: the side S, or the sides that the epochs
-    go through.
+    A sample has ``pixel_values`` uint8 [3, S, S], ``label``, ``other_label`` and ``share``: the label has weight
+    ``share``, the other label the rest. They differ where two images are mixed, by MixUp (Zhang et al. 2017,
+    arXiv:1710.09412) or CutMix (Yun et al. 2019, arXiv:1905.04899), with ``share`` from Beta(alpha, alpha); if both are
+    on, each is used for half of the images. The other image is drawn from the whole set, so the result does not depend
+    on batches or processes. ``valid`` is 0 for a file that cannot be read. ``sizes``: the side S, or the sides of
+    progressive resizing, in order.
     """
 
     files: ImageFiles
@@ -102,7 +103,7 @@ class TrainingImages:
     cutmix: float = 0.0
     balanced: bool = False
     unit: ClassVar[str] = "images"
-    # Of each row, whether its file was once decoded in full without complaint; the workers share what they found.
+    # For each row, whether its file was decoded completely without an error; shared by the workers.
     _sound: np.ndarray = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -112,17 +113,17 @@ class TrainingImages:
         return len(self.files)
 
     def size_in(self, epoch: int) -> int:
-        """The side of the pictures of ``epoch``: each of ``sizes`` gets an equal share of the epochs."""
+        """The side of the images in ``epoch``: each of ``sizes`` is used for an equal number of epochs."""
         return self.sizes[min(len(self.sizes) - 1, epoch * len(self.sizes) // max(1, self.epochs))]
 
     def at(self, row: int, epoch: int, draw: int = 0) -> dict[str, Any]:
-        """The sample as ``epoch`` changes it, each ``draw`` of it in another way."""
+        """The sample as augmented in ``epoch``; each ``draw`` of it is augmented differently."""
         seed = (self.seed, epoch, row, *([3, draw] if draw else []))
         size, label = self.size_in(epoch), int(self.files.classes[row])
         pixels = self._pixels(row, size, seed)
         sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
         if pixels is None:
-            return sample | {"pixel_values": nothing(size)}
+            return sample | {"pixel_values": blank_image(size)}
         if self.mixup or self.cutmix:
             rng = np.random.default_rng([*seed, 1])
             other = int(rng.integers(len(self)))
@@ -135,16 +136,16 @@ class TrainingImages:
         return sample | {"pixel_values": pixels}
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """The rows of an epoch, int64 [n]; ``balanced``: every class equally often."""
+        """The order of rows in an epoch, int64 [n]; ``balanced``: every class equally often."""
         rows = balanced_rows(self.files.classes, seed, epoch) if self.balanced else np.arange(len(self))
         order = rows[epoch_order(len(rows), seed, epoch)]
         return number_repeats(order, len(self)) if self.balanced else order
 
     def prefetch(self, rows: np.ndarray) -> None:
-        """Nothing is remote."""
+        """Does nothing: the files are local."""
 
     def problem(self, row: int) -> str:
-        """Which file a row is and why it cannot be read."""
+        """The file of a row and why it cannot be read."""
         return why_unreadable(self.files, row)
 
     def _pixels(self, row: int, size: int, seed: tuple[int, ...]) -> torch.Tensor | None:
@@ -156,9 +157,9 @@ class TrainingImages:
 
 @dataclass
 class EvaluationImages:
-    """The pictures of ``files`` as they are evaluated: resized, and the middle cut out.
+    """The images of ``files`` for evaluation: resized and center-cropped.
 
-    A cache is read where it was made for this size, and the files otherwise: the pixels are the same.
+    A cache is used if it was made for this size, otherwise the files are read; the pixels are the same.
     """
 
     files: ImageFiles
@@ -173,71 +174,71 @@ class EvaluationImages:
         shorter = evaluation_side(self.size)
         pixels = read_or_none(self.files, row, lambda source: decode_for_evaluation(source, self.size), shorter)
         sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
-        return sample | {"pixel_values": nothing(self.size) if pixels is None else pixels}
+        return sample | {"pixel_values": blank_image(self.size) if pixels is None else pixels}
 
     def problem(self, row: int) -> str:
-        """Which file a row is and why it cannot be read."""
+        """The file of a row and why it cannot be read."""
         return why_unreadable(self.files, row)
 
 
 def read_or_none(
     files: ImageFiles, row: int, decoded: Callable[[Source], torch.Tensor], side: int | None = None
 ) -> torch.Tensor | None:
-    """What ``decoded`` makes of the picture of a row; None where it is no picture. OSError: the disk's own.
+    """``decoded`` of the image of a row, or None if it is unreadable. OSError: an error of the disk.
 
-    Of a cache, what it holds is read, and with ``side`` only if it was made for just that side.
+    The image comes from the cache if there is one; with ``side``, only if the cache was made for exactly that side.
     """
     try:
         if isinstance(files, CachedImages) and side in (None, files.side):
-            picture = files.picture(row)
-            return None if picture is None else decoded(picture)
+            image = files.decoded(row)
+            return None if image is None else decoded(image)
         return decoded(files.path(row).read_bytes())
     except (ValueError, OSError) as error:
-        if not is_no_picture(error):
+        if not is_unreadable(error):
             raise
         return None
 
 
-def nothing(size: int) -> torch.Tensor:
-    """What stands in a batch for a picture that cannot be read, uint8 [3, size, size]; it does not count."""
+def blank_image(size: int) -> torch.Tensor:
+    """A black image, uint8 [3, size, size], in place of one that cannot be read; it has no weight in the batch."""
     import torch
 
     return torch.zeros(3, size, size, dtype=torch.uint8)
 
 
 def why_unreadable(files: ImageFiles, row: int) -> str:
-    """Which file a row is and why it cannot be read."""
+    """The file of a row and why it cannot be read."""
     path = files.path(row)
     try:
         decode_pixels(path.read_bytes())
     except (ValueError, OSError) as error:
         return f"{path}: {' '.join(first_line(error).split())}"
-    return f"{path}: now it can be read"
+    return f"{path}: it can be read now"
 
 
 def write_image_processor(folder: Path, size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-    """Writes what makes ``AutoImageProcessor`` do with a picture what evaluation does here."""
+    """Writes a configuration with which ``AutoImageProcessor`` preprocesses images as evaluation does here."""
     from transformers import CLIPImageProcessor
 
     CLIPImageProcessor(
-        size={"shortest_edge": evaluation_side(size)}, crop_size=size, resample=2, image_mean=list(mean),
+        size={"shortest_edge": evaluation_side(size)},
+        crop_size=size,
+        resample=2,
+        image_mean=list(mean),
         image_std=list(std),
-    ).save_pretrained(folder)  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------------- decoding
+    ).save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------- random decisions
 
 
-def crop_box(height: int, width: int, least: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of a part with ``least`` to 1 of the area and a shape between 3:4 and 4:3.
+def crop_box(height: int, width: int, min_area: float, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop with ``min_area`` to 1 of the area and a ratio of 3:4 to 4:3.
 
-    After ten misses the largest part of such a shape, from the middle, as torchvision does.
+    After ten failed draws, the largest center crop with such a ratio, as in torchvision.
     """
     for _ in range(10):
-        area = height * width * rng.uniform(least, 1)
+        area = height * width * rng.uniform(min_area, 1)
         shape = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
         part_width, part_height = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < part_width <= width and 0 < part_height <= height:
@@ -251,7 +252,7 @@ def crop_box(height: int, width: int, least: float, rng: np.random.Generator) ->
 def mix_up(
     one: torch.Tensor, other: torch.Tensor, share: float, rng: np.random.Generator
 ) -> tuple[torch.Tensor, float]:
-    """``share`` of ``one`` and the rest of ``other``, uint8 [3, S, S], and the share."""
+    """``share * one + (1 - share) * other``, uint8 [3, S, S], and the share."""
     import torch
 
     return torch.lerp(other.float(), one.float(), share).round_().to(torch.uint8), share
@@ -260,7 +261,7 @@ def mix_up(
 def cut_mix(
     one: torch.Tensor, other: torch.Tensor, share: float, rng: np.random.Generator
 ) -> tuple[torch.Tensor, float]:
-    """``one`` with a rectangle of ``other``, uint8 [3, S, S], and the share of its area that is left of ``one``."""
+    """``one`` with a rectangle of ``other``, uint8 [3, S, S], and the fraction of the area that is left to ``one``."""
     size = one.shape[-1]
     side = round(size * math.sqrt(1 - share))
     middle = rng.integers(0, size, 2)

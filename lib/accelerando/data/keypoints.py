@@ -1,7 +1,7 @@
-"""Keypoints of signing: the layout of a frame, its normalisation by the body, and augmentation of whole clips.
+"""Keypoints of signing: the layout of a frame, its normalisation by the body, and the augmentation of clips.
 
-A frame has 78 points of (x, y): MediaPipe's pose landmarks 0 to 24, 21 of the left hand, 21 of the right hand, and 11
-of the face mesh (1, 33, 263, 133, 362, 61, 291, 105, 334, 199, 4). "Left" and "right" are the signer's.
+A frame has 78 points (x, y): MediaPipe's pose landmarks 0 to 24, 21 of the left hand, 21 of the right hand, and 11 of
+the face mesh (1, 33, 263, 133, 362, 61, 291, 105, 334, 199, 4). "Left" and "right" are the signer's.
 """
 
 from __future__ import annotations
@@ -29,21 +29,22 @@ def _mirror_index() -> np.ndarray:
     return index
 
 
-MIRROR = _mirror_index()  # [78]: which point stands in the place of which after a left-right mirror
+MIRROR = _mirror_index()  # [78]: the index of each point's counterpart under a left-right mirror
 
 
 def visible_points(frames: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
-    """Which points were seen, bool [T, 78]: the mask, or where there is none, what is not at (0, 0)."""
+    """Which points were detected, bool [T, 78]: the mask, or without one the points that are not at (0, 0)."""
     if mask is not None:
         return mask
     return frames.reshape(len(frames), -1, 2).any(axis=2)
 
 
 def normalise_by_body(frames: np.ndarray, mask: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Frames [T, 156] in units of the shoulders' distance, their midpoint at 0, and the mask bool [T, 78].
+    """Frames [T, 156] in units of the distance of the shoulders, their midpoint at 0, and the mask bool [T, 78].
 
-    Midpoint and distance are the medians over the frames in which both shoulders were seen, so the body's own movement
-    stays. Without any such frame: the centre and the spread of all points that were seen. What was not seen is 0.
+    Midpoint and distance are medians over the frames in which both shoulders were detected, so movements of the body
+    are kept. If there is no such frame, the mean and standard deviation of all detected points are used. Points that
+    were not detected are 0.
     """
     points = frames.reshape(len(frames), NUM_POINTS, 2).astype(np.float32)
     seen = visible_points(frames, mask)
@@ -62,12 +63,12 @@ def normalise_by_body(frames: np.ndarray, mask: np.ndarray | None) -> tuple[np.n
 
 @dataclass(frozen=True)
 class ClipAugmentation:
-    """Random changes of a training clip, drawn anew for each clip and epoch; 0 turns one off.
+    """Random augmentation of a training clip, drawn for each clip and epoch; 0 turns an option off.
 
     ``rotation`` (degrees), ``scale`` (0.2: from 0.8 to 1.2 times), ``shift`` and ``noise`` (standard deviation) in
-    units of the frames; ``time_warp`` (0.2: up to 20 % longer or shorter, unevenly); ``time_mask`` (the longest span
-    that is hidden, as a share of the clip); ``frame_drop`` and ``mirror`` (probabilities). Rotation, shift and mirror
-    need the layout of 78 points; ``centre`` is where the body's middle stands (0 if normalised by the body, else 0.5).
+    units of the frames; ``time_warp`` (0.2: up to 20 % longer or shorter, unevenly); ``time_mask`` (the longest masked
+    span, as a fraction of the clip); ``frame_drop`` and ``mirror`` (probabilities). Rotation, shift and mirror need the
+    layout of 78 points; ``centre`` is the position of the body's centre (0 if normalised by the body, else 0.5).
     """
 
     rotation: float = 0.0
@@ -82,14 +83,14 @@ class ClipAugmentation:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is changed."""
+        """True if any option is on."""
         moves = self.rotation or self.scale or self.shift or self.mirror
         return bool(moves or self.noise or self.time_warp or self.time_mask or self.frame_drop)
 
     def __call__(
         self, frames: np.ndarray, mask: np.ndarray | None, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Changed copies of frames [T, D] and mask [T, K]; the number of frames may change."""
+        """Augmented copies of frames [T, D] and mask [T, K]; the number of frames may change."""
         if self.time_warp:
             frames, mask = time_warp(frames, mask, self.time_warp, rng)
         if self.frame_drop and len(frames) > 2:
@@ -132,12 +133,12 @@ class ClipAugmentation:
 def time_warp(
     frames: np.ndarray, mask: np.ndarray | None, strength: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The clip at another, uneven speed: up to ``strength`` longer or shorter, at most three times as fast anywhere.
+    """The clip at a different, varying speed: up to ``strength`` longer or shorter, at most three times as fast.
 
-    Frames [T, D] are interpolated linearly; a point that was not seen on one side takes the value of the nearer frame.
+    Frames [T, D] are interpolated linearly; a point that is masked in one of the two frames is taken from the nearer.
     """
     length = max(2, round(len(frames) * rng.uniform(1 - strength, 1 + strength)))
-    # Speeds at five places of the clip, whose running sum says which moment each new frame shows.
+    # Speeds at five points of the clip, interpolated; their cumulative sum is the time that each new frame shows.
     speed = np.interp(np.linspace(0, 4, length), np.arange(5), rng.uniform(1 - strength, 1 + strength, 5))
     moment = np.concatenate([[0], np.cumsum(speed[1:])])
     moment *= (len(frames) - 1) / moment[-1]

@@ -1,4 +1,4 @@
-"""The order of samples, and how an optimizer step's samples are dealt to processes and micro-batches."""
+"""The order of samples in an epoch, and how the samples of an optimizer step are divided among processes."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# A pool is sorted by length and cut into blocks; blocks are shuffled, and so are the runs of like lengths inside one.
-# Neighbouring runs are of a like length too, so that two processes get batches that take equally long.
+# A pool is sorted by length and cut into blocks; the blocks are shuffled, and so are the runs of similar lengths within
+# a block. Neighbouring runs have similar lengths too, so that the batches of different processes take equally long.
 POOL, BLOCK, RUN = 8192, 256, 32
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int, lengths: np.ndarray | None = None) -> np.ndarray:
-    """The order of one epoch, int64 [num_samples]: a function of (seed, epoch) and the data alone.
+    """The order of samples in an epoch, int64 [num_samples]; depends only on (seed, epoch) and the data.
 
-    With ``lengths`` [num_samples] (tokens, frames) samples of a like length stand together, in runs of 32, so that a
-    batch needs little padding; which samples share a run changes every epoch.
+    With ``lengths`` [num_samples] (tokens, frames), samples of similar length follow each other in runs of 32, so that
+    batches need little padding; which samples share a run changes every epoch.
     """
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(num_samples)
     if lengths is None or num_samples <= RUN:
         return order
-    # A little noise keeps a small set from forming the same batches in every epoch.
+    # Without a little noise, a small set would form the same batches in every epoch.
     noisy = np.asarray(lengths, dtype=np.float64)[order] * rng.uniform(0.97, 1.03, num_samples)
     blocks: list[np.ndarray] = []
     leftover = order[:0]
     for start in range(0, num_samples, POOL):
-        # Longest first: what is left over after the last whole run is then short, and costs little padding.
+        # Longest first: the samples after the last complete run are then short and need little padding.
         by_length = order[start : start + POOL][np.argsort(-noisy[start : start + POOL], kind="stable")]
         whole = len(by_length) - len(by_length) % RUN
         leftover = by_length[whole:] if whole < len(by_length) else leftover
@@ -38,9 +38,9 @@ def epoch_order(num_samples: int, seed: int, epoch: int, lengths: np.ndarray | N
 
 
 def balanced_rows(classes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """As many rows as there are, int64 [n], with every class equally often to within one.
+    """n rows, int64 [n], with every class equally often to within one.
 
-    A class with few rows repeats them, in turn; of one with many, each epoch takes others.
+    The rows of a small class are repeated in turn; a large class contributes different rows in each epoch.
     """
     rng = np.random.default_rng([seed, epoch, 1])
     order = rng.permutation(len(classes))
@@ -51,14 +51,15 @@ def balanced_rows(classes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 def poisson_rows(num_samples: int, rate: float, seed: int, epoch: int, position: int) -> np.ndarray:
     """The rows of the step at ``position`` of an epoch, int64 in random order: each of ``num_samples`` with probability
-    ``rate``, so their number varies and may be 0. No two steps share a draw, also if their size changes amid an epoch.
+    ``rate``, so their number varies and may be 0. Steps are drawn independently, even if their size changes during an
+    epoch.
     """
     rng = np.random.default_rng([seed, epoch, position, 2])
     return rng.permutation(np.flatnonzero(rng.random(num_samples) < rate))
 
 
 def number_repeats(order: np.ndarray, num_samples: int) -> np.ndarray:
-    """``order`` with ``num_samples`` added to a row's second place in it, twice that to its third, and so on: int64."""
+    """``order``, int64, with ``num_samples`` added to the second occurrence of a row, twice that to the third, ..."""
     by_row = np.argsort(order, kind="stable")
     sorted_rows = order[by_row]
     first = np.searchsorted(sorted_rows, sorted_rows)
@@ -69,18 +70,18 @@ def number_repeats(order: np.ndarray, num_samples: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Share:
-    """One process's part of a window: ``micro_batches`` of row numbers and, for each, whether its rows count."""
+    """One process's part of a step: ``micro_batches`` of row numbers and, in ``counts``, whether each contributes."""
 
     micro_batches: list[np.ndarray]
     counts: list[bool]
 
 
 def deal(window: np.ndarray, batch_size: int, num_processes: int, process_index: int) -> Share:
-    """Deals the row numbers of one optimizer step, ``window`` [n], to this process.
+    """This process's share of the rows of an optimizer step, ``window`` [n].
 
-    All processes get the same number of micro-batches, each at most ``batch_size`` rows and of equal size to within
-    one. Where there are fewer rows than places, a process repeats a row that does not count, so that collectives stay
-    in step (row 0 in an empty window).
+    All processes get the same number of micro-batches, of at most ``batch_size`` rows and equal in size to within one.
+    A process without rows for a micro-batch gets a repeated row that does not count (row 0 if the window is empty), so
+    that all processes take part in collectives.
     """
     steps = max(1, -(-len(window) // (batch_size * num_processes)))
     parts = np.array_split(window, steps * num_processes)

@@ -1,4 +1,4 @@
-"""Image-caption pairs: read, decoded and augmented, with numbers that tell the same picture and the same caption."""
+"""Image-caption pairs: read, decoded and augmented, with ids that identify equal images and equal captions."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ class PairSource(Protocol):
         """The image file and the caption, UTF-8."""
 
     def metadata(self, row: int) -> dict[str, Any]:
-        """What else is known of the row: a shard's .json, a table's other columns."""
+        """The other data of the row: a shard's .json, a table's other columns."""
 
     def where(self, row: int) -> str:
-        """Where the row stands, for a message."""
+        """The location of the row, for a message."""
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """The rows of an epoch, int64 [n], in an order that suits reading."""
+        """The order of rows in an epoch, int64 [n], chosen for fast reading."""
 
     def prefetch(self, rows: np.ndarray) -> None:
-        """Has what ``rows`` need, in this order, fetched ahead where it is remote."""
+        """Starts to fetch remote data of ``rows`` in advance, in this order; does nothing for local data."""
 
 
 @dataclass
 class PairDataset:
     """Samples of ``source`` with ``pixel_values`` uint8 [3, S, S], ``caption``, ``image_id``, ``text_id``, ``valid``.
 
-    A pair whose image or caption cannot be read has ``valid`` 0, and nothing of it counts. With ``parts`` other than
-    both only the picture or only the caption is read: what evaluation needs, since a picture may have five captions.
-    ``rows`` [n] chooses rows of the source.
+    A pair whose image or caption cannot be read has ``valid`` 0 and no weight. With ``parts`` image or text only that
+    part is read: evaluation uses this, since an image may have several captions. ``rows`` [n] selects rows of the
+    source.
     """
 
     source: PairSource
@@ -62,7 +62,7 @@ class PairDataset:
         return len(self.source if self.rows is None else self.rows)
 
     def at(self, row: int, epoch: int, draw: int = 0) -> dict[str, Any]:
-        """The sample as ``epoch`` augments it, each ``draw`` of it in another way."""
+        """The sample as augmented in ``epoch``; each ``draw`` of it is augmented differently."""
         row = int(row if self.rows is None else self.rows[row])
         sample: dict[str, Any] = {"valid": 1.0, "image_id": 0, "text_id": 0}
         try:
@@ -73,7 +73,7 @@ class PairDataset:
             if self.parts != "image":
                 sample["caption"] = read_caption(text)
         except (ValueError, OSError) as error:
-            if getattr(error, "errno", None) not in (None, errno.ENOENT):  # the disk's error, not the picture's
+            if getattr(error, "errno", None) not in (None, errno.ENOENT):  # an error of the disk, not of the image
                 raise
             import torch
 
@@ -85,17 +85,17 @@ class PairDataset:
         return sample
 
     def prefetch(self, rows: np.ndarray) -> None:
-        """Has what ``rows`` need, in this order, fetched ahead where it is remote."""
+        """Starts to fetch remote data of ``rows`` in advance, in this order."""
         self.source.prefetch(rows if self.rows is None else self.rows[rows])
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """The rows of an epoch, int64 [n], as the source likes to be read."""
+        """The order of rows in an epoch, int64 [n]; the source's own order if all rows are used."""
         if self.rows is None:
             return self.source.epoch_order(seed, epoch)
         return epoch_order(len(self), seed, epoch)
 
     def problem(self, row: int) -> str:
-        """Where the pair ``row`` comes from and why it cannot be read."""
+        """The location of the pair ``row`` and why it cannot be read."""
         row = int(row if self.rows is None else self.rows[row])
         try:
             file, text = self.source.read(row)
@@ -103,13 +103,13 @@ class PairDataset:
             read_caption(text)
         except (ValueError, OSError) as error:
             return f"{self.source.where(row)}: {' '.join(first_line(error).split())}"
-        return f"{self.source.where(row)}: now it can be read"
+        return f"{self.source.where(row)}: it can be read now"
 
 
 def open_pairs(
     where: str, cache: Path, cache_gb: float, image_folder: str | None, image_column: str, caption_column: str
 ) -> PairSource:
-    """The pairs that ``where`` names: shards here or at a URL, or a table of captions of images in ``image_folder``."""
+    """The pairs that ``where`` names: local or remote shards, or a table of captions of images in ``image_folder``."""
     from accelerando.data.remote import FileCache, RangeReader, is_remote, list_remote
     from accelerando.data.shards import ShardPairs, list_shards
 
@@ -126,7 +126,7 @@ class TablePairs:
     """Image files in a folder and a table that names them, one caption a row; an image may have several rows.
 
     Raises:
-        UserError: the table cannot be read, or names an image that is not there (with its row).
+        UserError: the table cannot be read, or a row names an image that does not exist.
     """
 
     def __init__(self, table: str, folder: Path, image_column: str = "image", caption_column: str = "caption") -> None:
@@ -159,11 +159,11 @@ class TablePairs:
         return self.others.slice(row, 1).to_pylist()[0] if self.others.num_columns else {}
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """The rows of an epoch, int64 [n], shuffled."""
+        """The order of rows in an epoch, int64 [n], shuffled."""
         return epoch_order(len(self), seed, epoch)
 
     def prefetch(self, rows: np.ndarray) -> None:
-        """Nothing is remote."""
+        """Does nothing: the images are local."""
 
     def where(self, row: int) -> str:
         """Table, row and image of a row, for a message."""
@@ -185,29 +185,29 @@ class PairSubset:
         return self.source.read(int(self.rows[row]))
 
     def metadata(self, row: int) -> dict[str, Any]:
-        """What else is known of a row."""
+        """The other data of a row."""
         return self.source.metadata(int(self.rows[row]))
 
     def where(self, row: int) -> str:
-        """Where a row stands, for a message."""
+        """The location of a row, for a message."""
         return self.source.where(int(self.rows[row]))
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """The rows of an epoch, int64 [n], shuffled."""
+        """The order of rows in an epoch, int64 [n], shuffled."""
         return epoch_order(len(self), seed, epoch)
 
     def prefetch(self, rows: np.ndarray) -> None:
-        """Has what ``rows`` need fetched ahead where it is remote."""
+        """Starts to fetch remote data of ``rows`` in advance, in this order."""
         self.source.prefetch(self.rows[rows])
 
 
 def hold_out_images(source: PairSource, fraction: float, seed: int) -> tuple[PairSubset, PairSubset]:
-    """(rest, held out): about ``fraction`` of the pairs, each image and each caption with all of its pairs on one side.
+    """(rest, held out): about ``fraction`` of the pairs; all pairs of an image or a caption are in the same part.
 
-    Reads every pair once. A function of (source, fraction, seed) alone.
+    Reads every pair once. Depends only on (source, fraction, seed).
 
     Raises:
-        UserError: one side would be empty.
+        UserError: one part would be empty.
     """
     gallery = make_gallery(source, "splitting")
     links = zip(gallery.image_of, len(gallery.image_rows) + gallery.text_of, strict=True)
@@ -217,12 +217,12 @@ def hold_out_images(source: PairSource, fraction: float, seed: int) -> tuple[Pai
     chosen = order[: max(1, int(np.searchsorted(np.cumsum(sizes), fraction * len(source), side="right")))]
     held = np.isin(groups, chosen)
     if held.all() or not held.any():
-        raise UserError(f"{len(source)} pairs are too few, or too much alike, to hold any out: name --validation_data")
+        raise UserError(f"{len(source)} pairs are too few, or too similar, to hold any out: name --validation_data")
     return PairSubset(source, np.flatnonzero(~held)), PairSubset(source, np.flatnonzero(held))
 
 
 def split_locations(data_dir: str | None, named: dict[str, str | None]) -> dict[str, str | None]:
-    """Where the pairs of each split are: as ``named``, or else in the folders of ``data_dir``."""
+    """The location of each split's pairs: as ``named``, otherwise a subfolder of ``data_dir``."""
     found = dict(named)
     if data_dir:
         for split, names in {"train": ["train"], "validation": ["validation", "val"], "test": ["test"]}.items():
@@ -232,22 +232,22 @@ def split_locations(data_dir: str | None, named: dict[str, str | None]) -> dict[
 
 
 def bucket_locations(bucket: str, prefix: str, validation_prefix: str | None, validation: str | None) -> dict[str, str]:
-    """URLs of the training and validation shards in an S3 bucket; ``validation`` wins over a prefix.
+    """URLs of the training and validation shards in an S3 bucket; ``validation`` overrides a prefix.
 
     Raises:
-        UserError: no prefix for validation is given, and none follows from that of training.
+        UserError: there is no prefix for validation, and none can be derived from that of training.
     """
     prefix = prefix.strip("/")
     folder, _, name = prefix.rpartition("/")
     other = (validation_prefix or f"{folder}/{name.replace('train', 'val')}").strip("/")
     if not validation and other == prefix:
-        raise UserError(f"--s3_validation_prefix is missing: {prefix} has no `train` to put `val` for")
+        raise UserError(f"--s3_validation_prefix is missing: {prefix} has no `train` to replace by `val`")
     return {"train": f"s3://{bucket}/{prefix}", "validation": validation or f"s3://{bucket}/{other}"}
 
 
 @dataclass
 class Captions:
-    """Texts without pictures, as samples."""
+    """Texts without images, as samples."""
 
     texts: list[str]
     unit: ClassVar[str] = "texts"
@@ -260,19 +260,19 @@ class Captions:
 
 
 def captions(source: PairSource) -> Iterator[str]:
-    """The captions of a source that can be read, one by one."""
+    """The readable captions of a source, one by one."""
     for row in range(len(source)):
         with contextlib.suppress(ValueError):
             yield read_caption(source.read(row)[1])
 
 
 def identity(content: bytes) -> int:
-    """A number of 63 bits that equal contents share."""
+    """A 63-bit id of ``content``: a hash."""
     return int.from_bytes(hashlib.blake2b(content.strip(), digest_size=8).digest(), "big") >> 1
 
 
 def read_caption(text: bytes) -> str:
-    """The caption in one line. ValueError where it is empty or not UTF-8."""
+    """The caption in one line. ValueError: it is empty or not UTF-8."""
     caption = " ".join(text.decode("utf-8").split())
     if not caption:
         raise ValueError("the caption is empty")
@@ -281,10 +281,10 @@ def read_caption(text: bytes) -> str:
 
 @dataclass
 class Gallery:
-    """Each picture and each caption of an evaluation set once.
+    """The distinct images and captions of an evaluation set.
 
-    ``image_rows`` and ``text_rows`` are rows of the source with a new picture or a new caption; ``image_of`` and
-    ``text_of`` int64 [n] lead from each pair to its place in them.
+    ``image_rows`` and ``text_rows`` are the rows of the source where each first occurs; ``image_of`` and ``text_of``
+    int64 [n] map each pair to its positions in them.
     """
 
     image_rows: np.ndarray
@@ -294,7 +294,7 @@ class Gallery:
 
 
 def make_gallery(source: PairSource, description: str) -> Gallery:
-    """Reads every pair once to find out which pictures and captions are the same."""
+    """Reads every pair once to find equal images and equal captions."""
     ids = np.zeros((2, len(source)), np.int64)
     with progress_bar(len(source), 0, " pairs", description) as bar:
         for row in range(len(source)):
@@ -307,25 +307,25 @@ def make_gallery(source: PairSource, description: str) -> Gallery:
 
 
 def class_names_of(source: PairSource, rows: np.ndarray, field: str) -> list[str]:
-    """The classes that the metadata of ``rows`` names in ``field``, sorted.
+    """The classes in ``field`` of the metadata of ``rows``, sorted.
 
     Raises:
-        UserError: fewer than two.
+        UserError: there are fewer than two.
     """
     values = {source.metadata(int(row)).get(field) for row in rows} - {None}
     if len(values) < 2:
-        raise UserError(f"--class_field {field}: the .json of the validation pairs names {len(values)} classes with it")
+        raise UserError(f"--class_field {field}: the .json of the validation pairs has {len(values)} classes in it")
     return sorted(map(str, values))
 
 
 def image_classes(source: PairSource, rows: np.ndarray, field: str, names: Sequence[str]) -> np.ndarray:
-    """The class of each of ``rows`` by the ``field`` of its metadata, int64 [n]; -1 where it has none.
+    """The class of each of ``rows`` from ``field`` of its metadata, int64 [n]; -1: none of ``names``.
 
     Raises:
-        UserError: no row has a class that ``names`` knows.
+        UserError: no row has a class in ``names``.
     """
     numbers = {name: number for number, name in enumerate(names)}
     labels = np.array([numbers.get(str(source.metadata(int(row)).get(field)), -1) for row in rows], np.int64)
     if (labels < 0).all():
-        raise UserError(f"--class_field {field}: no picture has one of the class names in its .json metadata")
+        raise UserError(f"--class_field {field}: no image has one of the class names in its .json metadata")
     return labels

@@ -1,8 +1,8 @@
-"""WebDataset shards (tar files of images and captions) read at random through an index of their members' offsets.
+"""WebDataset shards (tar files of images and captions) with random access through an index of their members' offsets.
 
-A sample is the members that share a key, one after another: ``abc.jpg``, ``abc.txt`` and perhaps ``abc.json``. The
-index of a shard is made once and kept in the cache; reading is then one ``pread`` a member (or one request a sample,
-where shards lie elsewhere and none is to be kept), so order, resume and exact evaluation hold for shards as for files.
+A sample consists of consecutive members with the same key: ``abc.jpg``, ``abc.txt`` and perhaps ``abc.json``. The
+index of a shard is made once and cached. Reading then takes one ``pread`` per member (or one request per sample, if
+remote shards are not cached), so order, resume and exact evaluation work as with single files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 INDEX = np.dtype([(f"{part}_{field}", "<u8") for part in ("image", "text", "json") for field in ("start", "size")])
-SHARDS_AT_ONCE = 4  # an epoch shuffles shards, then the samples of this many together
+SHARDS_AT_ONCE = 4  # an epoch shuffles the shards, then the samples within groups of this many shards
 OPEN_FILES = 64
 
 
@@ -33,7 +33,7 @@ def list_shards(source: str) -> list[Path]:
     """The local shards that ``source`` names, sorted: a folder, a tar file or a brace or glob pattern.
 
     Raises:
-        UserError: nothing is there.
+        UserError: nothing was found.
     """
     found: list[Path] = []
     for pattern in expand_braces(source):
@@ -56,13 +56,12 @@ def list_shards(source: str) -> list[Path]:
 def index_shard(
     path: Path, cache: Path, remote: tuple[RemoteFile, FileCache | RangeReader] | None = None
 ) -> np.ndarray:
-    """Offsets and sizes of the samples of a shard, memory-mapped [n] of ``INDEX``; made where it is not in ``cache``.
+    """Offsets and sizes of the samples of a shard, memory-mapped [n] of ``INDEX``; made if it is not in ``cache``.
 
-    A ``remote`` shard, whose name ``path`` then is, is fetched (or read where it lies) only where there is no index of
-    it yet.
+    A ``remote`` shard, of which ``path`` is the name, is downloaded (or read remotely) only if it has no index yet.
 
     Raises:
-        UserError: the tar is damaged or cut off, or a sample lacks its image or its caption.
+        UserError: the tar is corrupted or truncated, or a sample lacks its image or its caption.
     """
     if remote is None:
         stat = path.stat()
@@ -87,7 +86,7 @@ def index_shard(
 def _read_index(path: Path) -> np.ndarray:
     index = np.load(path, mmap_mode="r" if path.stat().st_size > 200 else None, allow_pickle=False)
     if index.dtype != INDEX:
-        raise ValueError("no index of a shard")
+        raise ValueError("not an index of a shard")
     return index
 
 
@@ -102,7 +101,7 @@ def _scan(file: IO[bytes], size: int, shown: str) -> np.ndarray:
         for part, name in (("image", "image (.jpg, .png or .webp)"), ("text", "caption (.txt)")):
             if part not in sample:
                 raise UserError(
-                    f"{shown}: sample {current!r} has no {name}: each needs both; tools/make_shards.py packs them anew"
+                    f"{shown}: sample {current!r} has no {name}: each needs both; pack it again, tools/make_shards.py"
                 )
         rows.append(tuple(number for part in ("image", "text", "json") for number in sample.get(part, (0, 0))))
 
@@ -122,19 +121,21 @@ def _scan(file: IO[bytes], size: int, shown: str) -> np.ndarray:
                 sample[part] = (member.offset_data, member.size)
             close()
             tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(512) != bytes(512):  # what ends every tar
-                raise tarfile.ReadError("truncated: it has no end")
+            if tar.fileobj.read(512) != bytes(512):  # the end marker of a tar
+                raise tarfile.ReadError("truncated: no end marker")
     except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{shown}: a damaged or truncated tar ({first_line(error)}): fetch or pack it again") from None
+        raise UserError(
+            f"{shown}: a corrupted or truncated tar ({first_line(error)}): fetch or pack it again"
+        ) from None
     except OSError as error:
         raise UserError(f"{shown}: {error.strerror or error}") from None
     if rows and max(row[at] + row[at + 1] for row in rows for at in (0, 2, 4)) > size:
-        raise UserError(f"{shown}: a truncated tar (its last sample ends behind the file): fetch or pack it again")
+        raise UserError(f"{shown}: a truncated tar (its last sample is incomplete): fetch or pack it again")
     return np.array(rows, dtype=INDEX) if rows else np.zeros(0, INDEX)
 
 
 def part_of(entry: np.ndarray, part: str) -> tuple[int, int]:
-    """Start and size, in bytes, of a part (image, text or json) of a sample's entry in the index."""
+    """Start and size, in bytes, of a part (image, text or json) from a sample's entry in the index."""
     return int(entry[f"{part}_start"]), int(entry[f"{part}_size"])
 
 
@@ -143,9 +144,9 @@ def _kind_of(suffix: str) -> str | None:
 
 
 class ShardPairs:
-    """The samples of many shards under one row number: shard by shard, in the order of their names.
+    """The samples of many shards, numbered shard by shard in the order of their names.
 
-    ``shards`` are local paths, or files elsewhere of which ``remote`` keeps copies or reads the parts that are needed.
+    ``shards`` are local paths, or remote files that ``remote`` caches or reads in parts.
     """
 
     def __init__(
@@ -167,23 +168,23 @@ class ShardPairs:
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {key: value for key, value in vars(self).items() if key not in ("_indexes", "_files")}
 
     def name(self, shard: int) -> str:
-        """The shard as it was named."""
+        """The path or URL of a shard."""
         return str(self.shards[shard] if self.remote is None else self.shards[shard].url)
 
     def read(self, row: int) -> tuple[bytes, bytes]:
-        """The image file and the caption of a row, as they are stored."""
+        """The image file and the caption of a row, as stored."""
         shard, entry = self._entry(row)
         return tuple(self._read(shard, [part_of(entry, "image"), part_of(entry, "text")]))
 
     def metadata(self, row: int) -> dict[str, Any]:
-        """What the sample's .json says; empty where it has none.
+        """The content of the sample's .json; empty if it has none.
 
         Raises:
-            UserError: it is no JSON object.
+            UserError: it is not a JSON object.
         """
         shard, entry = self._entry(row)
         if not entry["json_size"]:
@@ -191,9 +192,9 @@ class ShardPairs:
         try:
             content = json.loads(self._read(shard, [part_of(entry, "json")])[0])
         except ValueError as error:
-            raise UserError(f"{self.where(row)}: broken JSON ({first_line(error)})") from None
+            raise UserError(f"{self.where(row)}: invalid JSON ({first_line(error)})") from None
         if not isinstance(content, dict):
-            raise UserError(f"{self.where(row)}: its .json holds a {type(content).__name__}, not an object")
+            raise UserError(f"{self.where(row)}: its .json contains a {type(content).__name__}, not an object")
         return content
 
     def where(self, row: int) -> str:
@@ -209,7 +210,7 @@ class ShardPairs:
         return [names.get(start, "?") for start in starts]
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """The rows of an epoch, int64 [n]: shards shuffled, then samples within a few of them at a time."""
+        """The order of rows in an epoch, int64 [n]: shards are shuffled, then the samples of a few shards at a time."""
         rng = np.random.default_rng([seed, epoch])
         shards = rng.permutation(len(self.shards))
         groups = [shards[start : start + SHARDS_AT_ONCE] for start in range(0, len(shards), SHARDS_AT_ONCE)]
@@ -220,7 +221,7 @@ class ShardPairs:
         return np.concatenate([rng.permutation(part) for part in rows])
 
     def prefetch(self, rows: np.ndarray) -> None:
-        """Has the shards of ``rows``, in this order, fetched ahead where they are remote."""
+        """Starts to fetch remote shards of ``rows`` in advance, in this order."""
         if self.remote is not None:
             shards = np.searchsorted(self.starts, rows, side="right") - 1
             _, first = np.unique(shards, return_index=True)
@@ -243,7 +244,7 @@ class ShardPairs:
     def _index(self, shard: int) -> np.ndarray:
         indexes = self.__dict__.setdefault("_indexes", {})
         if shard not in indexes:
-            while len(indexes) >= OPEN_FILES:  # each keeps a descriptor
+            while len(indexes) >= OPEN_FILES:  # each holds a file descriptor
                 indexes.pop(next(iter(indexes)))
             file = self.shards[shard]
             indexes[shard] = (
@@ -254,7 +255,7 @@ class ShardPairs:
         return indexes[shard]
 
     def _file(self, shard: int) -> int:
-        # Each process opens its own: a descriptor is kept by its number, and pread moves no shared position.
+        # Each process opens its own files; pread does not move a shared file position.
         files = self.__dict__.setdefault("_files", OrderedDict())
         if shard not in files:
             while len(files) >= OPEN_FILES:
@@ -265,7 +266,7 @@ class ShardPairs:
         return files[shard]
 
     def _forget_all(self) -> None:
-        """Closes what the look at every shard has opened: a worker should inherit nothing that grows."""
+        """Closes the files opened to index the shards, so that workers do not inherit them."""
         self.__dict__.pop("_indexes", None)
         for file in self.__dict__.pop("_files", {}).values():
             os.close(file)

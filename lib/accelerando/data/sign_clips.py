@@ -1,4 +1,4 @@
-"""Clips of signing: NPZ files of keypoints or features, read once and kept packed, so that an epoch opens no file."""
+"""Clips of signing: NPZ files of keypoints or features, read once and packed, so that epochs open no files."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from accelerando.data.keypoints import NUM_POINTS, WIDTH, ClipAugmentation, Norm
 from accelerando.data.order import balanced_rows, epoch_order, number_repeats
 
 if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
     from accelerando.data.sign_labels import Labels
 
 READERS = 8  # threads that open files
-CHUNK = 512  # clips that are in memory at once while packing
+CHUNK = 512  # clips in memory at a time while packing
 
 
 @dataclass(frozen=True)
 class ClipTable:
     """Packed frames of n clips; a map-style data set of ``{"frames", ("mask"), "gloss", "cat"}``.
 
-    ``frames`` float32 [N, D] and ``mask`` bool [N, 78] (None for features) are memory-mapped; clip i is ``lengths[i]``
+    ``frames`` float32 [N, D] and ``mask`` bool [N, 78] (None for features) are memory-mapped; clip i has ``lengths[i]``
     frames from ``starts[i]`` on, both int64 [n]. ``gloss`` and ``cat`` int64 [n], ``occluded`` bool [n] or None,
     ``names`` of the files.
     """
@@ -50,7 +52,7 @@ class ClipTable:
 
     @property
     def width(self) -> int:
-        """Numbers in a frame."""
+        """The number of channels of a frame."""
         return self.frames.shape[1]
 
     def __getitem__(self, row: int) -> dict[str, Any]:
@@ -62,17 +64,22 @@ class ClipTable:
     def take(self, rows: np.ndarray) -> ClipTable:
         """The clips ``rows`` [m]; their frames are not copied."""
         return replace(
-            self, starts=self.starts[rows], lengths=self.lengths[rows], names=[self.names[row] for row in rows],
-            gloss=self.gloss[rows], cat=self.cat[rows], occluded=None if self.occluded is None else self.occluded[rows],
-        )  # fmt: skip
+            self,
+            starts=self.starts[rows],
+            lengths=self.lengths[rows],
+            names=[self.names[row] for row in rows],
+            gloss=self.gloss[rows],
+            cat=self.cat[rows],
+            occluded=None if self.occluded is None else self.occluded[rows],
+        )
 
 
 @dataclass(frozen=True)
 class TrainingClips:
-    """Clips as each epoch changes and orders them; both depend on (seed, epoch) alone.
+    """Clips as augmented and ordered in each epoch; both depend only on (seed, epoch).
 
-    ``balanced``: every gloss is drawn equally often, so an epoch has some clips twice and others not at all;
-    ``buckets``: clips of a like length stand together.
+    ``balanced``: every gloss is drawn equally often, so that an epoch repeats some clips and omits others; ``buckets``:
+    clips of similar length follow each other.
     """
 
     clips: ClipTable
@@ -86,7 +93,7 @@ class TrainingClips:
         return len(self.clips)
 
     def at(self, row: int, epoch: int, draw: int = 0) -> dict[str, Any]:
-        """The clip as ``epoch`` changes it, each ``draw`` of it in another way."""
+        """The clip as augmented in ``epoch``; each ``draw`` of it is augmented differently."""
         sample = self.clips[row]
         if not self.augmentation.is_on:
             return sample
@@ -96,17 +103,17 @@ class TrainingClips:
         return sample if mask is None else sample | {"mask": mask}
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """The clips of an epoch in their order, int64 [n]."""
+        """The order of clips in an epoch, int64 [n]."""
         rows = balanced_rows(self.clips.gloss, seed, epoch) if self.balanced else np.arange(len(self))
         lengths = self.clips.lengths[rows] if self.buckets else None
         order = rows[epoch_order(len(rows), seed, epoch, lengths)]
         return number_repeats(order, len(self)) if self.balanced else order
 
     def prefetch(self, rows: np.ndarray) -> None:
-        """Nothing is remote."""
+        """Does nothing: the clips are local."""
 
     def problem(self, row: int) -> str:
-        """The clip's file; all of them were read when they were packed."""
+        """The file of a clip; unreadable ones were found when the clips were packed."""
         return self.clips.names[row]
 
 
@@ -114,59 +121,59 @@ class TrainingClips:
 
 
 def read_clip(path: Path, key: str, width: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """Frames float32 [T, D] under ``key`` and the mask bool [T, 78] of a clip (None where it has none).
+    """Frames float32 [T, D] under ``key`` and the mask bool [T, 78] of a clip (None if it has none).
 
     Nothing in the file is unpickled.
 
     Raises:
-        UserError: no such file, no NPZ, no such key, other than ``width`` columns, no frames, values not finite.
+        UserError: no such file, not an NPZ, no such key, not ``width`` channels, no frames, non-finite values.
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if key not in arrays.files:
-                raise UserError(f"{path}: no {key!r} in it, only {', '.join(arrays.files)}: name the key to read")
+                raise UserError(f"{path}: no array {key!r}, only {', '.join(arrays.files)}: name the key to read")
             frames = arrays[key]
             mask = arrays["mask"] if "mask" in arrays.files else None
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file, but the labels name it") from None
+        raise UserError(f"{path}: no such file, but the labels list it") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise UserError(f"{path}: not a readable NPZ file ({first_line(error)})") from None
     if frames.ndim != 2 or not np.issubdtype(frames.dtype, np.number):
         raise UserError(f"{path}: {key} is {frames.dtype} {list(frames.shape)}; expected numbers [T, {width or 'D'}]")
     if width is not None and frames.shape[1] != width:
-        raise UserError(f"{path}: {key} has {frames.shape[1]} numbers a frame, the others {width}")
+        raise UserError(f"{path}: {key} has {frames.shape[1]} channels per frame, the other clips {width}")
     if not len(frames):
         raise UserError(f"{path}: {key} has no frames")
     frames = frames.astype(np.float32)
     if not np.isfinite(frames).all():
         raise UserError(f"{path}: {key} has values that are not finite; tools/validate_npz.py lists such files")
     if mask is not None and (mask.shape != (len(frames), NUM_POINTS) or frames.shape[1] != WIDTH):
-        mask = None  # of other keypoints than these
+        mask = None  # it belongs to other keypoints
     return frames, None if mask is None else mask.astype(bool)
 
 
 def normalise(
     frames: np.ndarray, mask: np.ndarray | None, normalisation: NormalisationName
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Frames and mask of a clip as the model takes them; "standard" is left to the model, which knows the channels."""
+    """Frames and mask of a clip as the model takes them; for "standard" the model itself normalises each channel."""
     return normalise_by_body(frames, mask) if normalisation == "body" else (frames, mask)
 
 
 def pack_clips(
     labels: Labels, folder: Path, key: str, normalisation: NormalisationName, cache: Path, what: str = ""
 ) -> ClipTable:
-    """Reads the clips that ``labels`` lists, or maps what an earlier run kept under ``cache`` for the same files.
+    """Reads the clips that ``labels`` lists, or maps the result of an earlier run for the same files from ``cache``.
 
     Raises:
-        UserError: a clip that cannot be read, or that has another width than the first one; ``cache`` cannot be
-            written to, or is too small.
+        UserError: a clip cannot be read, or its width differs from that of the first; ``cache`` cannot be written to,
+            or has too little space.
     """
 
     def read(target: Path) -> ClipTable:
         facts = json.loads((target / "facts.json").read_text(encoding="utf-8"))
         offsets = np.load(target / "offsets.npy", allow_pickle=False)
 
-        def mapped(name: str, dtype: Any, width: int) -> np.ndarray:
+        def mapped(name: str, dtype: DTypeLike, width: int) -> np.ndarray:
             return np.asarray(np.memmap(target / f"{name}.bin", dtype=dtype, mode="r", shape=(int(offsets[-1]), width)))
 
         return ClipTable(
@@ -192,8 +199,8 @@ def channel_statistics(clips: ClipTable) -> tuple[np.ndarray, np.ndarray]:
         frames = clips[row]["frames"].astype(np.float64)
         total, squares, count = total + frames.sum(axis=0), squares + (frames**2).sum(axis=0), count + len(frames)
     mean = total / count
-    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    return mean, np.where(deviation > 1e-6, deviation, 1.0)
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return mean, np.where(std > 1e-6, std, 1.0)
 
 
 def _fingerprint(paths: list[Path], key: str, normalisation: str) -> str:
@@ -202,7 +209,7 @@ def _fingerprint(paths: list[Path], key: str, normalisation: str) -> str:
         try:
             stat = path.stat()
         except FileNotFoundError:
-            raise UserError(f"{path}: no such file, but the labels name it") from None
+            raise UserError(f"{path}: no such file, but the labels list it") from None
         digest.update(f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
 
@@ -221,14 +228,14 @@ def _write(target: Path, paths: list[Path], key: str, normalisation: Normalisati
             for path, (frames, mask) in zip(paths, _read_all(paths, key), strict=True):
                 width = width or frames.shape[1]
                 if frames.shape[1] != width:
-                    raise UserError(f"{path}: {key} has {frames.shape[1]} numbers a frame, the others {width}")
+                    raise UserError(f"{path}: {key} has {frames.shape[1]} channels per frame, the other clips {width}")
                 if normalisation == "body" and width != WIDTH:
-                    hint = f"not the {WIDTH} of a body: --normalisation standard"
-                    raise UserError(f"{path}: {key} has {width} numbers a frame, {hint}")
+                    hint = f"not the {WIDTH} of a body: use --normalisation standard"
+                    raise UserError(f"{path}: {key} has {width} channels per frame, {hint}")
                 frames, mask = normalise(frames, mask, normalisation)
                 has_mask = mask is not None if has_mask is None else has_mask
                 if has_mask != (mask is not None):
-                    raise UserError(f"{path}: not all clips have a mask: tools/validate_npz.py lists them")
+                    raise UserError(f"{path}: only some of the clips have a mask: tools/validate_npz.py lists them")
                 lengths.append(len(frames))
                 np.ascontiguousarray(frames).tofile(frames_file)
                 if mask is not None:
@@ -239,7 +246,7 @@ def _write(target: Path, paths: list[Path], key: str, normalisation: Normalisati
 
 
 def _read_all(paths: list[Path], key: str) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """The clips in order, opened by several threads, a bounded number ahead."""
+    """The clips in order, read by several threads, at most ``CHUNK`` in advance."""
     with ThreadPoolExecutor(READERS) as pool:
         for start in range(0, len(paths), CHUNK):
             yield from pool.map(lambda path: read_clip(path, key), paths[start : start + CHUNK])
@@ -248,10 +255,10 @@ def _read_all(paths: list[Path], key: str) -> Iterator[tuple[np.ndarray, np.ndar
 def class_names(
     splits: dict[str, ClipTable], folder: Path, named: str | None, num_gloss: int | None, num_cat: int | None
 ) -> dict[str, list[str]]:
-    """The names of the classes ``gloss`` and ``cat``, as many as were asked for or as the labels have.
+    """The names of the classes ``gloss`` and ``cat``; their number is given, or taken from the labels.
 
-    They come from the file ``named`` (columns gloss, label, cat, category), or from a ``gloss_names.csv`` in ``folder``
-    or beside it; without one the numbers themselves are the names.
+    The names come from the file ``named`` (columns gloss, label, cat, category), or from a ``gloss_names.csv`` in
+    ``folder`` or its parent; without one the numbers are the names.
 
     Raises:
         UserError: the file lacks a column.
@@ -279,8 +286,8 @@ def class_names(
     return names
 
 
-def made_up_clips(width: int, num_gloss: int, num_cat: int, seed: int) -> dict[str, ClipTable]:
-    """Clips of noise around a curve of each gloss's own, for a smoke test: 64 to train, 16 to validate, 16 to test."""
+def synthetic_clips(width: int, num_gloss: int, num_cat: int, seed: int) -> dict[str, ClipTable]:
+    """Synthetic clips for a smoke test, noise around a curve per gloss: 64 training, 16 validation, 16 test clips."""
     rng = np.random.default_rng(seed)
     curves = rng.standard_normal((num_gloss, 2, width)).astype(np.float32)
     splits = {}

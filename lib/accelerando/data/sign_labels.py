@@ -1,4 +1,4 @@
-"""The labels of sign clips, and everything that can be wrong with them or with the clips themselves.
+"""The labels of sign clips, and checks of the labels and of the clips themselves.
 
 A clip is an ``.npz`` file: ``X`` float [T, 156] keypoints (or other channels), ``X2048`` float [T, 2048] features,
 ``mask`` bool [T, 78], ``timestamps_ms`` int [T], ``meta`` a JSON string. Labels are a CSV with file, gloss and cat.
@@ -14,23 +14,28 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.data.tables import csv_records, similar_file
 
+if TYPE_CHECKING:
+    from numpy.lib.npyio import NpzFile
+
+    Add = Callable[[str, str], None]  # called with the kind and the text of a problem
+
 COLUMNS = ("file", "gloss", "cat")
 KEYPOINTS = 156  # channels of a frame: x and y of 78 points
 FEATURES = 2048
 ORDER = "pose25,left_hand21,right_hand21,face11"
-MARGIN = 0.05  # coordinates lie in [0, 1]; a point may leave the picture by this much
+MARGIN = 0.05  # coordinates are in [0, 1]; a point may be outside the image by this much
 
 # kind -> (severity, what it means)
 KINDS: dict[str, tuple[str, str]] = {
     "missing_file": ("error", "listed in the labels, but not in the folder"),
-    "unlisted_file": ("warning", "in the folder, but not in the labels: never used, not checked"),
+    "unlisted_file": ("warning", "in the folder, but not in the labels: neither used nor checked"),
     "listed_twice": ("error", "listed more than once"),
     "gloss_out_of_range": ("error", "gloss negative, or not below --num_gloss"),
     "cat_out_of_range": ("error", "category negative, or not below --num_cat"),
@@ -39,13 +44,13 @@ KINDS: dict[str, tuple[str, str]] = {
     "cat_not_in_train": ("error", "category without a training clip"),
     "same_name": ("error", "a training clip has the same name"),
     "same_clip": ("error", "a training clip has the same content"),
-    "unreadable": ("error", "no sound .npz file"),
-    "object_array": ("error", "holds pickled objects, which are never opened"),
+    "unreadable": ("error", "not a valid .npz file"),
+    "object_array": ("error", "contains pickled objects, which are never loaded"),
     "key_missing": ("error", "the array with the frames is missing"),
     "wrong_ndim": ("error", "frames are not a table of [frames, channels]"),
-    "wrong_width": ("error", "another number of channels than --width"),
+    "wrong_width": ("error", "number of channels differs from --width"),
     "wrong_dtype": ("error", "frames are not floating point numbers"),
-    "no_frames": ("error", "not a single frame"),
+    "no_frames": ("error", "no frames"),
     "nan": ("error", "NaN among the values"),
     "infinite": ("error", "infinite values"),
     "out_of_range": ("warning", "coordinates outside of [0, 1]"),
@@ -56,10 +61,10 @@ KINDS: dict[str, tuple[str, str]] = {
     "nothing_visible": ("error", "mask hides every point of every frame"),
     "timestamps_shape": ("error", "timestamps do not fit the frames"),
     "timestamps_dtype": ("error", "timestamps are not whole numbers"),
-    "timestamps_decrease": ("error", "timestamps run backwards"),
+    "timestamps_decrease": ("error", "timestamps decrease"),
     "meta_not_json": ("error", "meta is not a JSON object"),
-    "meta_contradicts": ("error", "meta says something else than the arrays"),
-    # The next four are warnings where features are not required.
+    "meta_contradicts": ("error", "meta contradicts the arrays"),
+    # The next four are warnings if features are not required.
     "x2048_missing": ("error", "features are required, but missing"),
     "x2048_shape": ("error", "features are not floats of [frames, 2048]"),
     "x2048_length": ("error", "features and keypoints differ in length"),
@@ -76,24 +81,24 @@ class Labels:
     gloss: np.ndarray
     cat: np.ndarray
     occluded: np.ndarray | None = None
-    lines: np.ndarray | None = None  # int64 [n], where each row ends in the file
+    lines: np.ndarray | None = None  # int64 [n], the line where each row ends
 
     def __len__(self) -> int:
         return len(self.files)
 
     def where(self, row: int) -> str:
-        """The place of a row as an editor counts lines."""
+        """The line number of a row, as in an editor."""
         return f"line {row + 2 if self.lines is None else self.lines[row]} of {self.name}"
 
     @property
     def name(self) -> str:
-        """The file with its folder: two sets may both have a labels.csv."""
+        """The file with its folder: several sets may have a labels.csv."""
         return "/".join(self.path.parts[-2:])
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: ``kind`` of ``KINDS``, the clip's name with ``.npz``, one line of ``text`` with both."""
+    """A problem: its ``kind`` in ``KINDS``, the clip's ``file`` with ``.npz``, and a line of ``text`` about both."""
 
     kind: str
     file: str
@@ -102,7 +107,7 @@ class Problem:
 
 
 class Clip(NamedTuple):
-    """What opening a clip told; ``digest`` is None where it would say nothing (unreadable, no frames, zeros)."""
+    """The result of inspecting a clip; ``digest`` is None for an unreadable clip, one without frames or of zeros."""
 
     problems: list[Problem]
     frames: int | None
@@ -110,7 +115,7 @@ class Clip(NamedTuple):
 
 
 def make_problem(kind: str, file: str, text: str, severity: str | None = None) -> Problem:
-    """A problem whose one line names the file, whatever characters either of them holds."""
+    """A problem with a one-line text that names the file; unprintable characters are escaped."""
     file, text = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in part) for part in (file, text))
     return Problem(kind, file, f"{file}: {text}", severity or KINDS[kind][0])
 
@@ -122,7 +127,7 @@ def read_labels(path: Path | str) -> Labels:
     """Reads a CSV with file (with or without ``.npz``), gloss, cat and perhaps occluded; other columns are ignored.
 
     Raises:
-        UserError: the file is missing, empty or broken; a column is missing; a value is no whole number.
+        UserError: the file is missing, empty or invalid; a column is missing; a value is not an integer.
     """
     path = Path(path)
     files: list[str] = []
@@ -147,10 +152,10 @@ def read_labels(path: Path | str) -> Labels:
 
 
 def label_records(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
-    """(where, row) of a labels file, every column as text, spaces around headings dropped.
+    """(where, row) of a labels file, every column as text, spaces around column names stripped.
 
     Raises:
-        UserError: as :func:`read_labels`, values excepted.
+        UserError: as in :func:`read_labels`, but values are not checked.
     """
     if not path.is_file():
         raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}{similar_file(path)}")
@@ -159,7 +164,7 @@ def label_records(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
     try:
         first = next(iter(csv_records(path, [])), None)
         if first is None:
-            raise UserError(f"{path}: no rows in it; a heading line {','.join(COLUMNS)} and a line for each clip")
+            raise UserError(f"{path}: no rows; expected a header {','.join(COLUMNS)} and a line for each clip")
         spelled = list(first[1])
         there = [name.strip() for name in spelled]
         missing = [name for name in COLUMNS if name not in there]
@@ -177,7 +182,7 @@ def _hint(column: str, there: list[str]) -> str:
         return f"; separate columns by commas, not by {match[0]!r}"
     plain = {name.lower(): name for name in there}
     close = difflib.get_close_matches(column, plain, n=1, cutoff=0.5)
-    return f"; rename {plain[close[0]]!r}?" if close else f"; the heading line is {','.join(COLUMNS)}"
+    return f"; rename {plain[close[0]]!r}?" if close else f"; expected the header {','.join(COLUMNS)}"
 
 
 def _whole_number(text: str, where: str) -> int:
@@ -187,7 +192,7 @@ def _whole_number(text: str, where: str) -> int:
 
 
 def list_clips(folder: Path, names: Iterable[str] = ()) -> list[str]:
-    """The clips in ``folder``, sorted, without ``.npz``; of subfolders those that ``names`` mention (``signer1/clip``).
+    """The clips in ``folder``, sorted, without ``.npz``; also in the subfolders that ``names`` mention (``s1/clip``).
 
     Raises:
         UserError: no such folder.
@@ -215,10 +220,10 @@ def label_problems(
     train: Labels | None = None,
     train_folder: Path | str | None = None,
 ) -> list[Problem]:
-    """What labels and file names alone show; no clip is opened. ``train``: the labels of the training set beside these.
+    """Problems found from labels and file names; no clip is opened. ``train``: the labels of the training set.
 
-    ``train_folder`` is where its clips lie (default: ``folder``). In another folder the same name is a warning: names
-    may coincide, and a comparison of contents tells more.
+    ``train_folder`` contains its clips (default: ``folder``). In different folders equal names are only a warning, as
+    they may coincide; comparing the contents is safer.
 
     Raises:
         UserError: no such folder.
@@ -240,7 +245,7 @@ def label_problems(
             problems.append(make_problem("listed_twice", f"{name}.npz", text))
         elif name not in present:
             alike = plain.get(_plain(name)) or plain.get(_plain(re.split(r"[/\\]", name)[-1]))
-            text = f"{where} lists it{f'; meant {alike!r}?' if alike else ''}"
+            text = f"{where} lists it{f'; did you mean {alike!r}?' if alike else ''}"
             problems.append(make_problem("missing_file", f"{name}.npz", text))
         first.setdefault(name, row)
         for column, values, count in (("gloss", labels.gloss, num_gloss), ("cat", labels.cat, num_cat)):
@@ -260,7 +265,7 @@ def label_problems(
 
 
 def _plain(name: str) -> str:
-    """What is left of a name whose spelling went wrong: letters and digits."""
+    """Letters and digits of a name, in lower case: finds names that are spelled differently."""
     return re.sub(r"[\W_]+|npz$", "", name).casefold()
 
 
@@ -297,10 +302,10 @@ def inspect_clip(
     expect_mask: bool = False,
     frames_only: bool = False,
 ) -> Clip:
-    """Opens one clip, called ``name`` in what is said, and checks every array in it; pickled objects stay shut.
+    """Checks every array of a clip, called ``name`` in messages; pickled objects are not loaded.
 
-    With ``require_x2048`` the features are what counts: the keypoints may be missing, and the features may lie under
-    ``key``. Without it, a fault of features that are there is a warning. ``frames_only`` reads nothing but the frames.
+    With ``require_x2048`` the features are required: the keypoints may be missing, and the features may be under
+    ``key``. Otherwise problems of the features are warnings. ``frames_only`` reads only the frames.
     """
     path = Path(path)
     problems: list[Problem] = []
@@ -324,8 +329,8 @@ def inspect_clip(
                 for member in dict.fromkeys(wanted):
                     if member in there:
                         _read(archive, member, arrays, add)
-    except Exception as error:  # the system, zip and numpy have errors of their own
-        add("unreadable", f"damaged or cut short ({first_line(error)})")
+    except Exception as error:  # the system, zip and numpy raise errors of their own
+        add("unreadable", f"corrupted or truncated ({first_line(error)})")
         return Clip(problems, None, None)
     frames, features = arrays.pop(key, None), arrays.pop("X2048", None)
     if key == "X2048":
@@ -345,7 +350,7 @@ def inspect_clip(
     if features is not None:
         severity = "error" if require_x2048 else "warning"
         length = _check_features(features, length, lambda kind, text: add(kind, text, severity))
-    # None where there is nothing to compare with: no keypoints, or a width that is wrong by itself.
+    # None if there are no channels to compare with: no keypoints, or a wrong width.
     comparable = frames is not None and frames.ndim == 2 and width in (None, frames.shape[1])
     channels = frames.shape[1] if comparable else None
     if "mask" in arrays:
@@ -359,15 +364,15 @@ def inspect_clip(
     return Clip(problems, length, digest)
 
 
-def _read(archive: Any, member: str, arrays: dict[str, np.ndarray], add: Any) -> None:
+def _read(archive: NpzFile, member: str, arrays: dict[str, np.ndarray], add: Add) -> None:
     try:
         value = archive[member]
-    except Exception as error:  # zip, zlib and numpy have errors of their own; a header may promise any size
+    except Exception as error:  # zip, zlib and numpy raise errors of their own; a header may claim any size
         if "allow_pickle" in str(error):
             instead = "json.dumps(meta)" if member == "meta" else "plain numbers"
-            add("object_array", f"{member} holds Python objects; save {instead}")
+            add("object_array", f"{member} contains Python objects; save {instead}")
         else:
-            add("unreadable", f"{member} is damaged or cut short ({first_line(error)})")
+            add("unreadable", f"{member} is corrupted or truncated ({first_line(error)})")
         return
     if isinstance(value, np.ndarray):
         arrays[member] = value
@@ -386,8 +391,8 @@ def _shape(values: np.ndarray) -> str:
     return f"{values.dtype} [{', '.join(map(str, values.shape))}]"
 
 
-def _check_frames(values: np.ndarray, key: str, width: int | None, add: Any) -> int | None:
-    """Checks the frames, [T, channels]; T where it can be told."""
+def _check_frames(values: np.ndarray, key: str, width: int | None, add: Add) -> int | None:
+    """Checks the frames, [T, channels]; returns T, or None if it is unknown."""
     if values.dtype.kind != "f":
         add("wrong_dtype", f"{key} is {values.dtype}; save it as float32")
     if values.ndim != 2:
@@ -395,7 +400,7 @@ def _check_frames(values: np.ndarray, key: str, width: int | None, add: Any) -> 
         return None
     if width is not None and values.shape[1] != width:
         hint = "--require_x2048, if these are features" if values.shape[1] == FEATURES else f"--width {values.shape[1]}"
-        add("wrong_width", f"{key} is {_shape(values)}, expected [frames, {width}]; or give {hint}")
+        add("wrong_width", f"{key} is {_shape(values)}, expected [frames, {width}]; or use {hint}")
     if len(values) == 0:
         add("no_frames", f"{key} is {_shape(values)}")
     if values.dtype.kind != "f" or values.size == 0:
@@ -404,7 +409,7 @@ def _check_frames(values: np.ndarray, key: str, width: int | None, add: Any) -> 
         if bad.any():
             add(kind, f"{np.count_nonzero(bad):,} of {bad.size:,} values are {word}, the first is {key}{_at(bad)}")
     if not values.any():
-        add("all_zero", f"{key} is {_shape(values)} of zeros: nobody was detected")
+        add("all_zero", f"{key} is {_shape(values)} of zeros: no person was detected")
     if values.shape[1] == KEYPOINTS:
         away = np.where(np.isfinite(values), np.abs(values - 0.5) - 0.5, 0)
         if (away > MARGIN).any():
@@ -419,8 +424,8 @@ def _at(bad: np.ndarray) -> str:
     return str(list(map(int, np.unravel_index(bad.argmax(), bad.shape))))
 
 
-def _check_features(values: np.ndarray, length: int | None, add: Any) -> int | None:
-    """Checks [T, 2048]; the number of frames, that of the keypoints where they are there."""
+def _check_features(values: np.ndarray, length: int | None, add: Add) -> int | None:
+    """Checks the features, [T, 2048]; returns the number of frames, that of the keypoints if there are any."""
     if values.dtype.kind != "f" or values.shape[1:] != (FEATURES,) or len(values) == 0:
         add("x2048_shape", f"features are {_shape(values)}, expected float32 [frames, {FEATURES}]")
         return length
@@ -434,12 +439,12 @@ def _check_features(values: np.ndarray, length: int | None, add: Any) -> int | N
     return len(values) if length is None else length
 
 
-def _check_mask(mask: np.ndarray, length: int | None, channels: int | None, add: Any) -> None:
+def _check_mask(mask: np.ndarray, length: int | None, channels: int | None, add: Add) -> None:
     if mask.dtype != bool:
         add("mask_dtype", f"mask is {mask.dtype}; save it as bool")
     points = KEYPOINTS // 2 if channels == KEYPOINTS else None
     fits = mask.ndim == 2 and length in (None, len(mask)) and mask.shape[1] > 0
-    # Of other channels it is not known how many make a point.
+    # For other channels it is unknown how many form a point.
     if not fits or (mask.shape[1] != points if points else channels and channels % mask.shape[1]):
         expected = f"[{'frames' if length is None else length}, {points or 'points'}]"
         add("mask_shape", f"mask is {_shape(mask)}, expected bool {expected}")
@@ -447,7 +452,7 @@ def _check_mask(mask: np.ndarray, length: int | None, channels: int | None, add:
         add("nothing_visible", f"mask is {_shape(mask)}, all false")
 
 
-def _check_timestamps(times: np.ndarray, length: int | None, add: Any) -> None:
+def _check_timestamps(times: np.ndarray, length: int | None, add: Add) -> None:
     if times.dtype.kind not in "iu":
         add("timestamps_dtype", f"timestamps_ms is {times.dtype}; save it as int64")
     if times.ndim != 1 or length not in (None, len(times)):
@@ -459,7 +464,7 @@ def _check_timestamps(times: np.ndarray, length: int | None, add: Any) -> None:
         add("timestamps_decrease", text)
 
 
-def _check_meta(meta: np.ndarray, channels: int | None, add: Any) -> None:
+def _check_meta(meta: np.ndarray, channels: int | None, add: Add) -> None:
     if meta.dtype.kind not in "US" or meta.size != 1:
         add("meta_not_json", f"meta is {_shape(meta)}, expected one JSON string")
         return
@@ -472,20 +477,20 @@ def _check_meta(meta: np.ndarray, channels: int | None, add: Any) -> None:
         add("meta_not_json", f"meta is a JSON {type(content).__name__}, expected an object")
         return
     said = {name: content[name] for name in ("dims_per_frame", "keypoints_total", "order") if name in content}
-    true: dict[str, Any] = {} if channels is None else {"dims_per_frame": channels}
-    if channels == KEYPOINTS:  # of other channels it is not known how many make a point
+    true: dict[str, int | str] = {} if channels is None else {"dims_per_frame": channels}
+    if channels == KEYPOINTS:  # for other channels it is unknown how many form a point
         true |= {"keypoints_total": KEYPOINTS // 2, "order": ORDER}
     for name, value in true.items():
         if name in said and (re.sub(r"\s", "", said[name]) if isinstance(said[name], str) else said[name]) != value:
-            add("meta_contradicts", f"meta says {name} {said[name]!r:.60}, the frames say {value!r}")
+            add("meta_contradicts", f"meta has {name} {said[name]!r:.60}, the frames have {value!r}")
 
 
-# Of what label_problems finds, these make training impossible; the rest is said and left to the user.
+# Problems that make training impossible; the others are only reported.
 FATAL = ("missing_file", "gloss_out_of_range", "cat_out_of_range")
 
 
 def report_problems(problems: list[Problem], warn: Callable[[str], None]) -> None:
-    """Tells ``warn`` one line for each kind of problem; unlisted files are none here, since splits may share a folder.
+    """Calls ``warn`` with one line for each kind of problem; ignores unlisted files, since splits may share a folder.
 
     Raises:
         UserError: a clip is missing or a class is out of range.

@@ -1,4 +1,4 @@
-"""Dealing samples out to training, validation and test: each class in its share, groups whole."""
+"""Stratified splits into training, validation and test sets or folds; groups are never divided."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from accelerando.base.errors import UserError
 
 
 def deal_groups(
-    classes: np.ndarray, group: np.ndarray, shares: np.ndarray, rng: np.random.Generator, covered: np.ndarray,
+    classes: np.ndarray,
+    group: np.ndarray,
+    shares: np.ndarray,
+    rng: np.random.Generator,
+    covered: np.ndarray,
     filled_first: bool = False,
-) -> np.ndarray:  # fmt: skip
-    """The side of each group, int [groups]: greedily where the shares of classes and of samples come nearest, then
-    moved about while that betters them.
+) -> np.ndarray:
+    """The side (split or fold) of each group, int [groups], so that the fractions of classes and of samples are as
+    close to ``shares`` as possible: a greedy assignment, then local search.
 
     Args:
         classes: class number of each sample, int [n].
-        group: group of each sample, int [n], every number from 0 on in use.
-        shares: of each side, float [sides]; a side of share 0 gets nothing.
-        covered: bool [sides, classes], where a class on a side should not be without samples.
-        filled_first: a side without groups is worse than anything else.
+        group: group of each sample, int [n], numbered from 0 without gaps.
+        shares: fraction of the samples for each side, float [sides]; a side with fraction 0 gets none.
+        covered: bool [sides, classes]: whether the class should have samples on the side.
+        filled_first: avoid sides without groups before anything else.
     """
     sides = np.flatnonzero(shares > 0)
     sizes, totals, samples = np.bincount(group), np.bincount(classes, minlength=covered.shape[1]), len(classes)
@@ -28,7 +32,7 @@ def deal_groups(
     target = shares[:, None] * totals
 
     def settle(chosen: np.ndarray, order: np.ndarray, final: bool) -> bool:
-        """Puts each group where it costs least; ``final``: emptiness and coverage count. True where one moved."""
+        """Moves each group to the side with the lowest cost; True if any moved. ``final``: empty sides have a cost."""
         moved = False
         for number in order:
             numbers, counts = parts[number]
@@ -36,7 +40,7 @@ def deal_groups(
             if here >= 0:
                 held[here, numbers] -= counts
                 filled[here] -= sizes[number]
-            # By how much the squared distances from the target grow on each side; all samples together weigh 3 times.
+            # The increase of the squared distance from the target on each side; the total size has weight 3.
             off = 2 * (held[:, numbers] - target[:, numbers]) + counts
             costs = (off * counts / totals[numbers]).sum(1)
             costs += 3 * (2 * (filled - shares * samples) + sizes[number]) * sizes[number] / samples
@@ -58,7 +62,7 @@ def deal_groups(
         held, filled = np.zeros_like(target), np.zeros(len(shares))
         order = rng.permutation(len(sizes))
         chosen = np.full(len(sizes), -1)
-        # Large groups first fit best; of many any order fits, and no side gets the small ones.
+        # Large groups first fit best. With many groups any order does, and a random one spreads the small groups.
         settle(chosen, order[np.argsort(-sizes[order], kind="stable")] if few and attempt == 0 else order, False)
         for _ in range(20 if few else 3):
             if not settle(chosen, rng.permutation(len(sizes)), True):
@@ -75,14 +79,14 @@ def deal_groups(
 def deal_folds(
     classes: np.ndarray, group: np.ndarray, test_fraction: float, folds: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Side of each sample, int [n]: 0 is the test, 1 to ``folds`` are the folds that partition the rest.
+    """Side of each sample, int [n]: 0 is the test set, 1 to ``folds`` are the folds that partition the rest.
 
-    A side has each class's share rounded up or down, the test at least one sample where it is wanted; what is rounded
-    is spread, so that the folds' sizes differ by one at most. Samples of a group are on one side: those groups are
-    dealt first, and the samples that are alone fill up what they leave uneven.
+    Each side gets its fraction of each class rounded up or down, and a test set at least one sample of each; remainders
+    are spread so that the sizes of the folds differ by at most one. All samples of a group are on one side: groups
+    are assigned first, and single samples then even out what the groups leave uneven.
 
     Args:
-        classes: class number of each sample, int [n], every number from 0 on in use.
+        classes: class number of each sample, int [n], numbered from 0 without gaps.
         group: group of each sample, int [n].
     """
     num_classes = classes.max() + 1
@@ -93,12 +97,12 @@ def deal_folds(
     held = np.zeros((folds + 1, num_classes), np.int64)
     if together.any():
         shares = np.array([test_fraction] + [(1 - test_fraction) / folds] * folds)
-        covered = (shares > 0)[:, None] & (alone < folds + 1)  # others need no group to be on each side
+        covered = (shares > 0)[:, None] & (alone < folds + 1)  # other classes have enough single samples for each side
         numbers = np.unique(group[together], return_inverse=True)[1]
         side[together] = deal_groups(classes[together], numbers, shares, rng, covered)[numbers]
         np.add.at(held, (side[together], classes[together]), 1)
 
-    # The test of all classes is to hold its share too: what one class's rounding gives, the next ones take.
+    # The total of the test set should match its fraction too: rounding errors are carried over to the next class.
     totals, owed = held.sum(0) + alone, 0.0
     added = np.zeros_like(held)
     for number in rng.permutation(num_classes) if test_fraction > 0 else ():
@@ -108,7 +112,7 @@ def deal_folds(
         wanted = np.clip(np.floor(exact + owed + 0.5), low, high)
         added[0, number] = np.clip(wanted - held[0, number], 0, alone[number])
         owed += exact - held[0, number] - added[0, number]
-    # Each fold's even part of every class first, then the remainders to the folds that are smallest so far.
+    # First an equal number of each class to every fold, then the remainders to the smallest folds.
     left = alone - added[0]
     for number in range(num_classes):
         added[1:, number] = _level(held[1:, number], left[number])
@@ -122,11 +126,11 @@ def deal_folds(
     for number in range(num_classes):
         members = rng.permutation(np.flatnonzero(~together & (classes == number)))
         side[members] = np.repeat(np.arange(folds + 1), added[:, number])
-    return np.concatenate([[0], 1 + rng.permutation(folds)])[side]  # no fold is the one that groups come to first
+    return np.concatenate([[0], 1 + rng.permutation(folds)])[side]  # the number of a fold says nothing about its groups
 
 
 def _level(held: np.ndarray, count: int) -> np.ndarray:
-    """How many of ``count`` each place gets so that the lowest are level; a rest too small for one each stays over."""
+    """How many of ``count`` each position gets to raise the lowest to one level; a remainder is not assigned."""
     open_ = np.ones(len(held), bool)
     while True:
         level = (held[open_].sum() + count) // open_.sum()
@@ -137,13 +141,13 @@ def _level(held: np.ndarray, count: int) -> np.ndarray:
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rest, held out), sorted row numbers; a function of (labels, fraction, seed) alone.
+    """(rest, held out), sorted row numbers; depends only on (labels, fraction, seed).
 
-    Of each class ``fraction`` is held out, to within one row; of a class with two rows or more at least one row is on
-    each side, and a single row stays in the rest.
+    ``fraction`` of each class is held out, to within one row; a class with two rows or more has at least one in each
+    part, and a class with a single row stays in the rest.
     """
     if not 0 < fraction < 1:
-        raise UserError(f"a split of {fraction}: it has to lie between 0 and 1")
+        raise UserError(f"a split of {fraction}: it must be between 0 and 1")
     rng = np.random.default_rng(seed)
     held_out = []
     for label in np.unique(labels):

@@ -1,6 +1,6 @@
 """Labelled text from a JSON list, JSON lines, CSV, TSV, Parquet or a `datasets` name, packed as Arrow columns.
 
-Whatever is wrong with a row is said in one line with its file and number; data/README.md describes the formats.
+An error in a row is reported in one line with the file and the row number; data/README.md describes the formats.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ class TextTable:
     pairs: pa.ChunkedArray | None
     labels: pa.ChunkedArray | None
     source: str
-    others: pa.Table | None = None  # the other columns, where they were asked for
-    columns: dict[str, np.ndarray] = field(default_factory=dict)  # further numbers, [n] each: see encode_column
+    others: pa.Table | None = None  # the other columns, if requested
+    columns: dict[str, np.ndarray] = field(default_factory=dict)  # encoded columns, [n] each: see encode_column
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def text(self, row: int) -> str:
-        """The text (or pair of texts) of a row, for people."""
+        """The text (or pair of texts) of a row, for display."""
         first = self.texts[row].as_py()
         return first if self.pairs is None else f"{first} / {self.pairs[row].as_py()}"
 
     def take(self, rows: np.ndarray) -> TextTable:
-        """The given rows, in that order."""
+        """The given rows, in the given order."""
         import pyarrow as pa
 
         index = pa.array(rows)
@@ -65,13 +65,13 @@ def read_text_table(
     allow_blank: bool = False,
     other_columns: bool = False,
 ) -> TextTable:
-    """Reads ``source``: a file, a folder of `datasets`, or ``name`` or ``name:config`` of a set on the Hub.
+    """Reads ``source``: a file, a folder of `datasets`, or ``name`` or ``name:config`` of a data set on the Hub.
 
-    ``split`` matters to `datasets` alone; ``allow_blank`` lets empty texts pass; ``other_columns`` keeps the others
-    too. Rows count from 1 in messages.
+    ``split`` applies only to `datasets`; ``allow_blank`` allows empty texts; ``other_columns`` keeps all columns.
+    Messages count rows from 1.
 
     Raises:
-        UserError: the file is missing, broken or empty; a column is unknown; a row lacks its text or label.
+        UserError: the file is missing, invalid or empty; a column is unknown; a row lacks its text or label.
     """
     path = Path(source)
     columns = [
@@ -104,15 +104,15 @@ def read_text_table(
 
 
 def label_names(table: TextTable) -> list[str]:
-    """The labels as names: text sorted as text, whole numbers as numbers."""
+    """The distinct labels as names: text sorted as text, integers as numbers."""
     return [str(label) for label in sorted(table.labels.unique().to_pylist())]
 
 
 def encode_labels(table: TextTable, names: list[str]) -> np.ndarray:
-    """Label numbers, int64 [n], by the position of each row's label in ``names``.
+    """Label numbers, int64 [n]: the position of each row's label in ``names``.
 
     Raises:
-        UserError: a label that is not in ``names``, with file and row.
+        UserError: a label is not in ``names``; gives file and row.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -127,9 +127,9 @@ def encode_labels(table: TextTable, names: list[str]) -> np.ndarray:
 
 
 def encode_column(tables: Mapping[str, TextTable], name: str) -> tuple[dict[str, TextTable], list[str]]:
-    """The tables of all splits with a further column as numbers, and the texts that 0, 1, ... stand for, sorted.
+    """The tables of all splits with column ``name`` encoded as numbers, and the texts for 0, 1, ..., sorted.
 
-    The tables have to be read with ``other_columns``. The numbers go into each batch under ``name``.
+    The tables must be read with ``other_columns``. Batches contain the numbers under ``name``.
 
     Raises:
         UserError: a table has no such column.
@@ -142,7 +142,7 @@ def encode_column(tables: Mapping[str, TextTable], name: str) -> tuple[dict[str,
         there = table.others.column_names if table.others is not None else []
         if name not in there:
             known = ", ".join(there) or "none"
-            raise UserError(f"{table.source}: no column {name!r}; beside text and label there are {known}")
+            raise UserError(f"{table.source}: no column {name!r}; other than text and label there are {known}")
         texts[split] = pc.fill_null(pc.cast(table.others[name], pa.large_string()), "")
     names = sorted(set().union(*(column.unique().to_pylist() for column in texts.values())))
     values = pa.array(names, pa.large_string())
@@ -166,9 +166,9 @@ def json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {error.lineno}, column {error.colno}: broken JSON ({error.msg})") from None
-        except (RecursionError, ValueError) as error:  # nested beyond reason, a number of thousands of digits
-            raise UserError(f"{path}: broken JSON ({error})") from None
+            raise UserError(f"{path}: line {error.lineno}, column {error.colno}: invalid JSON ({error.msg})") from None
+        except (RecursionError, ValueError) as error:  # nested too deeply, a number of thousands of digits
+            raise UserError(f"{path}: invalid JSON ({error})") from None
         if not isinstance(content, list):
             raise UserError(f"{path}: expected a list of rows, found a {type(content).__name__}")
         for number, record in enumerate(content, start=1):
@@ -182,9 +182,9 @@ def json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         try:
             yield f"row {number} (line {line_number})", json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {line_number}, column {error.colno}: broken JSON ({error.msg})") from None
+            raise UserError(f"{path}: line {line_number}, column {error.colno}: invalid JSON ({error.msg})") from None
         except (RecursionError, ValueError) as error:
-            raise UserError(f"{path}: line {line_number}: broken JSON ({error})") from None
+            raise UserError(f"{path}: line {line_number}: invalid JSON ({error})") from None
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -197,7 +197,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def csv_records(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record) of a CSV or TSV file; UserError where it is broken or lacks one of ``columns``."""
+    """(where, record) of a CSV or TSV file; UserError: it is invalid or lacks one of ``columns``."""
     reader = csv.reader(_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
     csv.field_size_limit(2**31 - 1)
     try:
@@ -205,9 +205,9 @@ def csv_records(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str,
         missing = [name for name in columns if name not in header]
         if missing:
             raise UserError(f"{path}: no column {missing[0]!r}; there are {', '.join(header)}")
-        twice = [name for name in columns if header.count(name) > 1]
-        if twice:
-            raise UserError(f"{path}: two columns are called {twice[0]!r}")
+        repeated = [name for name in columns if header.count(name) > 1]
+        if repeated:
+            raise UserError(f"{path}: two columns are called {repeated[0]!r}")
         number = 0
         for fields in reader:
             if not fields:
@@ -216,22 +216,22 @@ def csv_records(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str,
             if len(fields) != len(header):
                 where = f"row {number} (line {reader.line_num})"
                 raise UserError(
-                    f"{path}: {where}: {len(fields)} fields under {len(header)} headings; quote a text with a comma"
+                    f"{path}: {where}: {len(fields)} fields, but {len(header)} columns; put texts with commas in quotes"
                 )
             yield f"row {number} (line {reader.line_num})", dict(zip(header, fields, strict=True))
     except csv.Error as error:
-        raise UserError(f"{path}: line {reader.line_num}: broken CSV ({error})") from None
+        raise UserError(f"{path}: line {reader.line_num}: invalid CSV ({error})") from None
 
 
 def read_parquet(path: Path) -> pa.Table:
-    """A Parquet file; UserError where it is not sound."""
+    """A Parquet file; UserError: it is not readable."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         return pq.read_table(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a sound Parquet file ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{path}: not a valid Parquet file ({str(error).splitlines()[0]})") from None
 
 
 def _read_datasets(source: str, split: str) -> pa.Table:
@@ -248,13 +248,13 @@ def _read_datasets(source: str, split: str) -> pa.Table:
             loaded = loaded[split] if isinstance(loaded, dict) else loaded
         else:
             loaded = datasets.load_dataset(path, config or None, split=split)
-    except Exception as error:  # the Hub client, fsspec and each builder have errors of their own
+    except Exception as error:  # the Hub client, fsspec and each builder raise errors of their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{source}: neither a file ({', '.join(SUFFIXES)}) nor a set that opens: {reason}") from None
+        message = f"{source}: neither a file ({', '.join(SUFFIXES)}) nor a data set that can be loaded: {reason}"
+        raise UserError(message) from None
     table = loaded.with_format("arrow")[:]
     for name, feature in loaded.features.items():
-        # Class names say more than their numbers.
-        if isinstance(feature, datasets.ClassLabel):
+        if isinstance(feature, datasets.ClassLabel):  # class names instead of their numbers
             import pyarrow as pa
 
             names = [feature.int2str(value) if value is not None and value >= 0 else None for value in loaded[name]]
@@ -263,16 +263,16 @@ def _read_datasets(source: str, split: str) -> pa.Table:
 
 
 def _pack(
-    records: Iterator[tuple[str, Any]], columns: list[str], label: str | None, source: str, others: bool
+    records: Iterator[tuple[str, object]], columns: list[str], label: str | None, source: str, others: bool
 ) -> pa.Table:
-    """Checks records one by one and packs the wanted columns; with ``others`` those of the first record too."""
+    """Checks records one by one and packs ``columns``; with ``others``, also the other columns of the first record."""
     import pyarrow as pa
 
     beside: list[str] = []  # names of the other columns
-    extra: dict[str, list[Any]] = {}
+    extra: dict[str, list[object]] = {}
     extra_chunks: dict[str, list[pa.Array]] = {}
 
-    pending: dict[str, list[Any]] = {name: [] for name in columns}
+    pending: dict[str, list[str | int]] = {name: [] for name in columns}
     chunks: dict[str, list[pa.Array]] = {name: [] for name in columns}
     label_type: type | None = None
 
@@ -282,9 +282,9 @@ def _pack(
             try:
                 chunks[name].append(pa.array(pending[name], kind))
             except OverflowError:
-                raise UserError(f"{source}: a {name} beyond 64 bits; write it as text") from None
+                raise UserError(f"{source}: a {name} does not fit into 64 bits; write it as text") from None
             except UnicodeEncodeError:
-                raise UserError(f"{source}: a {name} holds half a character (a lone surrogate)") from None
+                raise UserError(f"{source}: a {name} contains half a character (a lone surrogate)") from None
             pending[name].clear()
         for name in beside:
             extra_chunks[name].append(_array_of_any(extra[name]))
@@ -302,7 +302,7 @@ def _pack(
             if name != label and not isinstance(value, str):
                 raise UserError(f"{source}: {where}: {name} is {value!r:.40}, not a text")
             if name == label and type(value) not in ((int, str) if label_type is None else (label_type,)):
-                wanted = "a name or a whole number" if label_type is None else f"{_KINDS[label_type]} as before"
+                wanted = "a name or a whole number" if label_type is None else f"{_KINDS[label_type]} as in other rows"
                 raise UserError(f"{source}: {where}: {name} is {value!r:.40}, not {wanted}")
             if name == label and label_type is None:
                 label_type = type(value)
@@ -319,8 +319,8 @@ def _pack(
     return pa.table(table | {name: _one_type(extra_chunks[name]) for name in beside})
 
 
-def _array_of_any(values: list[Any]) -> pa.Array:
-    """``values`` as Arrow infers them, or as texts where they are of several kinds."""
+def _array_of_any(values: list[object]) -> pa.Array:
+    """``values`` with the type that Arrow infers, or as texts if their types differ."""
     import pyarrow as pa
 
     try:
@@ -330,18 +330,19 @@ def _array_of_any(values: list[Any]) -> pa.Array:
 
 
 def _one_type(chunks: list[pa.Array]) -> pa.ChunkedArray:
-    """The chunks as one column: of their common type, or as texts."""
+    """The chunks as one column: with their common type, or as texts."""
     import pyarrow as pa
 
     kinds = {chunk.type for chunk in chunks if chunk.null_count < len(chunk)}
     kind = next(iter(kinds)) if len(kinds) == 1 else pa.large_string()
-    texts = [pa.array([None if value is None else str(value) for value in chunk.to_pylist()], pa.large_string())
-             for chunk in chunks] if kind == pa.large_string() else [chunk.cast(kind) for chunk in chunks]  # fmt: skip
-    return pa.chunked_array(texts, kind)
+    if kind != pa.large_string():
+        return pa.chunked_array([chunk.cast(kind) for chunk in chunks], kind)
+    texts = [[None if value is None else str(value) for value in chunk.to_pylist()] for chunk in chunks]
+    return pa.chunked_array([pa.array(chunk, kind) for chunk in texts], kind)
 
 
 def _numbers_from_text(table: pa.Table, label: str) -> pa.Table:
-    """A CSV knows only text: where every label is a whole number, numbers are what was meant."""
+    """Turns the labels of a CSV, which are text, into numbers if all of them are integers."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -370,7 +371,7 @@ def _check_texts(column: pa.ChunkedArray, name: str, source: str, may_be_blank: 
 
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-        raise UserError(f"{source}: column {name!r} holds {column.type}, not text")
+        raise UserError(f"{source}: column {name!r} contains {column.type}, not text")
     column = pc.cast(column, pa.large_string())
     empty = pc.is_null(column)
     if not may_be_blank:
@@ -387,14 +388,14 @@ def _check_labels(column: pa.ChunkedArray, name: str, source: str) -> pa.Chunked
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     if not pa.types.is_integer(kind):
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
-            raise UserError(f"{source}: column {name!r} holds {column.type}: labels are names or whole numbers")
+            raise UserError(f"{source}: column {name!r} contains {column.type}: labels are names or whole numbers")
         return _check_texts(column, name, source, may_be_blank=False)
     if column.null_count:
         raise UserError(f"{source}: row {_first(pc.is_null(column)) + 1}: {name} is empty")
     try:
         return pc.cast(column, pa.int64())
     except pa.ArrowInvalid:
-        raise UserError(f"{source}: a {name} beyond 64 bits; write it as text") from None
+        raise UserError(f"{source}: a {name} does not fit into 64 bits; write it as text") from None
 
 
 def _first(mask: pa.ChunkedArray) -> int:
@@ -404,7 +405,7 @@ def _first(mask: pa.ChunkedArray) -> int:
 
 
 def similar_file(path: Path) -> str:
-    """A hint where the folder has a file of a like name."""
+    """A hint if the folder has a file with a similar name."""
     if not path.parent.is_dir():
         return f" (nor a folder {path.parent})"
     names = [entry.name for entry in path.parent.iterdir() if entry.suffix.lower() in SUFFIXES]

@@ -1,28 +1,37 @@
-"""A tokenizer trained on the training text: WordPiece or byte-level BPE, the same file for the same texts, always."""
+"""A tokenizer trained on the training texts: WordPiece or byte-level BPE; the same texts always give the same file."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from accelerando.base.errors import UserError, first_line
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from tokenizers import Tokenizer
+    from tokenizers.normalizers import Normalizer
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+    Texts = Iterable[str] | pa.Array | pa.ChunkedArray
+
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # ids 0 to 4
-# Without any of these transformers may make an empty tokenizer instead of an error.
+# Without any of these, transformers may make an empty tokenizer instead of raising an error.
 VOCABULARY_FILES = (
-    "tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model",
-)  # fmt: skip
-CHUNK = 4096  # texts that are Python strings at one time
-NO_LIMIT = int(1e30)  # what transformers writes for a tokenizer that cuts nothing
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+CHUNK = 4096  # texts held as Python strings at a time
+NO_LIMIT = int(1e30)  # transformers' model_max_length for a tokenizer that does not truncate
 
 
 def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or under a name on the Hub; UserError where there is none."""
+    """The tokenizer in a folder or under a name on the Hub; UserError: there is none."""
     from transformers import AutoTokenizer
 
     try:
@@ -40,15 +49,15 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A WordPiece (Wu et al. 2016, arXiv:1609.08144) or byte-level BPE (Radford et al. 2019) tokenizer of ``texts``.
 
-    ``texts`` is any iterable of strings, or a pyarrow (chunked) string array, of which only ``CHUNK`` strings exist at
-    one time; an iterator that can be read only once is packed into such an array first. [PAD] has id 0; a text becomes
-    ``[CLS] a [SEP]``, a pair ``[CLS] a [SEP] b [SEP]`` (with ``token_type_ids`` for "wordpiece"). The vocabulary is
-    smaller than ``vocab_size`` where the texts give no more. The same texts give a byte-identical ``tokenizer.json``
-    in every process. ``lowercase`` also strips accents for "wordpiece", as BERT does. ``max_length`` is kept as
-    ``model_max_length``.
+    ``texts`` is any iterable of strings, or a pyarrow (chunked) string array, of which only ``CHUNK`` are converted to
+    Python strings at a time; an iterator that can be read only once is packed into such an array first. [PAD] has id 0;
+    a text becomes ``[CLS] a [SEP]``, a pair ``[CLS] a [SEP] b [SEP]`` (with ``token_type_ids`` for "wordpiece"). The
+    vocabulary is smaller than ``vocab_size`` if the texts have too few distinct tokens. The same texts give a
+    byte-identical ``tokenizer.json`` in every process. ``lowercase`` also strips accents for "wordpiece", as in BERT.
+    ``max_length`` is saved as ``model_max_length``.
 
     Raises:
-        UserError: no text, a ``vocab_size`` too small to hold more than the special tokens (and, for BPE, all bytes).
+        UserError: no text, or ``vocab_size`` has no room beyond the special tokens (and, for BPE, all bytes).
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -56,7 +65,7 @@ def train_tokenizer(
         raise UserError(f"tokenizer type {kind!r}: choose wordpiece or bpe")
     smallest = len(SPECIAL_TOKENS) + (256 if kind == "bpe" else 3)
     if vocab_size < smallest:
-        raise UserError(f"vocab_size {vocab_size} is too small for a {kind} tokenizer: give at least {smallest}")
+        raise UserError(f"vocab_size {vocab_size} is too small for a {kind} tokenizer: use at least {smallest}")
     texts = _readable_twice(texts)
     tokenizer = (_train_wordpiece if kind == "wordpiece" else _train_bpe)(texts, vocab_size, lowercase)
     return PreTrainedTokenizerFast(
@@ -67,18 +76,18 @@ def train_tokenizer(
     )
 
 
-def _train_wordpiece(texts: Any, vocab_size: int, lowercase: bool) -> Tokenizer:
+def _train_wordpiece(texts: Texts, vocab_size: int, lowercase: bool) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     def bare(vocabulary: dict[str, int]) -> Tokenizer:
         tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-        # Written out, since None ("as lowercase says") is lost when BertTokenizer rebuilds the normaliser.
+        # Explicit, since the default None (the same as lowercase) is lost when BertTokenizer rebuilds the normaliser.
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase, strip_accents=lowercase)
         tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         return tokenizer
 
-    # The library numbers the "##x" characters in the order of a hash map, which differs from process to process, and
-    # equally frequent merges are taken in the order of those numbers. So they are named here, in a fixed order.
+    # The library numbers the "##x" characters in the order of a hash map, which differs between processes, and breaks
+    # ties between merges by these numbers. Listing them as special tokens fixes their order.
     scratch = bare({})
     alphabet = _alphabet(texts, scratch.normalizer, (vocab_size - len(SPECIAL_TOKENS)) // 3)
     continuing = ["##" + character for character in alphabet if _continues_words(character, scratch)]
@@ -90,13 +99,13 @@ def _train_wordpiece(texts: Any, vocab_size: int, lowercase: bool) -> Tokenizer:
         show_progress=False,
     )
     scratch.train_from_iterator(_strings(texts), trainer)
-    # Rebuilt from the vocabulary alone, because the trainer made the "##x" special tokens of the first one.
+    # Rebuilt from the vocabulary, because in the trained one the "##x" are special tokens.
     tokenizer = bare(scratch.get_vocab(with_added_tokens=True))
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     return _with_template(tokenizer)
 
 
-def _train_bpe(texts: Any, vocab_size: int, lowercase: bool) -> Tokenizer:
+def _train_bpe(texts: Texts, vocab_size: int, lowercase: bool) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     if next(iter(_strings(texts)), None) is None:
@@ -104,7 +113,7 @@ def _train_bpe(texts: Any, vocab_size: int, lowercase: bool) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     unicode_form = [normalizers.NFC()]
     tokenizer.normalizer = normalizers.Sequence(unicode_form + [normalizers.Lowercase()] * lowercase)
-    # A space before the first word makes it the same token there as elsewhere.
+    # With a leading space, the first word of a text is tokenized like any other.
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
@@ -129,7 +138,7 @@ def _with_template(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _alphabet(texts: Any, normalizer: Any, limit: int) -> list[str]:
+def _alphabet(texts: Texts, normalizer: Normalizer, limit: int) -> list[str]:
     """The ``limit`` most frequent characters after normalisation, in order of their code points."""
     counts: Counter[str] = Counter()
     found_text = False
@@ -149,18 +158,18 @@ def _alphabet(texts: Any, normalizer: Any, limit: int) -> list[str]:
 
 
 def _continues_words(character: str, tokenizer: Tokenizer) -> bool:
-    """Whether ``character`` can stand inside a word: not punctuation, no Chinese sign, each of which is a word."""
+    """True if ``character`` can be inside a word; punctuation marks and Chinese characters are words by themselves."""
     normalised = tokenizer.normalizer.normalize_str("a" + character)
     words = tokenizer.pre_tokenizer.pre_tokenize_str(normalised)
     return len(words) == 1 and len(words[0][0]) > 1
 
 
-def _readable_twice(texts: Any) -> Any:
+def _readable_twice(texts: Texts) -> Texts:
     if iter(texts) is not texts:
         return texts
     import pyarrow as pa
 
-    chunks: list[Any] = []
+    chunks: list[pa.Array] = []
     batch: list[str] = []
     for text in texts:
         batch.append(text)
@@ -170,8 +179,8 @@ def _readable_twice(texts: Any) -> Any:
     return pa.chunked_array([*chunks, pa.array(batch, pa.large_string())])
 
 
-def _strings(texts: Any) -> Iterator[str]:
-    """``texts`` one by one as str; of a pyarrow array only ``CHUNK`` of them at a time. Nulls are left out."""
+def _strings(texts: Texts) -> Iterator[str]:
+    """``texts`` one by one as str, without nulls; a pyarrow array is converted in chunks of ``CHUNK``."""
     if hasattr(texts, "to_pylist"):
         for start in range(0, len(texts), CHUNK):
             yield from (text for text in texts.slice(start, CHUNK).to_pylist() if text is not None)

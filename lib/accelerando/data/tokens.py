@@ -1,4 +1,4 @@
-"""Tokenised text, packed into memory-mapped arrays and cached: a data set of any size costs no Python objects."""
+"""Tokenized text, packed into memory-mapped arrays and cached, without a Python object per text."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ import numpy as np
 from accelerando.base.files import cache_folder, derived, whole_folder
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from accelerando.data.tables import TextTable
 
-CHUNK = 4096  # texts handed to the tokenizer at once
+CHUNK = 4096  # texts tokenized at a time
 
 
 @dataclass(frozen=True)
 class TokenTable:
     """Packed token ids of n texts; a map-style data set of ``{"input_ids", ("token_type_ids"), "label"}``.
 
-    ``ids`` int32 [tokens] and ``offsets`` int64 [n + 1] hold the texts back to back; ``types`` uint8 [tokens] is there
-    for pairs of texts; ``labels`` int64 [n] may be None. ``columns``: further numbers, [n] each, that go into samples
-    and batches under their names.
+    ``ids`` int32 [tokens] has the texts one after another, ``offsets`` int64 [n + 1] says where they begin; ``types``
+    uint8 [tokens] exists for pairs of texts; ``labels`` int64 [n] may be None. ``columns``: additional columns, [n]
+    each, in samples and batches under their names.
     """
 
     ids: np.ndarray
@@ -40,7 +42,7 @@ class TokenTable:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each text, int64 [n]."""
+        """The number of tokens of each text, int64 [n]."""
         return np.diff(self.offsets)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
@@ -55,15 +57,15 @@ class TokenTable:
 
 def tokenize_table(
     table: TextTable,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     labels: np.ndarray | None = None,
     cache: Path | None = None,
 ) -> TokenTable:
-    """Tokenises ``table``, or maps what an earlier run kept under ``cache`` for the same texts and tokenizer.
+    """Tokenizes ``table``, or maps the result of an earlier run with the same texts and tokenizer from ``cache``.
 
     Raises:
-        UserError: ``cache`` cannot be written to, or is too small.
+        UserError: ``cache`` cannot be written to, or has too little space.
     """
 
     def read(folder: Path) -> TokenTable:
@@ -83,12 +85,12 @@ def tokenize_table(
     return derived(target, read, lambda target: _write(target, table, tokenizer, max_length))
 
 
-def _fingerprint(table: TextTable, tokenizer: Any, max_length: int) -> str:
+def _fingerprint(table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         rules = json.loads(backend.to_str())
-        # Settings of the last call, not of the tokenizer.
+        # These are settings of the last call, not of the tokenizer.
         rules["truncation"] = rules["padding"] = None
         digest.update(json.dumps(rules).encode())
     else:
@@ -99,7 +101,7 @@ def _fingerprint(table: TextTable, tokenizer: Any, max_length: int) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write(target: Path, table: TextTable, tokenizer: Any, max_length: int) -> None:
+def _write(target: Path, table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     from tqdm.auto import tqdm
 
     lengths: list[np.ndarray] = []
@@ -107,7 +109,7 @@ def _write(target: Path, table: TextTable, tokenizer: Any, max_length: int) -> N
         draft.mkdir()
         files = {name: draft / f"{name}.bin" for name in ("ids", "types")}
         with open(files["ids"], "wb") as ids_file, open(files["types"], "wb") as types_file:
-            progress = tqdm(total=len(table), desc="tokenising", unit=" texts", delay=2, disable=None, leave=False)
+            progress = tqdm(total=len(table), desc="tokenizing", unit=" texts", delay=2, disable=None, leave=False)
             for texts, pairs in _chunks(table):
                 encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
                 lengths.append(np.array([len(row) for row in encoded["input_ids"]], dtype=np.int64))
@@ -118,7 +120,7 @@ def _write(target: Path, table: TextTable, tokenizer: Any, max_length: int) -> N
                 progress.update(len(texts))
             progress.close()
         for (name, file), dtype in zip(files.items(), (np.int32, np.uint8), strict=True):
-            if file.stat().st_size:  # there are types of pairs alone
+            if file.stat().st_size:  # only pairs have types
                 np.save(draft / f"{name}.npy", np.memmap(file, dtype=dtype, mode="r"), allow_pickle=False)
             file.unlink()
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)

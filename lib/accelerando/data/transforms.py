@@ -1,9 +1,9 @@
-"""From image files to uint8 tensors, with an augmentation that depends on (seed, epoch, row) alone."""
+"""From image files to uint8 tensors, with an augmentation that depends only on (seed, epoch, row)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal
 
 from accelerando.base.rng import random_state_of
 from accelerando.data.decode import decode_image, resize, resize_and_crop
@@ -17,24 +17,28 @@ AugmentationName = Literal["none", "simple", "advanced"]
 class ImageTransform:
     """Image file -> uint8 [3, size, size], ready to be normalised.
 
-    ``none``: the shorter side resized to ``size`` (bicubic), the middle cut out, as CLIP's processor does; with
-    ``square`` both sides resized, as SigLIP's does. ``simple``:
-    resized to a square, flipped half of the time, and cut out again after a padding of an eighth. ``advanced``: resized
-    to a square, TrivialAugmentWide (Müller and Hutter 2021, arXiv:2103.10158), a rectangle erased one time in five.
-    ``mean`` (0 to 1, of each channel) fills what is erased. A file is decoded at the scale that is needed
-    (``exact=False``), or in full, which the processor of a saved model does too.
+    ``none``: the shorter side resized to ``size`` (bicubic), then a center crop, as CLIP's processor does; with
+    ``square`` both sides resized, as SigLIP's does. ``simple``: resized to a square, a horizontal flip with probability
+    0.5, and a random crop after padding by an eighth. ``advanced``: resized to a square, TrivialAugmentWide (Müller and
+    Hutter 2021, arXiv:2103.10158), a rectangle erased with probability 0.2 and filled with ``mean`` (0 to 1, per
+    channel). A file is decoded at the scale needed (``exact=False``), or in full, as the processor of a saved model
+    does.
     """
 
     def __init__(
-        self, size: int, augmentation: AugmentationName = "none", mean: Sequence[float] = (0.0, 0.0, 0.0),
-        exact: bool = True, square: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        size: int,
+        augmentation: AugmentationName = "none",
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        exact: bool = True,
+        square: bool = False,
+    ) -> None:
         self.size, self.augmentation, self.mean = size, augmentation, tuple(mean)
         self.exact, self.square = exact, square
-        self._random: Any = None
+        self._random: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, file: bytes, seed: Sequence[int] = (0, 0, 0)) -> torch.Tensor:
-        """Decodes and transforms; ``seed`` is (seed, epoch, row). ValueError or OSError for what is no image."""
+        """Decodes and transforms; ``seed`` is (seed, epoch, row). ValueError or OSError: it is not an image."""
         pixels = decode_image(file, None if self.exact else self.size)
         if self.augmentation == "none" and not self.square:
             return resize_and_crop(pixels, self.size).contiguous()
@@ -46,10 +50,10 @@ class ImageTransform:
         with random_state_of(seed):
             return self._random(pixels).contiguous()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_random": None}
 
-    def _make_random(self) -> Any:
+    def _make_random(self) -> Callable[[torch.Tensor], torch.Tensor]:
         if self.augmentation == "simple":
             return flip_and_crop
         from torchvision.transforms import v2
@@ -59,9 +63,9 @@ class ImageTransform:
 
 
 def flip_and_crop(pixels: torch.Tensor) -> torch.Tensor:
-    """uint8 [3, S, S], mirrored half of the time and moved by up to an eighth, what comes in from outside reflected.
+    """uint8 [3, S, S], flipped with probability 0.5 and shifted by up to an eighth, with reflection padding.
 
-    What torchvision's RandomHorizontalFlip and RandomCrop do together, without their way through float32.
+    The same as torchvision's RandomHorizontalFlip and RandomCrop, without a conversion to float32.
     """
     import torch
 
@@ -74,7 +78,7 @@ def flip_and_crop(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 [B, 3, H, W] -> float32 in the same memory format, (value / 255 - mean) / std of each channel."""
+    """uint8 [B, 3, H, W] -> float32 in the same memory format, (value / 255 - mean) / std per channel."""
     import torch
 
     mean, std = (255 * pixels.new_tensor(list(values), dtype=torch.float32) for values in (mean, std))
@@ -82,7 +86,7 @@ def normalise(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     view, width = floats, floats.shape[3]
     if floats.is_contiguous() or not floats.is_contiguous(memory_format=torch.channels_last):
         mean, std = mean[:, None, None], std[:, None, None]
-    else:  # whole rows of pixels at once: a loop over the three colours of each would be slow
+    else:  # whole rows of pixels at once: an inner loop over three channels would be slow
         view = floats.permute(0, 2, 3, 1).view(len(floats), -1, width * len(mean))
         mean, std = mean.repeat(width), std.repeat(width)
     view.sub_(mean).div_(std)  # in place: a batch of floats is large

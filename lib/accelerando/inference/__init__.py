@@ -1,1 +1,1 @@
-"""Saved models and runs, opened again."""
+"""Loading saved models and runs, and prediction."""

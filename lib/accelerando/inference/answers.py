@@ -1,4 +1,4 @@
-"""A saved image classifier's answers for many files, in order."""
+"""A saved image classifier's predictions for many files, in order."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
     from accelerando.inference.saved import ImageModel
 
-REPORT_EVERY = 30.0  # seconds between lines of progress where there is no terminal for a bar
+REPORT_EVERY = 30.0  # seconds between lines of progress without a terminal
 
 
 @dataclass
 class Answers:
-    """A batch of b images in the order they were named: ``faults`` [b], None where one could be read, and the
-    ``logits`` float32 [r, C] of those r."""
+    """A batch of b images in the given order: ``faults`` [b], None if the image could be read, and the ``logits``
+    float32 [r, C] of the r readable ones."""
 
     names: list[str]
     faults: list[str | None]
@@ -42,42 +42,42 @@ def image_answers(
     amp: str = "no",
     ahead: int | None = None,
 ) -> Iterator[Answers]:
-    """The model's answers for image files and URLs, in order; memory does not grow with their number.
+    """The model's predictions for image files and URLs, in order; memory does not grow with their number.
 
-    ``threads`` read, fetch and decode while the model computes, at most ``ahead`` images before it (by default two
-    batches and one for each thread).
+    ``threads`` threads read, download and decode while the model computes, at most ``ahead`` images in advance
+    (default: two batches and one per thread).
 
     Raises:
-        UserError: images of one batch have different shapes, the model does not take them, or gives NaN.
+        UserError: the images of a batch have different shapes, the model does not accept them, or it returns NaN.
     """
     import torch
 
     def prepared(name: str) -> torch.Tensor | str:
         try:
             return opened.prepare(read_image(name))
-        except Exception as error:  # each of Pillow's decoders has errors of its own
+        except Exception as error:  # each of Pillow's decoders raises errors of its own
             return fault_of(error)
 
     def answer(batch: list[tuple[str, torch.Tensor | str]]) -> Answers:
         sound = [pixels for _, pixels in batch if not isinstance(pixels, str)]
         logits = torch.zeros(0, len(opened.label_names))
         if len({pixels.shape for pixels in sound}) > 1:
-            raise UserError("the model's image processor makes images of different shapes; give --batch_size 1")
+            raise UserError("the model's image processor makes images of different shapes; use --batch_size 1")
         if sound:
             try:
                 logits = image_logits(opened, torch.stack(sound), tta, amp)
             except torch.OutOfMemoryError:
-                raise UserError("the GPU's memory is too small: give a smaller --batch_size") from None
-            except ValueError as error:  # transformers' way to say it
+                raise UserError("out of GPU memory: use a smaller --batch_size") from None
+            except ValueError as error:  # raised by transformers
                 reason = first_line(error)[:200]
-                raise UserError(f"the model does not take what its image processor makes: {reason}") from None
+                raise UserError(f"the model does not accept the output of its image processor: {reason}") from None
         found = Answers(
             [name for name, _ in batch], [pixels if isinstance(pixels, str) else None for _, pixels in batch], logits
         )
         if not logits.isfinite().all():
             bad = int((~logits.isfinite().all(1)).nonzero()[0])
             read = [name for name, fault in zip(found.names, found.faults, strict=True) if fault is None]
-            raise UserError(f"the model gives NaN for {read[bad]}; its weights are broken")
+            raise UserError(f"the model returns NaN for {read[bad]}; its weights are corrupted")
         return found
 
     batch: list[tuple[str, torch.Tensor | str]] = []
@@ -93,9 +93,9 @@ def image_answers(
 
 
 def with_progress(answers: Iterable[Answers], total: int | None, what: str, hidden: bool = False) -> Iterator[Answers]:
-    """``answers`` with a bar on a terminal, and a line on stderr for each image that cannot be read.
+    """``answers`` with a progress bar on a terminal, and a line on stderr for each image that cannot be read.
 
-    Where stderr is no terminal, a line every half minute takes the place of the bar. ``hidden``: neither.
+    If stderr is not a terminal, a line every half minute replaces the bar. ``hidden``: neither.
     """
     from tqdm import tqdm
 

@@ -10,7 +10,7 @@ from accelerando.train.state import Run
 
 
 def check_push(push_to_hub: bool, repo_id: str | None) -> None:
-    """UserError before training when a later upload could not work: no repository named, or no login."""
+    """UserError before training if a later upload could not work: no repository name, or not logged in."""
     if not push_to_hub:
         return
     if not repo_id or repo_id.count("/") != 1:
@@ -22,7 +22,7 @@ def check_push(push_to_hub: bool, repo_id: str | None) -> None:
 
 
 def push_best(run: Run, push_to_hub: bool, repo_id: str | None, private: bool) -> None:
-    """Uploads the best weights where that was asked for. Main process only."""
+    """Uploads the best weights if ``push_to_hub``. Main process only."""
     if push_to_hub:
         best = run.directory / "best"
         success("Pushed %s to %s", best, push_folder(best, repo_id, private))
@@ -32,7 +32,7 @@ def push_folder(folder: Path, repo_id: str, private: bool) -> str:
     """Uploads ``folder`` in one commit and returns its URL.
 
     Raises:
-        UserError: the Hub cannot be reached or refuses; the folder stays as it is.
+        UserError: the Hub cannot be reached or refuses the upload; the folder is not changed.
     """
     from huggingface_hub import HfApi
 
@@ -40,7 +40,7 @@ def push_folder(folder: Path, repo_id: str, private: bool) -> str:
     try:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"{folder.parent.name}")
-    except Exception as error:  # the Hub client lets through the errors of the libraries below it
+    except Exception as error:  # the Hub client passes on errors of the libraries that it uses
         raise UserError(
             f"--push_to_hub {repo_id}: {first_line(error)}; {folder} is complete and can be uploaded later"
         ) from None

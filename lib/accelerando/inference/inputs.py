@@ -10,44 +10,44 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError, first_line
-from accelerando.data.folders import PICTURES
+from accelerando.data.folders import IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
     from urllib.request import OpenerDirector
 
 URLS = ("http://", "https://")
-# Endings of image files; those that Pillow may not know too, so that they are named and not silently skipped.
-IMAGES = (*PICTURES, ".gif")
-MOST_BYTES = 100_000_000  # of a file that is fetched
-PATIENCE = 20.0  # seconds that a server may be silent
-LONGEST_FETCH = 120.0  # seconds for one file in all
+# Suffixes of image files, with some that Pillow may not support, so that such files are reported, not ignored.
+IMAGES = (*IMAGE_SUFFIXES, ".gif")
+MOST_BYTES = 100_000_000  # of a downloaded file
+PATIENCE = 20.0  # seconds without an answer from the server
+LONGEST_FETCH = 120.0  # seconds for a file in total
 
 
 def is_url(name: str) -> bool:
-    """Whether a name is a URL that can be fetched."""
+    """True for an http or https URL."""
     return name.lower().startswith(URLS)
 
 
 def read_image(name: str) -> bytes:
-    """The file at a path or URL. ValueError or OSError: there is none, or it is refused."""
+    """The file at a path or URL. ValueError or OSError: it does not exist, or access is refused."""
     if is_url(name):
         return fetch(name)
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]*://", name):
-        raise ValueError("of URLs, only http:// and https:// are read")
+        raise ValueError("only http:// and https:// URLs can be read")
     return Path(name).read_bytes()
 
 
 def fetch(url: str) -> bytes:
-    """The file at an http or https URL, redirections followed.
+    """The file at an http or https URL; follows redirects.
 
     Raises:
-        OSError, ValueError: the server says no, is silent for 20 s or slow for 120 s, or the file is cut off or larger
-            than 100 MB.
+        OSError, ValueError: the server refuses, does not answer for 20 s or takes more than 120 s, or the file is
+            truncated or larger than 100 MB.
     """
     import urllib.parse
     import urllib.request
 
-    # Spaces and letters beyond ASCII, as they stand in lists.
+    # Lists of URLs may contain spaces and non-ASCII letters.
     url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]|")
     request = urllib.request.Request(url, headers={"User-Agent": "accelerando", "Accept": "image/*,*/*;q=0.5"})
     deadline = time.monotonic() + LONGEST_FETCH
@@ -61,16 +61,16 @@ def fetch(url: str) -> bytes:
             if size > MOST_BYTES:
                 break
             if time.monotonic() > deadline:
-                raise ValueError(f"not there after {LONGEST_FETCH:g} s")
+                raise ValueError(f"not complete after {LONGEST_FETCH:g} s")
     if max(size, expected or 0) > MOST_BYTES:
         raise ValueError(f"larger than {MOST_BYTES // 10**6} MB")
     if expected is not None and size < expected:
-        raise ValueError(f"cut off: {size:,} of {expected:,} bytes")
+        raise ValueError(f"truncated: {size:,} of {expected:,} bytes")
     return b"".join(parts)
 
 
 def _opener() -> OpenerDirector:
-    """What opens http and https alone: urllib's own would let a redirection lead to FTP."""
+    """An opener for http and https only: urllib's default would follow a redirect to FTP."""
     from urllib import request
 
     opener = request.OpenerDirector()
@@ -90,15 +90,15 @@ def _opener() -> OpenerDirector:
 def fault_of(error: BaseException) -> str:
     """Why an image cannot be read, in one line."""
     reason = getattr(error, "reason", None)
-    if isinstance(reason, BaseException):  # urllib's wrapping
+    if isinstance(reason, BaseException):  # wrapped by urllib
         error = reason
-    # Pillow names the buffer that it read from, which says nothing to the user.
-    text = re.sub(r"cannot identify image file .*", "not an image, or its header is damaged", first_line(error))
+    # Pillow's message names a buffer in memory, which does not help the user.
+    text = re.sub(r"cannot identify image file .*", "not an image, or its header is corrupted", first_line(error))
     return " ".join(str(getattr(error, "strerror", None) or text).split())
 
 
 def images_in(folder: Path) -> Iterator[str]:
-    """The image files in a folder and the folders in it, by their names' endings; in each folder sorted.
+    """The image files in a folder and its subfolders, by suffix; sorted within each folder.
 
     Raises:
         UserError: a folder in it cannot be listed.

@@ -1,4 +1,4 @@
-"""What tools write: files that are there whole or not at all, and lines on the console."""
+"""The output of tools: files written atomically, and lines on the console."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from accelerando.base.files import open_whole
 
 
 def printable(name: str) -> str:
-    """A file's name as text that can be written as UTF-8, which its bytes need not be."""
+    """A file name as text that can be encoded as UTF-8, even if its bytes are not UTF-8."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def print_first(lines: Sequence[str], what: str, count: int, total: int | None = None) -> None:
-    """The first ``count`` of ``lines`` on stderr, each behind ``what``, and how many more of ``total`` (default: of all
-    ``lines``) there are."""
+    """Prints the first ``count`` of ``lines`` on stderr, each after ``what``, and how many more there are of ``total``
+    (default: the number of ``lines``)."""
     for line in lines[:count]:
         print(printable(f"{what}: {line}"), file=sys.stderr)
     total = len(lines) if total is None else total
@@ -31,10 +31,10 @@ def print_first(lines: Sequence[str], what: str, count: int, total: int | None =
 
 @contextlib.contextmanager
 def whole_file(target: Path, mode: str = "w", flag: str = "--output") -> Iterator[IO[Any]]:
-    """A file open in ``mode`` (w: UTF-8 text, wb), which takes the place of ``target`` when the block ends well.
+    """A file open in ``mode`` (w: UTF-8 text, wb) that replaces ``target`` atomically when the block ends.
 
     Raises:
-        UserError: nothing can be written there; ``flag`` is what named it.
+        UserError: it cannot be written; the message names ``flag``.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -47,17 +47,17 @@ def whole_file(target: Path, mode: str = "w", flag: str = "--output") -> Iterato
 
 @contextlib.contextmanager
 def open_output(path: str | None) -> Iterator[IO[str]]:
-    """Standard output, or a file at ``path`` that appears when all of it is written and not before.
+    """Standard output, or a file at ``path`` that is written atomically.
 
     Raises:
-        UserError: nothing can be written there.
+        UserError: it cannot be written.
     """
     if path is None:
         sys.stdout.reconfigure(encoding="utf-8")
         try:
             yield sys.stdout
             sys.stdout.flush()
-        except BrokenPipeError:  # the reader has had enough
+        except BrokenPipeError:  # the reader has closed the pipe
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return
     target = Path(path)

@@ -1,7 +1,7 @@
-"""Run folders, finished or not: the one place that reads their settings, results, history, predictions and models.
+"""Reads run folders, finished or not: their settings, results, history, predictions and models.
 
-A run folder holds ``config.yaml`` from its start, ``metrics.jsonl`` while it trains, ``best/`` and ``last/`` (weights),
-and at its end ``predictions_<split>.csv``, ``results.json`` and ``report.html``.
+A run folder contains ``config.yaml`` from the start, ``metrics.jsonl`` during training, ``best/`` and ``last/``
+(weights), and at the end ``predictions_<split>.csv``, ``results.json`` and ``report.html``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     import numpy as np
 
 TORCH_MODULE = "torch_module"  # the model_type of a plain torch module that the library saved
-SCRIPTS = {  # task -> the script that trains for it
-    "text": "text_classify.py", "image": "image_classify.py", "sign": "sign_train.py", "clip": "clip_finetune.py",
-}  # fmt: skip
-# A setting that the script of one task alone has, -> the task.
+SCRIPTS = {  # task -> its training script
+    "text": "text_classify.py",
+    "image": "image_classify.py",
+    "sign": "sign_train.py",
+    "clip": "clip_finetune.py",
+}
+# A setting that only one task's script has -> the task.
 OWN_SETTINGS = {"train_file": "text", "fold": "image", "keypoints_train": "sign", "train_data": "clip"}
 
 
@@ -30,14 +33,14 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        UserError: no such file, broken JSON, or something else than an object.
+        UserError: no such file, invalid JSON, or not an object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{path}: broken JSON ({error})") from None
+        raise UserError(f"{path}: invalid JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object, found a {type(content).__name__}")
     return content
@@ -47,21 +50,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run, which writes its settings first."""
+    """True for the folder of a run: settings are the first file that it writes."""
     return (folder / "config.yaml").is_file()
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether a run came to its end: the report is the last file that it writes.
+    """True for a finished run: the report is the last file that it writes.
 
-    A run that was prolonged and then stopped still has the files of its first end; its ``results.json`` holds the
-    settings of then.
+    A finished run that was extended and then stopped still has these files; its ``results.json`` then has the earlier
+    settings.
     """
     return (folder / "report.html").is_file() and (folder / "results.json").is_file()
 
 
 def run_of(path: Path) -> Path | None:
-    """The run that ``path`` is, or in which it lies as ``best/`` or ``last/``; None where it belongs to no run."""
+    """The run at ``path``, or of which ``path`` is ``best/`` or ``last/``; None: it belongs to no run."""
     return next((folder for folder in (path, path.parent) if is_run(folder)), None)
 
 
@@ -77,10 +80,10 @@ def read_settings(run: Path) -> dict[str, Any]:
     """The settings in a run's ``config.yaml``, by name.
 
     Raises:
-        UserError: it is missing or broken.
+        UserError: it is missing or invalid.
     """
     if not is_run(run):
-        raise UserError(f"{run}: no run (it lacks config.yaml)")
+        raise UserError(f"{run}: not a run (no config.yaml in it)")
     return flat_settings(read_yaml(run / "config.yaml"))
 
 
@@ -88,7 +91,7 @@ def read_results(run: Path) -> dict[str, Any]:
     """``results.json`` of a run, or of a tool's evaluation.
 
     Raises:
-        UserError: it is missing, as in an unfinished run, or broken.
+        UserError: it is missing, as in an unfinished run, or invalid.
     """
     return read_json(run / "results.json")
 
@@ -96,10 +99,10 @@ def read_results(run: Path) -> dict[str, Any]:
 def read_history(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The rows of a run's ``metrics.jsonl``: all, or those of one kind (train, validation, test).
 
-    Empty where nothing was recorded yet. A last line that was cut off when the run was killed is ignored.
+    Empty if nothing was recorded yet. A truncated last line of a killed run is ignored.
 
     Raises:
-        UserError: another line is broken.
+        UserError: another line is invalid.
     """
     path = run / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -109,15 +112,15 @@ def read_history(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except ValueError:
             if number < len(lines):
-                raise UserError(f"{path}, line {number}: broken JSON") from None
+                raise UserError(f"{path}, line {number}: invalid JSON") from None
     return [row for row in rows if kind in (None, row["kind"])]
 
 
 def task_of_run(run: Path) -> str:
-    """The task that a run trains for: text, image, sign or clip; see ``SCRIPTS``.
+    """The task of a run: text, image, sign or clip; see ``SCRIPTS``.
 
     Raises:
-        UserError: its settings are those of no script, or are missing.
+        UserError: its settings are missing or not those of one of the scripts.
     """
     settings = read_settings(run)
     for name, task in OWN_SETTINGS.items():
@@ -131,7 +134,7 @@ def task_of_run(run: Path) -> str:
 
 @dataclass
 class Predictions:
-    """What one run, or several together, predict for n files: ``files`` [n], the true ``labels`` int [n] and
+    """The predictions of a run, or of an ensemble, for n files: ``files`` [n], the true ``labels`` int [n] and
     ``probabilities`` float64 [n, C]."""
 
     files: list[str]
@@ -140,10 +143,10 @@ class Predictions:
 
 
 def read_predictions(run: Path, split: str, label_names: list[str]) -> Predictions:
-    """``predictions_<split>.csv`` of a classifier's run, its C classes in the order of ``label_names``.
+    """``predictions_<split>.csv`` of a classifier's run, with the C classes in the order of ``label_names``.
 
     Raises:
-        UserError: it is missing or broken.
+        UserError: it is missing or invalid.
     """
     import numpy as np
 
@@ -155,13 +158,13 @@ def read_predictions(run: Path, split: str, label_names: list[str]) -> Predictio
             labels.append(numbers[record["label"]])
             probabilities.append([float(record[column]) for column in columns])
         except (KeyError, ValueError):
-            raise UserError(f"{_predictions_file(run, split)}: {where}: an unknown label, or no number") from None
+            raise UserError(f"{_predictions_file(run, split)}: {where}: unknown label or not a number") from None
         files.append(record["file"])
     return Predictions(files, np.array(labels), np.array(probabilities).reshape(-1, len(label_names)))
 
 
 def predicted_files(run: Path, split: str) -> set[str] | None:
-    """The files that a run predicted of a split; None where it has no predictions of it."""
+    """The files of a split for which a run has predictions; None: it has none for this split."""
     if not _predictions_file(run, split).is_file():
         return None
     return {record["file"] for _, record in _prediction_records(run, split, [])}
@@ -186,22 +189,22 @@ def _prediction_records(run: Path, split: str, columns: list[str]) -> Iterator[t
 def model_folder(path: Path, adapters: bool = False) -> Path:
     """The folder with the weights: ``path`` itself, or ``best/`` or ``last/`` of the run ``path``.
 
-    ``adapters``: a LoRA adapter alone is fine too.
+    ``adapters``: a folder with only a LoRA adapter is accepted.
 
     Raises:
         UserError: no such folder, or no model in it.
     """
     if not path.is_dir():
         reason = "is a file, not a folder" if path.exists() else "no such folder"
-        raise UserError(f"{path}: {reason}; give a run or a model folder")
+        raise UserError(f"{path}: {reason}; name a run or a model folder")
     files = ("config.json", *(["adapter_config.json"] if adapters else []))
     for folder in (path, path / "best", path / "last"):
         if any((folder / file).is_file() for file in files):
             return folder
     if (path / "adapter_config.json").is_file():
-        raise UserError(f"{path}: holds a LoRA adapter alone; merge it into its model first")
+        raise UserError(f"{path}: has only a LoRA adapter; merge it into its base model first")
     if path.parent.name == "checkpoints":
-        raise UserError(f"{path}: is a checkpoint for resuming; give its run: {path.parent.parent}")
+        raise UserError(f"{path}: is a checkpoint for resuming; name its run: {path.parent.parent}")
     raise UserError(f"{path}: no model here (no config.json, nor one in best/ or last/)")
 
 
@@ -209,7 +212,7 @@ def task_of_model(folder: Path, config: Mapping[str, Any]) -> str:
     """The task of the model in ``folder``, from its ``config.json``: text, image or sign.
 
     Raises:
-        UserError: no classifier of these.
+        UserError: it is not a classifier of these.
     """
     architectures = [str(name) for name in config.get("architectures") or []]
     kind = str(config.get("model_type", "of unknown kind"))
@@ -221,8 +224,8 @@ def task_of_model(folder: Path, config: Mapping[str, Any]) -> str:
         return "image"
     if kind.startswith("sign_"):
         return "sign"
-    if kind == TORCH_MODULE:  # what stands beside it says what it reads
+    if kind == TORCH_MODULE:  # the files beside it show its kind of input
         return "image" if (folder / "preprocessor_config.json").is_file() else "text"
     raise UserError(
-        f"{folder}: the model is {[*architectures, kind][0]}; needed is a classifier of texts, signs or images"
+        f"{folder}: the model is {[*architectures, kind][0]}, but a classifier of texts, signs or images is needed"
     )

@@ -1,4 +1,4 @@
-"""Saved models, opened for prediction: one of transformers, of the library, or of a user's own module."""
+"""Loads saved models for prediction: of transformers, of this library, or of a user's own module."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class AutoClass(Protocol):
     """One of transformers' auto classes."""
 
     def from_pretrained(self, folder: Path, **options: object) -> Any:
-        """The model, or (model, what loading it found) with ``output_loading_info``."""
+        """The model, or (model, loading report) with ``output_loading_info``."""
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -35,7 +35,7 @@ class AutoClass(Protocol):
 def import_user_module(name: str) -> ModuleType:
     """The user's module ``name``, which defines a model or registers it with transformers' auto classes.
 
-    It is looked for in the current folder first. Nothing that a model folder names is imported without this.
+    The current folder is searched first. Without this, no module that a model folder names is imported.
 
     Raises:
         UserError: there is no such module, or it cannot be imported.
@@ -48,29 +48,29 @@ def import_user_module(name: str) -> ModuleType:
         if error.name != name.partition(".")[0]:
             raise UserError(f"--import {name}: {first_line(error)}") from None
         raise UserError(f"--import {name}: no such module in {here} or among the installed ones") from None
-    except (Exception, SystemExit) as error:  # whatever the module does
+    except (Exception, SystemExit) as error:  # the module may raise anything
         raise UserError(f"--import {name}: {type(error).__name__}: {first_line(error)}") from None
     finally:
-        # The module may import others beside it later on; what the tools import comes first from then on.
+        # Last in the path: the module may still import others beside it, but cannot shadow the tools' imports.
         sys.path.remove(here)
         sys.path.append(here)
 
 
 def import_hint(config: Mapping[str, Any]) -> str:
-    """What to add to an error about a model of a type that transformers does not know; nothing where it does."""
+    """A hint for errors about a model type that transformers does not know; otherwise empty."""
     from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
     if kind is None or kind in CONFIG_MAPPING:
         return ""
-    return f"; transformers does not know the model type {kind!r}: if a module of yours does, give --import my_module"
+    return f"; transformers does not know the model type {kind!r}: if a module of yours does, use --import my_module"
 
 
 def task_of_saved(folder: Path, config: Mapping[str, Any], module: ModuleType | None = None) -> str:
-    """As :func:`runs.task_of_model`, also for a model that the user's ``module`` registered with an auto class.
+    """Like :func:`runs.task_of_model`, also for a model that the user's ``module`` registered with an auto class.
 
     Raises:
-        UserError: no classifier of texts, signs or images.
+        UserError: it is not a classifier of texts, signs or images.
     """
     try:
         return task_of_model(folder, config)
@@ -88,7 +88,7 @@ def task_of_saved(folder: Path, config: Mapping[str, Any], module: ModuleType | 
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device of that name; "auto" is the first accelerator, else the CPU."""
+    """The torch device called ``name``; "auto" is the first accelerator, else the CPU."""
     import torch
 
     if name == "auto":
@@ -97,16 +97,16 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name}: no such device here; give auto or cpu") from None
+        raise UserError(f"--device {name}: no such device here; use auto or cpu") from None
     return device
 
 
 def open_saved(auto_class: AutoClass, folder: Path, module: ModuleType | None = None) -> PreTrainedModel | TorchModel:
-    """The model in ``folder``, in float32, for evaluation: through one of transformers' auto classes, or, where it was
-    saved as a plain torch module, as :func:`open_torch_module`. ``module``: the user's, from ``--import``.
+    """The model in ``folder``, in float32, in evaluation mode: through one of transformers' auto classes, or with
+    :func:`open_torch_module` if it was saved as a plain torch module. ``module``: the user's, from ``--import``.
 
     Raises:
-        UserError: weights that are missing, damaged or another model's, or a class that nothing knows.
+        UserError: the weights are missing, corrupted or another model's, or the class is unknown.
     """
     import torch
     from transformers.utils import logging
@@ -122,9 +122,9 @@ def open_saved(auto_class: AutoClass, folder: Path, module: ModuleType | None = 
         )
     except UserError:
         raise
-    except Exception as error:  # each format of weights has errors of its own
+    except Exception as error:  # each format of weights raises errors of its own
         reason = f"{first_line(error)[:200]}){import_hint(config)}"
-        raise UserError(f"{folder}: the model does not load ({reason}") from None
+        raise UserError(f"{folder}: the model cannot be loaded ({reason}") from None
     unfit = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
     if unfit:
         raise UserError(f"{folder}: weights are missing ({', '.join(unfit[:3])}); is it a trained classifier?")
@@ -132,23 +132,23 @@ def open_saved(auto_class: AutoClass, folder: Path, module: ModuleType | None = 
 
 
 def open_torch_module(folder: Path, module: ModuleType | None) -> torch.nn.Module:
-    """The plain torch module saved in ``folder``, in float32, for evaluation.
+    """The plain torch module saved in ``folder``, in float32, in evaluation mode.
 
     ``config.json`` names its class as ``"class": "my_module:MyNet"``; ``module``, from ``--import``, has that class. It
-    is built by ``MyNet.from_config(config)`` with the content of ``config.json``, or by ``MyNet()`` where it has no
-    ``from_config``, and then gets the weights of ``model.safetensors``.
+    is built with ``MyNet.from_config(config)``, where config is the content of ``config.json``, or with ``MyNet()`` if
+    it has no ``from_config``, and then loads the weights of ``model.safetensors``.
 
     Raises:
-        UserError: no module was imported, it lacks the class, or the weights are missing, damaged or another class's.
+        UserError: no module was imported, it lacks the class, or the weights are missing, corrupted or another class's.
     """
     from safetensors.torch import load_file
 
     config = read_json(folder / "config.json")
     home, _, name = str(config.get("class", "")).partition(":")
     if not home or not name:
-        raise UserError(f'{folder / "config.json"}: names no class, as in "class": "my_module:MyNet"')
+        raise UserError(f'{folder / "config.json"}: names no class, such as "class": "my_module:MyNet"')
     if module is None:
-        raise UserError(f"{folder}: the model's class is {name} of your module {home}: give --import {home}")
+        raise UserError(f"{folder}: the model's class is {name} of your module {home}: use --import {home}")
     found: object = module
     for part in name.split("."):
         found = getattr(found, part, None)
@@ -156,21 +156,21 @@ def open_torch_module(folder: Path, module: ModuleType | None) -> torch.nn.Modul
         raise UserError(f"{folder}: the model's class is {name}, which {module.__name__} (--import) does not have")
     try:
         model = found.from_config(config) if hasattr(found, "from_config") else found()
-    except Exception as error:  # whatever the class does
+    except Exception as error:  # the class may raise anything
         raise UserError(f"{folder}: {name} cannot be built: {type(error).__name__}: {first_line(error)}") from None
     try:
         missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
-    except Exception as error:  # safetensors has errors of its own; torch names shapes on lines of their own
+    except Exception as error:  # safetensors raises errors of its own; torch lists shapes on separate lines
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: the weights do not load into {name} ({reason})") from None
+        raise UserError(f"{folder}: the weights cannot be loaded into {name} ({reason})") from None
     if missing or unexpected:
-        words = f"lack {missing[0]}" if missing else f"hold {unexpected[0]} too"
+        words = f"lack {missing[0]}" if missing else f"also contain {unexpected[0]}"
         raise UserError(f"{folder}: the weights are not those of {name}: they {words}")
     return model.float().eval()
 
 
 def read_config(config: Mapping[str, Any]) -> PretrainedConfig:
-    """The content of a ``config.json`` with transformers' defaults (``id2label`` and the like), for any class."""
+    """The content of a ``config.json`` with transformers' defaults (such as ``id2label``), for any class."""
     from transformers import PretrainedConfig
 
     return PretrainedConfig.from_dict(dict(config))
@@ -178,28 +178,28 @@ def read_config(config: Mapping[str, Any]) -> PretrainedConfig:
 
 @dataclass
 class ModelOutput:
-    """What a plain torch module gave."""
+    """The output of a plain torch module."""
 
     logits: torch.Tensor
 
 
 class TorchModel:
-    """A plain torch module with the interface of a model of transformers, as far as prediction needs it.
+    """A plain torch module with the parts of the interface of a transformers model that prediction needs.
 
-    The inputs that the module's ``forward`` names are passed by name; a ``forward`` that names none of them gets the
-    first one (the images or the tokens). Its output is the logits [B, C], as a tensor, an attribute or a key.
+    Inputs that are parameters of the module's ``forward`` are passed by name; if none is, ``forward`` gets the first
+    one (the images or the tokens). Its output is the logits [B, C], as a tensor, an attribute or a key.
     """
 
     def __init__(self, module: torch.nn.Module, config: PretrainedConfig) -> None:
         self.module, self.config = module, config
 
     def to(self, *args: Any, **options: Any) -> TorchModel:
-        """As the method of a torch module."""
+        """Like ``torch.nn.Module.to``."""
         self.module.to(*args, **options)
         return self
 
     def get_input_embeddings(self) -> None:
-        """Unknown: the module is no model of transformers."""
+        """None: unknown for a plain torch module."""
 
     def __call__(self, **inputs: torch.Tensor) -> ModelOutput:
         import torch
@@ -216,16 +216,18 @@ class TorchModel:
         logits = output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
         if logits is None or logits.ndim != 2 or logits.shape[1] != self.config.num_labels:
             shape = "no logits" if logits is None else f"logits of shape {list(logits.shape)}"
-            raise UserError(f"the model gives {shape}; needed is one for each of its {self.config.num_labels} classes")
+            raise UserError(
+                f"the model returns {shape}, but one logit for each of {self.config.num_labels} classes is needed"
+            )
         return ModelOutput(logits)
 
 
 @dataclass
 class ImageModel:
-    """A classifier of images and what turns a file into its input.
+    """An image classifier with its preprocessing.
 
-    ``prepare`` gives uint8 [3, S, S], which is normalised with ``mean`` and ``std`` (of each colour, 0 to 1), or
-    float32 [3, H, W] that is normalised already.
+    ``prepare`` returns uint8 [3, S, S], which is normalised with ``mean`` and ``std`` (per channel, 0 to 1), or
+    float32 [3, H, W], which is already normalised.
     """
 
     model: PreTrainedModel | TorchModel
@@ -237,25 +239,25 @@ class ImageModel:
 
 
 def open_image_model(folder: Path, device: torch.device, module: ModuleType | None = None) -> ImageModel:
-    """The classifier in ``folder``, its images prepared as ``scripts/image_classify.py`` evaluates them, or, where
-    ``preprocessor_config.json`` says otherwise, by transformers' own processor. ``module``: the user's, from
+    """The classifier in ``folder``; images are preprocessed as in the evaluation of ``scripts/image_classify.py``, or
+    by transformers' processor if ``preprocessor_config.json`` differs from that. ``module``: the user's, from
     ``--import``.
 
     Raises:
-        UserError: no processor, or weights that are missing or damaged.
+        UserError: there is no processor, or the weights are missing or corrupted.
     """
     import torch
     from PIL import Image
     from transformers import AutoModelForImageClassification
 
-    import accelerando.models.vision  # noqa: F401  (makes the auto classes know it)
+    import accelerando.models.vision  # noqa: F401  (registers its classes)
     from accelerando.data.decode import decode_for_evaluation
 
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no preprocessor_config.json beside the model; copy it from the base model")
     settings = read_json(path)
-    # What Pillow says of a file is shown once, as the reason why it cannot be read.
+    # Pillow's error about a file is shown once, as the reason why it cannot be read.
     warnings.filterwarnings("ignore", module=r"PIL\b")
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     size = evaluation_size(settings)
@@ -263,14 +265,18 @@ def open_image_model(folder: Path, device: torch.device, module: ModuleType | No
     model = open_saved(AutoModelForImageClassification, folder, module).to(device, memory_format=torch.channels_last)
     names = model.config.id2label
     return ImageModel(
-        model, device, [str(names[number]) for number in range(model.config.num_labels)], prepare,
-        tuple(settings.get("image_mean") or ()), tuple(settings.get("image_std") or ()),
-    )  # fmt: skip
+        model,
+        device,
+        [str(names[number]) for number in range(model.config.num_labels)],
+        prepare,
+        tuple(settings.get("image_mean") or ()),
+        tuple(settings.get("image_std") or ()),
+    )
 
 
 def evaluation_size(settings: dict[str, Any]) -> int | None:
-    """The side of the images where a processor's ``settings`` are those of :func:`data.images.write_image_processor`,
-    so that :func:`data.decode.decode_for_evaluation` does the same; else None."""
+    """The side of the images if a processor's ``settings`` are those of :func:`data.images.write_image_processor`,
+    which :func:`data.decode.decode_for_evaluation` implements; else None."""
     from accelerando.data.decode import evaluation_side
 
     crop = settings.get("crop_size")
@@ -278,19 +284,25 @@ def evaluation_size(settings: dict[str, Any]) -> int | None:
     if not isinstance(side, int):
         return None
     ours = {
-        "image_processor_type": "CLIPImageProcessor", "crop_size": {"height": side, "width": side}, "resample": 2,
-        "size": {"shortest_edge": evaluation_side(side)}, "rescale_factor": 1 / 255, "do_resize": True,
-        "do_center_crop": True, "do_rescale": True, "do_normalize": True,
-    }  # fmt: skip
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": {"height": side, "width": side},
+        "resample": 2,
+        "size": {"shortest_edge": evaluation_side(side)},
+        "rescale_factor": 1 / 255,
+        "do_resize": True,
+        "do_center_crop": True,
+        "do_rescale": True,
+        "do_normalize": True,
+    }
     coloured = all(len(settings.get(name) or ()) == 3 for name in ("image_mean", "image_std"))
     return side if coloured and all(settings.get(name) == value for name, value in ours.items()) else None
 
 
 class SavedProcessor:
-    """From a file to float32 [3, H, W], normalised, by the processor that is saved in ``folder``.
+    """Turns a file into float32 [3, H, W], normalised, with the processor saved in ``folder``.
 
     Raises:
-        UserError: it cannot be opened.
+        UserError: the processor cannot be loaded.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -301,7 +313,7 @@ class SavedProcessor:
                 folder, backend="pil", local_files_only=True
             )
         except Exception as error:
-            raise UserError(f"{folder}: the image processor does not load ({first_line(error)[:200]})") from None
+            raise UserError(f"{folder}: the image processor cannot be loaded ({first_line(error)[:200]})") from None
 
     def __call__(self, file: bytes) -> torch.Tensor:
         from PIL import Image
@@ -315,7 +327,7 @@ class SavedProcessor:
 def image_logits(opened: ImageModel, pixels: torch.Tensor, tta: bool = False, amp: str = "no") -> torch.Tensor:
     """Logits [B, C], float32 on the CPU, of prepared images [B, 3, H, W].
 
-    ``tta``: the mean over each image and its mirror image. ``amp``: no, bf16 or fp16.
+    ``tta``: test-time augmentation, the mean over each image and its horizontal flip. ``amp``: no, bf16 or fp16.
     """
     import torch
 
@@ -333,7 +345,7 @@ def image_logits(opened: ImageModel, pixels: torch.Tensor, tta: bool = False, am
 
 
 def scores_of(logits: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """Probabilities [B, C] from logits, as ``config.problem_type`` wants them; of a regression its raw values."""
+    """Probabilities [B, C] from logits according to ``config.problem_type``; the raw values for a regression."""
     if config.problem_type == "multi_label_classification":
         return logits.sigmoid()
     return logits.softmax(dim=-1) if logits.shape[-1] > 1 and config.problem_type != "regression" else logits

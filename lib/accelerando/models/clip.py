@@ -1,4 +1,4 @@
-"""CLIP and SigLIP of transformers: opened, or made small and random, and with embeddings as output."""
+"""CLIP and SigLIP from transformers: pretrained or small with random weights, with embeddings as output."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
+    from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 
 def open_clip_model(name: str, adapter: str | None = None, attention_dropout: float | None = None) -> torch.nn.Module:
-    """The model of a folder or Hub name in float32; ``name`` or ``adapter`` may be a LoRA adapter, which is merged.
+    """The model in a folder or on the Hub, in float32; ``name`` or ``adapter`` may be a LoRA adapter, which is merged.
 
-    ``attention_dropout``: of attention weights; None leaves the model's own.
+    ``attention_dropout``: dropout of attention weights; None: the model's own.
 
     Raises:
-        UserError: it cannot be opened, is no model of pairs, or the adapter belongs to another base model.
+        UserError: it cannot be opened, is not a CLIP or SigLIP model, or the adapter belongs to another base model.
     """
     import torch
     from safetensors import SafetensorError
@@ -30,7 +31,7 @@ def open_clip_model(name: str, adapter: str | None = None, attention_dropout: fl
 
     if (Path(name) / "adapter_config.json").is_file():
         if adapter is not None:
-            raise UserError(f"--model_name {name} is an adapter itself: give its base model beside --adapter")
+            raise UserError(f"--model_name {name} is itself an adapter: with --adapter, name its base model")
         adapter, name = name, _base_of(Path(name))
     try:
         model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
@@ -50,10 +51,10 @@ def open_clip_model(name: str, adapter: str | None = None, attention_dropout: fl
 
 
 def merge_adapter(model: torch.nn.Module, name: str, adapter: Path) -> torch.nn.Module:
-    """``model`` with the LoRA adapter of a folder folded into its weights.
+    """``model`` with the LoRA adapter of a folder merged into its weights.
 
     Raises:
-        UserError: no adapter there, or one for another base model.
+        UserError: there is no adapter, or it belongs to another base model.
     """
     from peft import PeftModel
     from safetensors import SafetensorError, safe_open
@@ -65,7 +66,7 @@ def merge_adapter(model: torch.nn.Module, name: str, adapter: Path) -> torch.nn.
         with safe_open(file, "pt") as tensors:
             shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise UserError(f"{file}: damaged ({first_line(error)})") from None
+        raise UserError(f"{file}: corrupted ({first_line(error)})") from None
     own = dict(model.named_parameters())
     for key, shape in shapes.items():
         plain = key.removeprefix("base_model.model.")
@@ -88,7 +89,7 @@ def _base_of(adapter: Path) -> str:
 
 
 def make_clip_model(
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     image_size: int,
     patch_size: int,
     vision_width: int,
@@ -99,22 +100,29 @@ def make_clip_model(
     max_length: int,
     dropout: float,
 ) -> torch.nn.Module:
-    """A CLIP with random weights for the vocabulary of ``tokenizer``; heads are 64 wide, or 32 in a narrow tower."""
+    """A CLIP with random weights for the vocabulary of ``tokenizer``; heads have width 64, or 32 in a narrow tower."""
     from transformers import CLIPConfig, CLIPModel
 
-    def tower(width: int, layers: int) -> dict[str, Any]:
+    def tower(width: int, layers: int) -> dict[str, int | float]:
         heads = max(1, width // 64 if width >= 384 else width // 32)
         return {
-            "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads,
-            "intermediate_size": 4 * width, "attention_dropout": dropout, "projection_dim": projection_dim,
-        }  # fmt: skip
+            "hidden_size": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": 4 * width,
+            "attention_dropout": dropout,
+            "projection_dim": projection_dim,
+        }
 
     end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
     text = {
-        "vocab_size": len(tokenizer), "max_position_embeddings": max_length, "eos_token_id": end,
-        "bos_token_id": start, "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": max_length,
+        "eos_token_id": end,
+        "bos_token_id": start,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = CLIPConfig(
         text_config={**tower(text_width, text_layers), **text},
         vision_config={**tower(vision_width, vision_layers), "image_size": image_size, "patch_size": patch_size},
@@ -125,27 +133,27 @@ def make_clip_model(
 
 @dataclass
 class Preprocessing:
-    """What turns pictures and captions into what a model takes, and is saved beside its weights."""
+    """Turns images and captions into model inputs; saved beside the weights."""
 
-    tokenizer: Any
-    image_processor: Any
+    tokenizer: PreTrainedTokenizerBase
+    image_processor: BaseImageProcessor
     max_length: int
-    full_length: bool  # SigLIP sees every caption padded to its full length
+    full_length: bool  # SigLIP takes captions padded to the maximal length
 
     @property
     def square(self) -> bool:
-        """Whether a picture is resized to a square instead of being cut."""
+        """True if images are resized to a square instead of cropped."""
         return not getattr(self.image_processor, "do_center_crop", False)
 
     @property
     def image_size(self) -> int:
-        """Pixels of a side."""
+        """The side of the model's images, in pixels."""
         processor = self.image_processor
         size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
         return (size or processor.size)["height"]
 
     def save(self, folder: Path) -> None:
-        """Writes both beside the weights, so that ``AutoProcessor`` opens them."""
+        """Writes both beside the weights, so that ``AutoProcessor`` can load them."""
         from transformers import CLIPProcessor, SiglipProcessor
 
         kind = SiglipProcessor if self.full_length else CLIPProcessor
@@ -156,7 +164,7 @@ def open_preprocessing(name: str, max_length: int | None) -> Preprocessing:
     """Tokenizer and image processor of a model's folder or Hub name.
 
     Raises:
-        UserError: they are missing, or ``max_length`` is more than the model has positions.
+        UserError: they are missing, or ``max_length`` exceeds the model's number of positions.
     """
     from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
@@ -191,9 +199,9 @@ def make_preprocessing(captions: Iterable[str], vocab_size: int, image_size: int
 
 
 def make_trainable_scale(model: torch.nn.Module, scale: float | None, bias: float | None) -> None:
-    """Gives the logit scale a shape that FSDP can shard, [1], and the model a ``logit_bias`` where ``bias`` is given.
+    """Gives the logit scale the shape [1], which FSDP can shard, and the model a ``logit_bias`` if ``bias`` is given.
 
-    ``scale`` (the factor itself, not its logarithm) replaces the model's own. :func:`saved_scale` undoes the shape.
+    ``scale`` (the factor itself, not its logarithm) replaces the model's own. :func:`saved_scale` restores the shape.
     """
     import torch
 
@@ -205,14 +213,14 @@ def make_trainable_scale(model: torch.nn.Module, scale: float | None, bias: floa
 
 
 def saved_scale(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``state`` as ``from_pretrained`` of the model's class expects it: CLIP has a logit scale of shape [], no bias."""
+    """``state`` as ``from_pretrained`` expects it: CLIP has a logit scale of shape [] and no bias."""
     if not model.has_own_bias:
         state = {name: tensor for name, tensor in state.items() if name != "logit_bias"}
     return {**state, "logit_scale": state["logit_scale"].reshape(model.saved_scale_shape)}
 
 
 def embed_in_forward(model: torch.nn.Module) -> None:
-    """Makes ``model``'s forward :func:`embed_pairs`: FSDP gathers weights, and DDP hooks in, around forward alone."""
+    """Makes :func:`embed_pairs` the forward of ``model``, since FSDP and DDP act only around forward."""
     model.forward = MethodType(embed_pairs, model)
 
 
@@ -222,9 +230,9 @@ def embed_pairs(
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Embeddings of unit length, ``image`` and ``text`` [B, d], of what is given; ``scale`` [1] and perhaps ``bias``.
+    """Embeddings of unit length ``image`` and ``text`` [B, d] of the given inputs; ``scale`` [1] and perhaps ``bias``.
 
-    They leave the half precision of the towers, so that the loss is computed in full.
+    Embeddings in half precision are converted to float32, so that the loss is computed in full precision.
     """
     import torch
 

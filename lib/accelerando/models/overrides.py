@@ -1,10 +1,14 @@
-"""Settings that every architecture has under a name of its own, set under one name."""
+"""Common names for config settings that each architecture names differently."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from transformers import PreTrainedConfig
 
 SHAPE = {
     "hidden_size": ("hidden_size", "dim", "d_model"),
@@ -19,11 +23,11 @@ DROPOUT = {
 }
 
 
-def override_config(config: Any, args: Any, has_weights: bool) -> None:
-    """Sets on a transformers ``config`` what ``args`` gives for the names in SHAPE and DROPOUT; None leaves it.
+def override_config(config: PreTrainedConfig, args: DataclassInstance, has_weights: bool) -> None:
+    """Sets the settings in SHAPE and DROPOUT that ``args`` gives on ``config``; None leaves a setting unchanged.
 
     Raises:
-        UserError: the architecture has no such setting, or a shape differs from that of weights to be loaded.
+        UserError: the architecture has no such setting, or a shape differs from that of the weights to be loaded.
     """
     for flag, spellings in {**SHAPE, **DROPOUT}.items():
         value = getattr(args, flag)
@@ -34,6 +38,6 @@ def override_config(config: Any, args: Any, has_weights: bool) -> None:
             raise UserError(f"--{flag}: a {config.model_type} model has no such setting")
         if flag in SHAPE and has_weights and getattr(config, name) != value:
             raise UserError(
-                f"--{flag} {value}, but the pretrained model has {getattr(config, name)}: drop it, or --from_scratch"
+                f"--{flag} {value}, but the pretrained model has {getattr(config, name)}: omit it or use --from_scratch"
             )
         setattr(config, name, value)

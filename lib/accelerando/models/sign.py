@@ -1,7 +1,7 @@
-"""Two recognisers of signs as Hugging Face models: a Transformer over keypoints, and GRUs over Inception's features.
+"""Two sign recognition models as Hugging Face models: a Transformer over keypoints, and GRUs over Inception features.
 
 Both have two heads, one for the gloss and one for its category, and take clips of any length. Importing this module
-makes ``AutoConfig`` and ``AutoModel`` know the model types "sign_transformer" and "sign_gru".
+registers the model types "sign_transformer" and "sign_gru" with ``AutoConfig`` and ``AutoModel``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from transformers.modeling_outputs import ModelOutput
 from accelerando.base.errors import UserError
 from accelerando.data.keypoints import LEFT_HAND, NUM_POINTS, RIGHT_HAND, WIDTH
 
-CHANGE_SCALE = 5.0  # of velocities: neighbouring frames differ little, and a net learns slowly from small numbers
+CHANGE_SCALE = 5.0  # of velocities: neighbouring frames differ little, and small inputs slow down learning
 
 
 @dataclass
 class SignOutput(ModelOutput):
-    """``gloss_logits`` [B, G], ``cat_logits`` [B, C] and, where they are learned, the losses' log variances [2]."""
+    """``gloss_logits`` [B, G], ``cat_logits`` [B, C] and, if they are learned, the log variances of the losses [2]."""
 
     gloss_logits: torch.FloatTensor | None = None
     cat_logits: torch.FloatTensor | None = None
@@ -32,7 +32,7 @@ class SignOutput(ModelOutput):
 
 
 class SignConfig(PreTrainedConfig):
-    """What both models share: the input, so that prediction needs nothing else, and the classes.
+    """The settings of both models: the input, so that prediction needs no other information, and the classes.
 
     ``input_key`` is the array of the NPZ files, ``input_width`` its columns; ``normalisation`` is "body" (see
     :func:`data.keypoints.normalise_by_body`), "standard" (by ``channel_mean`` and ``channel_std``) or "none".
@@ -60,13 +60,13 @@ class SignConfig(PreTrainedConfig):
 class SignTransformerConfig(SignConfig):
     """Shape of the Transformer over keypoints.
 
-    ``pooling`` is mean, max or cls; ``final_norm`` norms what the last layer gives. ``velocities`` adds the change
-    since the frame before (five times, which is about as large as the coordinates are), ``relative_hands`` each hand as
-    seen from its wrist, in units of its own size, ``use_mask`` which points were seen.
-    ``conv_kernel``: before the attention of each layer, frames are mixed with this many neighbours (0: they are not).
+    ``pooling`` is mean, max or cls; ``final_norm``: a norm after the last layer. ``velocities`` adds the difference
+    from the previous frame (times five, to be about as large as the coordinates), ``relative_hands`` the points of each
+    hand relative to its wrist, in units of its size, ``use_mask`` which points were detected. ``conv_kernel``: width,
+    in frames, of the convolution before the attention of each layer (0: none).
 
     Raises:
-        UserError: heads that do not divide the width, or parts that need the layout of 78 points without it.
+        UserError: the heads do not divide the width, or a setting needs the layout of 78 points.
     """
 
     model_type = "sign_transformer"
@@ -84,17 +84,19 @@ class SignTransformerConfig(SignConfig):
 
     def __post_init__(self, **kwargs: object) -> None:
         if self.hidden_size % (2 * self.num_attention_heads):
-            raise UserError(f"hidden_size {self.hidden_size}: give a multiple of 2 x {self.num_attention_heads} heads")
+            raise UserError(f"hidden_size {self.hidden_size}: use a multiple of 2 x {self.num_attention_heads} heads")
         if self.conv_kernel and self.conv_kernel % 2 == 0:
-            raise UserError(f"conv_kernel {self.conv_kernel}: give an odd number, or 0 for none")
+            raise UserError(f"conv_kernel {self.conv_kernel}: use an odd number, or 0 for none")
         for name in ("relative_hands", "use_mask"):
             if getattr(self, name) and self.input_width != WIDTH:
-                raise UserError(f"{name} needs frames of {NUM_POINTS} points ({WIDTH} numbers), not {self.input_width}")
+                raise UserError(
+                    f"{name} needs frames of {NUM_POINTS} points ({WIDTH} channels), not {self.input_width}"
+                )
         super().__post_init__(**kwargs)
 
 
 class SignGruConfig(SignConfig):
-    """Shape of the recurrent net over features: one GRU after another, of the widths ``gru_sizes``."""
+    """Shape of the recurrent model over features: stacked GRUs with the widths ``gru_sizes``."""
 
     model_type = "sign_gru"
 
@@ -104,50 +106,50 @@ class SignGruConfig(SignConfig):
     gru_sizes: tuple[int, ...] | list[int] = (16, 12)
 
     def __post_init__(self, **kwargs: object) -> None:
-        self.gru_sizes = list(self.gru_sizes)  # as JSON gives it back
+        self.gru_sizes = list(self.gru_sizes)  # the same type as when it is loaded from JSON
         super().__post_init__(**kwargs)
 
 
 class SignModel(PreTrainedModel):
-    """What both models share."""
+    """The base class of both models."""
 
     config_class = SignConfig
     base_model_prefix = ""
     main_input_name = "frames"
-    _no_split_modules: list[str] = []  # noqa: RUF012  (Hugging Face's own way)
+    _no_split_modules: list[str] = []  # noqa: RUF012  (required by Hugging Face)
 
     def get_input_embeddings(self) -> None:
         """None: frames are numbers, not tokens."""
         return
 
     def _init_weights(self, module: nn.Module) -> None:
-        # torch's own initialisation; Hugging Face calls this for what a file did not hold.
+        # torch's own initialisation; Hugging Face calls this for weights that a checkpoint lacks.
         first = next(module.parameters(recurse=False), None)
         if hasattr(module, "reset_parameters") and not getattr(first, "_is_hf_initialized", False):
             module.reset_parameters()
 
     def make_heads(self, width: int, hidden: int | None) -> None:
-        """One head each for gloss and category: a layer of ``hidden`` units between, where that is given."""
+        """A head for gloss and one for category, with a layer of ``hidden`` units if given."""
         config = self.config
         for name, classes in (("gloss_head", config.gloss_names), ("cat_head", config.cat_names)):
             between = [nn.Linear(width, hidden), nn.ReLU(), nn.Dropout(config.dropout)] if hidden else []
             setattr(self, name, nn.Sequential(*between, nn.Linear(hidden or width, len(classes))))
         if config.learned_weights:
-            # One number each, in a vector: FSDP2 shards no parameter without a dimension.
+            # Both in a vector, because FSDP2 cannot shard a scalar parameter.
             self.log_variances = nn.Parameter(torch.zeros(2))
         if config.normalisation == "standard":
             self.register_buffer("channel_mean", torch.tensor(config.channel_mean, dtype=torch.float32))
             self.register_buffer("channel_std", torch.tensor(config.channel_std, dtype=torch.float32))
 
     def standardised(self, frames: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """Frames [B, T, D] on the scale the model was trained with; what only fills up is 0."""
+        """Frames [B, T, D] on the scale the model was trained with; padding is 0."""
         if self.config.normalisation == "standard":
             frames = (frames - self.channel_mean) / self.channel_std
         return frames * real.unsqueeze(-1)
 
     def heads(self, pooled: torch.Tensor) -> SignOutput:
         """Logits of both heads."""
-        # Passed on as a value of its own: FSDP shards the parameter again after the forward pass.
+        # A copy, because FSDP shards the parameter again after the forward pass.
         learned = self.log_variances + 0 if self.config.learned_weights else None
         return SignOutput(self.gloss_head(pooled), self.cat_head(pooled), learned)
 
@@ -173,9 +175,9 @@ class SignTransformer(SignModel):
     def forward(
         self, frames: torch.Tensor, attention_mask: torch.Tensor | None = None, mask: torch.Tensor | None = None
     ) -> SignOutput:
-        """Logits of clips ``frames`` [B, T, D], of which ``attention_mask`` [B, T] says what is no filling.
+        """Logits of clips ``frames`` [B, T, D]; ``attention_mask`` [B, T] is 0 for padding.
 
-        ``mask`` [B, T, 78] says which points were seen; without it all count as seen.
+        ``mask`` [B, T, 78]: which points were detected; without it, all of them.
         """
         if attention_mask is None:
             attention_mask = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
@@ -197,7 +199,7 @@ class SignTransformer(SignModel):
         return self.heads((hidden * weight).sum(dim=1) / weight.sum(dim=1))
 
     def parts(self, frames: torch.Tensor, real: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """What the net sees of each frame [B, T, D']: coordinates and what the config adds to them."""
+        """The inputs for each frame [B, T, D']: coordinates and the parts that the config adds."""
         config, parts = self.config, [frames]
         if (
             mask is None
@@ -208,14 +210,14 @@ class SignTransformer(SignModel):
         seen = None if mask is None else (mask & real.unsqueeze(-1)).unsqueeze(-1).to(frames.dtype)  # [B, T, 78, 1]
         if config.velocities:
             change = functional.pad(frames[:, 1:] - frames[:, :-1], (0, 0, 1, 0)) * real.unsqueeze(-1)
-            if seen is not None:  # a point that comes into sight has not moved
+            if seen is not None:  # a point that becomes visible has not moved
                 both = functional.pad(seen[:, 1:] * seen[:, :-1], (0, 0, 0, 0, 1, 0))
                 change = (change.unflatten(2, (NUM_POINTS, 2)) * both).flatten(2)
             parts.append(CHANGE_SCALE * change)
         if config.relative_hands:
             points = frames.unflatten(2, (NUM_POINTS, 2))
             for hand in (LEFT_HAND, RIGHT_HAND):
-                # A hand's first point is its own wrist, seen wherever the hand is; its size is the root mean square.
+                # A hand's first point is its wrist, detected whenever the hand is; its size is the root mean square.
                 from_wrist = (points[:, :, hand] - points[:, :, hand][:, :, :1]) * seen[:, :, hand]
                 size = from_wrist.square().sum(dim=3).mean(dim=2).sqrt().clamp(min=0.05)
                 parts.append((from_wrist / size[:, :, None, None]).flatten(2))
@@ -236,13 +238,15 @@ class SignEncoderLayer(nn.Module):
         self.output = nn.Linear(config.hidden_size, config.hidden_size)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size)
         self.feed_forward = nn.Sequential(
-            nn.Linear(config.hidden_size, config.intermediate_size), nn.GELU(), nn.Dropout(config.dropout),
+            nn.Linear(config.hidden_size, config.intermediate_size),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
             nn.Linear(config.intermediate_size, config.hidden_size),
-        )  # fmt: skip
+        )
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, hidden: torch.Tensor, shown: torch.Tensor) -> torch.Tensor:
-        """``hidden`` [B, T, H]; ``shown`` bool [B, 1, 1, T]: what may be attended to."""
+        """``hidden`` [B, T, H]; ``shown`` bool [B, 1, 1, T]: the frames that may be attended to."""
         if self.convolution is not None:
             hidden = hidden + self.dropout(self.convolution(hidden, shown[:, 0, 0, :, None]))
         parts = self.query_key_value(self.attention_norm(hidden)).chunk(3, dim=-1)
@@ -255,7 +259,7 @@ class SignEncoderLayer(nn.Module):
 
 
 class SignConvolution(nn.Module):
-    """A Conformer's convolution (Gulati et al. 2020, arXiv:2005.08100), normed over the width: no clip sees another."""
+    """A Conformer's convolution (Gulati et al. 2020, arXiv:2005.08100), with layer norm instead of batch norm."""
 
     def __init__(self, config: SignTransformerConfig) -> None:
         super().__init__()
@@ -267,21 +271,21 @@ class SignConvolution(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, hidden: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """``hidden`` [B, T, H]; ``real`` bool [B, T, 1]: what fills up counts as 0, as beyond the ends."""
+        """``hidden`` [B, T, H]; ``real`` bool [B, T, 1]: padding is set to 0, as beyond the ends."""
         gated = functional.glu(self.expand(self.norm(hidden)), dim=-1) * real
         mixed = self.depthwise(gated.transpose(1, 2)).transpose(1, 2)
         return self.output(functional.silu(self.depthwise_norm(mixed)))
 
 
 def positions(length: int, width: int, device: torch.device) -> torch.Tensor:
-    """Sinusoidal positions [length, width] (Vaswani et al. 2017), computed for as many frames as there are."""
-    rates = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
-    angles = torch.arange(length, device=device).unsqueeze(1) * rates
+    """Sinusoidal positions [length, width] (Vaswani et al. 2017), for any length."""
+    frequencies = torch.exp(torch.arange(0, width, 2, device=device) * (-math.log(10000.0) / width))
+    angles = torch.arange(length, device=device).unsqueeze(1) * frequencies
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
 class SignGru(SignModel):
-    """GRUs over the features of frames, one after another; the state after a clip's last frame goes into two heads."""
+    """Stacked GRUs over the features of frames; the state after a clip's last frame is the input of the two heads."""
 
     config_class = SignGruConfig
 
@@ -296,7 +300,7 @@ class SignGru(SignModel):
     def forward(
         self, frames: torch.Tensor, attention_mask: torch.Tensor | None = None, mask: torch.Tensor | None = None
     ) -> SignOutput:
-        """Logits of clips ``frames`` [B, T, D], of which ``attention_mask`` [B, T] says what is no filling."""
+        """Logits of clips ``frames`` [B, T, D]; ``attention_mask`` [B, T] is 0 for padding."""
         if attention_mask is None:
             attention_mask = torch.ones(frames.shape[:2], dtype=torch.bool, device=frames.device)
         lengths = attention_mask.sum(dim=1).cpu()
@@ -305,7 +309,7 @@ class SignGru(SignModel):
         for number, gru in enumerate(self.grus):
             if number:
                 packed = packed._replace(data=self.dropout(packed.data))
-            # The GRU keeps a list of its weights, which FSDP exchanges without telling it.
+            # The GRU has a list of its weights, which is outdated after FSDP replaces them.
             gru._flat_weights = [getattr(gru, name) for name in gru._flat_weights_names]
             packed, last = gru(packed)
         return self.heads(self.dropout(last[0]))

@@ -1,6 +1,6 @@
-"""Nets of torchvision and timm as Hugging Face models, with a head for as many classes as there are.
+"""Models of torchvision and timm as Hugging Face models, with a head for any number of classes.
 
-Importing this module makes ``AutoConfig`` and ``AutoModelForImageClassification`` know the model type "vision_net".
+Importing this module registers the model type "vision_net" with transformers' auto classes.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,15 +17,18 @@ from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from accelerando.base.errors import UserError, first_line
 
-TIMM = "timm/"  # before the name of a net of timm
+if TYPE_CHECKING:
+    from timm.models import PretrainedCfg
+
+TIMM = "timm/"  # prefix of timm's architectures
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception and GoogLeNet that are not built
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms
-FULL = 1000  # outputs of a torchvision net as it comes: ImageNet's classes
+FULL = 1000  # outputs of torchvision's models: ImageNet's classes
 
 
 class VisionNetConfig(PreTrainedConfig):
-    """``architecture`` is torchvision's name of a net, or timm's behind ``timm/``; with ``group_norm`` its batch norms
-    are group norms, which do not mix the pictures of a batch."""
+    """``architecture`` is a name in torchvision, or ``timm/`` and a name in timm; ``group_norm`` replaces batch norms
+    by group norms, which do not mix the images of a batch."""
 
     model_type = "vision_net"
 
@@ -34,12 +37,12 @@ class VisionNetConfig(PreTrainedConfig):
 
 
 class VisionNet(PreTrainedModel):
-    """The net under ``net``; its head, the one layer that depends on the classes, is named by :meth:`head_name`."""
+    """The model is in ``net``; its head, the only layer that depends on the classes, is at :meth:`head_name`."""
 
     config_class = VisionNetConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
-    _no_split_modules: list[str] = []  # noqa: RUF012  (Hugging Face's own way)
+    _no_split_modules: list[str] = []  # noqa: RUF012  (required by Hugging Face)
 
     def __init__(self, config: VisionNetConfig) -> None:
         super().__init__(config)
@@ -49,30 +52,30 @@ class VisionNet(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the net has torchvision's or timm's own."""
+        """Does nothing: torchvision or timm have initialised the weights."""
 
     def get_input_embeddings(self) -> None:
-        """None: pictures are numbers, not tokens."""
+        """None: images are numbers, not tokens."""
         return
 
     def head_name(self) -> str:
-        """The name of the last layer with weights, as ``net.fc``."""
+        """The name of the classification layer, such as ``net.fc``."""
         return "net." + head_of(self.net, self.config.num_labels)
 
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None
     ) -> ImageClassifierOutputWithNoAttention:
-        """Logits [B, C] of normalised pictures [B, 3, S, S], and with ``labels`` [B] their mean cross-entropy."""
+        """Logits [B, C] of normalised images [B, 3, S, S], and with ``labels`` [B] their mean cross-entropy."""
         logits = self.net(pixel_values)
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits)
 
 
 def make_net(architecture: str, num_labels: int) -> nn.Module:
-    """The net with random weights and ``num_labels`` outputs.
+    """A model with random weights and ``num_labels`` outputs.
 
     Raises:
-        UserError: no such architecture (with the nearest name), or timm is not installed.
+        UserError: no such architecture (suggests a similar name), or timm is not installed.
     """
     if architecture.startswith(TIMM):
         require_timm(architecture)
@@ -86,13 +89,13 @@ def make_net(architecture: str, num_labels: int) -> nn.Module:
 
 
 def require_timm(architecture: str) -> None:
-    """UserError where timm is not installed."""
+    """UserError if timm is not installed."""
     if importlib.util.find_spec("timm") is None:
         raise UserError(f"--architecture {architecture} needs timm: pip install timm")
 
 
-def timm_settings(architecture: str) -> Any:
-    """What timm knows of the weights of a net (``mean``, ``std``); None where it has none.
+def timm_settings(architecture: str) -> PretrainedCfg | None:
+    """timm's settings for its pretrained weights of an architecture (``mean``, ``std``); None: it has no weights.
 
     Raises:
         UserError: timm is not installed.
@@ -113,12 +116,12 @@ def _torchvision_net(architecture: str, weights: str | None) -> nn.Module:
     if architecture not in known:
         close = difflib.get_close_matches(architecture, known, n=1)
         hint = f"did you mean {close[0]}?" if close else "such as resnet18, efficientnet_b0 or timm/<name>"
-        raise UserError(f"--architecture {architecture}: torchvision has no such net; {hint}")
-    # With auxiliary heads, which nets with batch norms need no longer, the output is a tuple. ImageNet's weights of
-    # these two want other numbers than those of the rest, into which the net itself turns them.
+        raise UserError(f"--architecture {architecture}: torchvision has no such model; {hint}")
+    # With auxiliary heads, which are not needed with batch norms, the output would be a tuple. ImageNet's weights for
+    # these two models expect a different normalisation, to which the model converts its input.
     two = {"aux_logits": False, "init_weights": True, "transform_input": True}
     plain = two if architecture in ("googlenet", "inception_v3") else {}
-    # transformers opens a model without memory for its weights, and RegNets compute with theirs while they are made.
+    # transformers creates models on the meta device, but RegNets compute with their weights during construction.
     with warnings.catch_warnings(), torch.device("cpu"):
         warnings.simplefilter("ignore")
         if weights is None:
@@ -128,7 +131,7 @@ def _torchvision_net(architecture: str, weights: str | None) -> nn.Module:
 
 
 def head_of(net: nn.Module, outputs: int) -> str:
-    """The name of the last linear layer or convolution with ``outputs`` outputs, as ``fc`` or ``classifier.1``."""
+    """The name of the last linear layer or convolution with ``outputs`` outputs: ``fc`` or ``classifier.1``."""
     found = [
         name
         for name, module in net.named_modules()
@@ -141,7 +144,7 @@ def head_of(net: nn.Module, outputs: int) -> str:
 
 
 def replace_head(net: nn.Module, num_labels: int) -> nn.Module:
-    """``net`` with a new head of ``num_labels`` outputs in the place of ImageNet's 1,000."""
+    """``net`` with a new head of ``num_labels`` outputs instead of ImageNet's 1,000."""
     name = head_of(net, FULL)
     old, bias = net.get_submodule(name), net.get_submodule(name).bias is not None
     if isinstance(old, nn.Linear):
@@ -154,8 +157,8 @@ def replace_head(net: nn.Module, num_labels: int) -> nn.Module:
 
 
 def replace_batch_norms(net: nn.Module) -> None:
-    """Puts group norms of 32 groups (fewer where the channels cannot be divided) in the place of all batch norms, as Wu
-    and He 2018 (arXiv:1803.08494) and Opacus do."""
+    """Replaces all batch norms by group norms with 32 groups (fewer if 32 does not divide the channels), as in Wu and
+    He 2018 (arXiv:1803.08494) and Opacus."""
     for name, module in list(net.named_modules()):
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             parent, _, last = name.rpartition(".")
@@ -165,13 +168,13 @@ def replace_batch_norms(net: nn.Module) -> None:
 
 
 def load_pretrained(model: VisionNet, weights: str) -> str:
-    """Loads ``weights`` into ``model``, all but a head for other classes, and says in a line what was loaded.
+    """Loads ``weights`` into ``model``, except a head for other classes, and returns a line about what was loaded.
 
-    ``weights`` is DEFAULT (the best ones that torchvision or timm offer, downloaded) or a file: .safetensors, or a
-    state dict of torch, in which nothing else is unpickled.
+    ``weights`` is DEFAULT (torchvision's or timm's best, downloaded) or a file: .safetensors, or a torch state dict,
+    loaded with ``weights_only``.
 
     Raises:
-        UserError: it cannot be downloaded or read, or is of another architecture.
+        UserError: they cannot be downloaded or read, or belong to another architecture.
     """
     architecture = model.config.architecture
     state = _downloaded(architecture) if weights.upper() == "DEFAULT" else _read_state(Path(weights))
@@ -180,25 +183,27 @@ def load_pretrained(model: VisionNet, weights: str) -> str:
     prefix = "net." if all(name.startswith("net.") for name in state) else ""
     state = {name.removeprefix(prefix): value for name, value in state.items()}
     left_out = [
-        name for name, value in state.items()
+        name
+        for name, value in state.items()
         if name.startswith(f"{head}.") and name in own and own[name].shape != value.shape
-    ]  # fmt: skip
-    dropped = STATISTICS if model.config.group_norm else ()  # a group norm takes a batch norm's factors alone
+    ]
+    dropped = STATISTICS if model.config.group_norm else ()  # a group norm has only a batch norm's weight and bias
     state = {
-        name: value for name, value in state.items()
+        name: value
+        for name, value in state.items()
         if name not in left_out and not name.startswith(AUXILIARY) and name.rpartition(".")[2] not in dropped
-    }  # fmt: skip
+    }
     wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
     missing = [name for name in own if name not in state and name not in left_out]
     if wrong or missing:
         name = (wrong or missing)[0]
-        what = f"{name} has no place in it" if wrong and name not in own else f"{name} differs or is missing"
+        what = f"it has no {name}" if wrong and name not in own else f"{name} differs or is missing"
         raise UserError(
-            f"--weights {weights}: of another architecture than {architecture}: {what} "
+            f"--weights {weights}: not the weights of {architecture}: {what} "
             f"({len(wrong) + len(missing)} of {len(own)} tensors)"
         )
     model.net.load_state_dict(state, strict=False)
-    return f"Loaded {len(state)} tensors of {weights}" + (f", all but the head {head}" if left_out else "")
+    return f"Loaded {len(state)} tensors from {weights}" + (f", all except the head {head}" if left_out else "")
 
 
 def _downloaded(architecture: str) -> dict[str, torch.Tensor]:
@@ -211,7 +216,7 @@ def _downloaded(architecture: str) -> dict[str, torch.Tensor]:
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"--weights DEFAULT: the weights of {architecture} cannot be downloaded ({first_line(error)}); "
-            "name a file of them, or None for random ones"
+            "name a file, or None for random weights"
         ) from None
 
 
@@ -227,13 +232,15 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise UserError(f"--weights {path}: no such file; DEFAULT downloads them, None starts without") from None
+        raise UserError(
+            f"--weights {path}: no such file; DEFAULT downloads weights, None starts from scratch"
+        ) from None
     except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"--weights {path}: not a file of weights ({first_line(error)})") from None
-    except Exception as error:  # safetensors has an error class of its own
+        raise UserError(f"--weights {path}: not a weights file ({first_line(error)})") from None
+    except Exception as error:  # safetensors raises an error class of its own
         if type(error).__name__ != "SafetensorError":
             raise
-        raise UserError(f"--weights {path}: not a file of weights ({first_line(error)})") from None
+        raise UserError(f"--weights {path}: not a weights file ({first_line(error)})") from None
     state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"--weights {path}: no state dict in it")

@@ -1,1 +1,1 @@
-"""Metrics, tables, plots and pages for people."""
+"""Metrics, tables, plots and HTML reports."""

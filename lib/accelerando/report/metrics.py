@@ -1,27 +1,32 @@
-"""Metrics of classification and retrieval under plain names, computed without network."""
+"""Metrics of classification and retrieval, computed without network access."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import ModuleType
+
     import evaluate
+
+    from accelerando.train.losses import LossName
 
 
 def classification_metrics(labels: np.ndarray, logits: np.ndarray, losses: np.ndarray) -> dict[str, float]:
     """``loss``, ``accuracy`` and precision, recall, F1, each ``_macro`` and ``_weighted``.
 
     ``labels`` int [n], ``logits`` float [n, C], ``losses`` float [n]. Macro means are over the C classes of the model;
-    a class without samples or predictions counts 0.
+    a class without samples or predictions counts as 0.
     """
     matrix = confusion_matrix(labels, logits.argmax(axis=1), logits.shape[1])
     return {"loss": float(losses.astype(np.float64).mean()), **matrix_metrics(matrix)}
 
 
 def matrix_metrics(matrix: np.ndarray) -> dict[str, float]:
-    """:func:`classification_metrics` but the loss, from a confusion matrix [C, C]."""
+    """:func:`classification_metrics` without the loss, from a confusion matrix [C, C]."""
     values, support = per_class(matrix), matrix.sum(axis=1)
     result = {"accuracy": float(np.trace(matrix) / max(1, matrix.sum()))}
     for name in ("precision", "recall", "f1"):
@@ -31,7 +36,7 @@ def matrix_metrics(matrix: np.ndarray) -> dict[str, float]:
 
 
 def top_k_accuracy(labels: np.ndarray, logits: np.ndarray, k: int) -> float:
-    """The share of rows whose label [n] is among the ``k`` largest logits [n, C]; equal ones count against it."""
+    """The fraction of rows whose label [n] is among the ``k`` largest logits [n, C]; ties count as errors."""
     own = np.take_along_axis(logits, labels[:, None], axis=1)
     return float(((~(logits < own)).sum(axis=1) <= k).mean())
 
@@ -53,7 +58,7 @@ def per_class(matrix: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def report_text(matrix: np.ndarray, names: list[str]) -> str:
-    """scikit-learn's classification report, from a confusion matrix, with names that are not cut off."""
+    """scikit-learn's classification report from a confusion matrix, without truncated names."""
     values = per_class(matrix)
     total = max(1, int(matrix.sum()))
     width = max(12, *(len(name) for name in names))
@@ -73,11 +78,11 @@ def report_text(matrix: np.ndarray, names: list[str]) -> str:
 def retrieval_metrics(
     image: np.ndarray, text: np.ndarray, image_of: np.ndarray, text_of: np.ndarray, at: tuple[int, ...] = (1, 5, 10)
 ) -> dict[str, float]:
-    """Recall@k both ways and the median rank, over a full gallery of pictures [I, d] and captions [T, d].
+    """Recall@k in both directions and the median rank, over a gallery of images [I, d] and captions [T, d].
 
-    Pair n says that picture ``image_of[n]`` and caption ``text_of[n]`` belong together; each may be in several pairs.
-    A picture's rank is that of its best caption among all, a caption's that of its best picture. Equal scores count
-    against it. ``recall_mean`` is the mean of all recalls.
+    Pair n says that image ``image_of[n]`` and caption ``text_of[n]`` belong together; each may be in several pairs.
+    The rank of an image is that of its best matching caption among all captions, and vice versa; ties count against
+    it. ``recall_mean`` is the mean of all recalls.
     """
     ranks = {
         "image_to_text": right_ranks(image, text, image_of, text_of),
@@ -89,13 +94,20 @@ def retrieval_metrics(
 
 
 def contrastive_metrics(
-    image: np.ndarray, text: np.ndarray, image_of: np.ndarray, text_of: np.ndarray, scale: float, bias: float | None,
-    loss: str, mask_duplicates: bool, batch_size: int,
-) -> dict[str, float]:  # fmt: skip
+    image: np.ndarray,
+    text: np.ndarray,
+    image_of: np.ndarray,
+    text_of: np.ndarray,
+    scale: float,
+    bias: float | None,
+    loss: LossName,
+    mask_duplicates: bool,
+    batch_size: int,
+) -> dict[str, float]:
     """``loss``: the mean contrastive loss of the pairs in batches of ``batch_size``.
 
-    A contrastive loss depends on the size of the batch and on what is in it, so both are fixed: a seeded order, whole
-    batches alone (or one of all, where there are fewer pairs).
+    A contrastive loss depends on the size and the content of the batch, so both are fixed: a seeded order, and only
+    full batches (or a single smaller one if there are too few pairs).
     """
     import torch
 
@@ -116,7 +128,7 @@ def contrastive_metrics(
 def zero_shot_metrics(
     image: np.ndarray, prompts: np.ndarray, classes: np.ndarray, valid: np.ndarray
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy of pictures [I, d] against class embeddings [C, d]; ``classes`` [I], -1: not counted."""
+    """Top-1 and top-5 accuracy of images [I, d] for class embeddings [C, d]; ``classes`` [I], -1: ignored."""
     counted = valid & (classes >= 0)
     scores = image[counted] @ prompts.T
     right = np.take_along_axis(scores, classes[counted, None], axis=1)
@@ -126,10 +138,10 @@ def zero_shot_metrics(
 
 
 def right_ranks(queries: np.ndarray, gallery: np.ndarray, query_of: np.ndarray, item_of: np.ndarray) -> np.ndarray:
-    """For each query the rank of the best item that belongs to it, int64 [q], from 1; 1,024 queries at a time.
+    """The rank of the best correct item for each query, int64 [q], from 1; computed for 1,024 queries at a time.
 
-    ``queries`` [q, d] and ``gallery`` [g, d] are compared by their product; pair n says that item ``item_of[n]`` is
-    right for query ``query_of[n]``.
+    ``queries`` [q, d] and ``gallery`` [g, d] are compared by dot product; pair n says that item ``item_of[n]`` is
+    correct for query ``query_of[n]``.
     """
     order = np.argsort(query_of, kind="stable")
     query_of, item_of = query_of[order], item_of[order]
@@ -144,8 +156,8 @@ def right_ranks(queries: np.ndarray, gallery: np.ndarray, query_of: np.ndarray, 
     return ranks
 
 
-def _evaluate_package() -> Any:
-    """Hugging Face's ``evaluate``, also for a program that lies beside a file of that name, as tools/evaluate.py."""
+def _evaluate_package() -> ModuleType:
+    """Hugging Face's ``evaluate``, even if the running script's folder has a file of that name (tools/evaluate.py)."""
     import sys
     from pathlib import Path
 
@@ -159,7 +171,7 @@ def _evaluate_package() -> Any:
 
 
 def evaluate_metric() -> evaluate.Metric:
-    """The same numbers as a metric of Hugging Face's ``evaluate``, which needs no network; importing it takes seconds.
+    """The same metrics as a Hugging Face ``evaluate.Metric``, without network access; importing it takes seconds.
 
     ``compute(predictions=..., references=..., num_labels=C)`` with class numbers.
     """
@@ -179,7 +191,7 @@ def evaluate_metric() -> evaluate.Metric:
                 ),
             )
 
-        def _compute(self, predictions: Any, references: Any, num_labels: int) -> dict[str, float]:
+        def _compute(self, predictions: Sequence[int], references: Sequence[int], num_labels: int) -> dict[str, float]:
             return matrix_metrics(confusion_matrix(np.asarray(references), np.asarray(predictions), num_labels))
 
     return Classification(keep_in_memory=True)

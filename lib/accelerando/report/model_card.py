@@ -1,4 +1,4 @@
-"""The model card that stands beside saved weights."""
+"""The model card beside saved weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def write_model_card(
     base_model: str | None,
     usage: str,
 ) -> None:
-    """Writes ``README.md`` with the Hub's metadata: task, base model, measured metrics, how to load, how it was made.
+    """Writes ``README.md`` with the Hub's metadata: task, base model, metrics, usage and training command.
 
     ``task`` is the Hub's pipeline tag; the metrics are those of the last evaluation, if there was one.
     """
@@ -24,7 +24,7 @@ def write_model_card(
 
     name, metrics = run.directory.name, run.state.metrics
     metadata: dict = {"library_name": "transformers", "pipeline_tag": task, "tags": ["accelerando"]}
-    # The Hub takes names of its own as a base model, not folders of this disk.
+    # The Hub accepts names on the Hub as a base model, not local folders.
     if base_model and not Path(base_model).exists():
         metadata["base_model"] = base_model
     measured = ""

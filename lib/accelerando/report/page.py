@@ -1,14 +1,14 @@
-"""``report.html``: the end of a run as one self-contained page, light or dark as the reader's system is, also printed.
+"""``report.html``: the results of a run as a self-contained page, in light or dark mode, also for printing.
 
-A script puts blocks together in the order it likes; each function here returns one block of HTML::
+A script combines blocks in any order; each function here returns a block of HTML::
 
     write_report(
         run / "report.html", "AG News", "DistilBERT, LoRA, seed 1",
         [headline([("macro F1", "0.931", "test, 7 600 rows")]), curves(history, CURVES), confusion(matrix, names)],
     )
 
-Whatever comes from outside (class names, texts, settings) is escaped, and the page's own policy forbids it the network
-and any script but ours. The same input gives the same bytes.
+All external text (class names, texts, settings) is escaped, and the page's content security policy forbids network
+access and other scripts. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from accelerando.report.plots import MAX_COUNTED_CLASSES, Curve, Point, best_poi
 if TYPE_CHECKING:
     import numpy as np
 
-LONG_TEXT = 280  # characters of a mistake's text before it is folded
-LONG_TABLE = 30  # rows before a table scrolls in a frame of its own
-DRAWN_POINTS = 300  # of one line; a longer one is thinned without losing its peaks
+LONG_TEXT = 280  # characters; longer texts of mistakes are folded
+LONG_TABLE = 30  # rows; longer tables scroll in a frame
+DRAWN_POINTS = 300  # per line; longer lines are thinned but keep their peaks
 
 WIDTH, HEIGHT = 440, 230  # of a panel of curves, in SVG units
 
 
 def write_report(path: str | Path, title: str, subtitle: str, blocks: Sequence[str]) -> None:
-    """Writes the page, atomically: a reader sees the old file or the whole new one. ``blocks`` are used as they are."""
+    """Writes the page atomically. ``blocks`` are inserted without escaping."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     style, script = _asset("page.css"), _asset("page.js")
-    # With the hash of our script as the only one allowed, markup that slipped through could still not run.
+    # Only the script with this hash may run, not even one in text that was not escaped.
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     page = f"""<!DOCTYPE html>
@@ -72,7 +72,7 @@ def write_report(path: str | Path, title: str, subtitle: str, blocks: Sequence[s
 
 
 def headline(numbers: Sequence[tuple[str, str, str]]) -> str:
-    """Big figures in tiles: ``(label, value, note)`` each, the note may be empty."""
+    """Large numbers in tiles: ``(label, value, note)`` each; the note may be empty."""
     tiles = []
     for label, value, note in numbers:
         size = ' class="long"' if len(str(value)) > 8 else ""
@@ -82,19 +82,19 @@ def headline(numbers: Sequence[tuple[str, str, str]]) -> str:
 
 
 def curves(history: Sequence[Mapping[str, Any]], series: Sequence[Curve], title: str = "Training") -> str:
-    """Panels of lines over the step, with the best point marked and the values under the pointer.
+    """Panels of curves over the steps, with the best point marked and the values at the pointer.
 
-    ``history``: dicts with ``step`` and metric keys, any of them absent in any row; NaN and infinity are left out and
-    counted in a note. No row or one row is fine.
+    ``history``: dicts with ``step`` and metric keys, each of which may be missing; NaN and infinity are omitted and
+    counted in a note. It may have one row or none.
     """
     return _section(title, f'<div class="panels">{"".join(_panel(history, curve) for curve in series)}</div>')
 
 
 def confusion(matrix: np.ndarray, names: Sequence[str], title: str = "Confusion matrix") -> str:
-    """Counts [C, C], rows true, columns predicted; blue where right, orange where wrong, as strong as the row's share.
+    """Counts [C, C], rows true, columns predicted; blue: correct, orange: wrong, opacity: the fraction of the row.
 
-    Up to 20 classes the counts stand in their cells; more are drawn as an image beside the pairs that are most often
-    confused. Raises ValueError unless the matrix is square with a row for each name.
+    With up to 20 classes the cells show the counts; more are drawn as an image beside the most confused pairs. Raises
+    ValueError unless the matrix is square with a row for each name.
     """
     import numpy as np
 
@@ -135,14 +135,14 @@ def table(
     heat: Collection[int] | None = None,
     title: str = "",
 ) -> str:
-    """A table that a click on a heading sorts; from 31 rows on it scrolls in a frame (not on paper).
+    """A table that can be sorted by clicking on a heading; with more than 30 rows it scrolls (but not in print).
 
-    ``align``: "left" or "right" for each column; by default columns of numbers are on the right. ``heat``: the columns,
-    by index, whose numbers from 0 to 1 get a small bar. Raises ValueError where a row is not as long as the header.
+    ``align``: "left" or "right" for each column; by default columns of numbers are right-aligned. ``heat``: the indices
+    of columns with numbers from 0 to 1 that get a small bar. Raises ValueError if a row is not as long as the header.
     """
     for number, row in enumerate(rows):
         if len(row) != len(header):
-            raise ValueError(f"row {number} of the table has {len(row)} cells under {len(header)} headings")
+            raise ValueError(f"row {number} of the table has {len(row)} cells, but there are {len(header)} headings")
     if align is None:
         numeric = [bool(rows) and all(_is_number(row[c]) or row[c] is None for row in rows) for c in range(len(header))]
         align = ["right" if is_numeric else "left" for is_numeric in numeric]
@@ -190,9 +190,9 @@ def per_class(
 def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -> str:
     """The most confident errors, worst first as given: dicts with ``text``, ``true``, ``predicted``, ``confidence``.
 
-    Beyond 280 characters a text is folded. ``image`` (bytes of a PNG, JPEG or WebP) is optional, and so is ``text``.
-    ``heat``, a square image of where the model looked (report.saliency), stands beside the image. Where there are
-    images, the mistakes are cards side by side, and otherwise a list.
+    Texts longer than 280 characters are folded. ``image`` (bytes of a PNG, JPEG or WebP) and ``text`` are optional.
+    ``heat``, a square saliency map (report.saliency), is shown beside the image. With images the mistakes are shown as
+    cards side by side, otherwise as a list.
     """
     items = []
     for row in rows:
@@ -206,7 +206,7 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
             )
         images = f'<img alt="" src="{_data_uri(row["image"])}">' if row.get("image") else ""
         if row.get("heat"):
-            alt = _text(f"where the model saw {row['predicted']}")
+            alt = _text(f"saliency map for {row['predicted']}")
             images += f'<img alt="{alt}" title="{alt}" src="{_data_uri(row["heat"])}">'
         confidence = row.get("confidence")
         sure = f'<span class="sure">{_number(confidence)}</span>' if confidence is not None else ""
@@ -219,7 +219,7 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
         items.append(f'<li{wide}>{images}<div class="said">{verdict}{shown}</div></li>')
     if not items:
         return _section(title, '<p class="note">None.</p>')
-    note = "The number is the model’s confidence in its wrong answer." if "sure" in items[0] else ""
+    note = "The number is the model’s confidence in its wrong prediction." if "sure" in items[0] else ""
     if not any(row.get("image") for row in rows):
         return _section(title, f'<ol class="mistakes">{"".join(items)}</ol>{_note(note)}')
     legend = _heat_legend() if any(row.get("heat") for row in rows) else ""
@@ -227,7 +227,7 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
 
 
 def _heat_legend() -> str:
-    """What the colours of ``heat`` mean, with a bar of them."""
+    """The legend of the saliency maps, with a colour bar."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -236,19 +236,19 @@ def _heat_legend() -> str:
     stops = ",".join(to_hex(colormaps[COLOURS](number / 8)) for number in range(9))
     bar = f'<i class="scale" style="background:linear-gradient(90deg,{stops})"></i>'
     return (
-        f'<p class="note">The coloured images show what counted for the predicted class: from nothing {bar} to most. '
-        "They hold the part of the image that the model saw.</p>"
+        f'<p class="note">The coloured images show how much each part contributed to the predicted class: none {bar} '
+        "most. They cover the part of the image that was the model’s input.</p>"
     )
 
 
 def retrieval(rows: Sequence[Mapping[str, Any]], title: str = "Examples") -> str:
-    """Captions and the images found for them, in strips one under the other; right ones are framed.
+    """Captions and the images retrieved for them, in a strip for each model; correct ones have a frame.
 
     Each row is a dict with ``query`` and ``strips``: name -> [(image as JPEG or PNG bytes, score, whether it is
-    right), ...], the best first.
+    correct), ...], the best first.
     """
     if not rows:
-        return _section(title, _note("Nothing was searched for."))
+        return _section(title, _note("There were no queries."))
     parts = []
     for row in rows:
         strips = []
@@ -261,18 +261,18 @@ def retrieval(rows: Sequence[Mapping[str, Any]], title: str = "Examples") -> str
             )
             strips.append(f'<div class="strip"><span>{_text(name)}</span>{images}</div>')
         parts.append(f'<article class="search"><h3>{_text(row["query"])}</h3>{"".join(strips)}</article>')
-    note = _note("The five best images of the whole gallery with their cosine; a frame marks what is right.")
+    note = _note("The five best images of the whole gallery with their cosine similarity; correct ones have a frame.")
     return _section(title, note + "".join(parts))
 
 
 def command(cmd: str, title: str = "Reproduce this run") -> str:
-    """The command in a block with a button that copies it."""
+    """The command in a block with a copy button."""
     button = '<button type="button" class="copy">Copy</button>'
     return _section(title, f'<div class="command"><pre><code>{_text(cmd.strip())}</code></pre>{button}</div>')
 
 
 def settings(config: Mapping[str, Mapping[str, Any]], changed: Collection[str] = (), title: str = "Settings") -> str:
-    """The resolved config, ``{section: {name: value}}``, folded; names in ``changed`` differ from the default."""
+    """The config, ``{section: {name: value}}``, folded; names in ``changed`` differ from the default."""
     groups, count, marked = [], 0, 0
     for section, values in config.items():
         lines = []
@@ -289,7 +289,7 @@ def settings(config: Mapping[str, Mapping[str, Any]], changed: Collection[str] =
 
 @functools.cache
 def _asset(name: str) -> str:
-    """The text of a file that lies beside this module, on lines of its own."""
+    """The text of a file beside this module, after a line break."""
     return "\n" + resources.files("accelerando.report").joinpath(name).read_text(encoding="utf-8")
 
 
@@ -380,7 +380,7 @@ def _svg(curve: Curve, lines: Mapping[str, list[Point]], best: tuple[str, Point]
         low, high = math.log10(low), math.log10(high)
     if high - low > 1e-6 * max(abs(low), abs(high)):
         room = (high - low) * 0.05
-    else:  # the same value all along
+    else:  # a constant line
         room = 0.3 if curve.log_y else abs(high) * 0.1 or 0.5
     low, high = low - room, high + room
     first, final = min(steps), max(steps)
@@ -431,7 +431,7 @@ def _svg(curve: Curve, lines: Mapping[str, list[Point]], best: tuple[str, Point]
 
 
 def _thinned(line: list[Point]) -> list[Point]:
-    """At most DRAWN_POINTS + 2 points: the ends, and the lowest and the highest of each of equal stretches."""
+    """At most DRAWN_POINTS + 2 points: the ends, and the minimum and maximum of equal intervals."""
     if len(line) <= DRAWN_POINTS:
         return line
     import numpy as np
@@ -444,7 +444,7 @@ def _thinned(line: list[Point]) -> list[Point]:
 
 
 def _ticks(low: float, high: float, about: int, whole: bool = False) -> list[float]:
-    """Round numbers within [low, high], ``about`` of them."""
+    """About ``about`` round numbers within [low, high]."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
     stride = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.85)
@@ -455,7 +455,7 @@ def _ticks(low: float, high: float, about: int, whole: bool = False) -> list[flo
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """As :func:`_ticks` for a logarithmic axis, whose limits are given as powers of ten."""
+    """Like :func:`_ticks` for a logarithmic axis; the limits are given as logarithms to base 10."""
     first, last = math.ceil(low), math.floor(high)
     if last - first >= 2:
         return [10.0**power for power in range(first, last + 1, math.ceil((last - first) / 6))]
@@ -485,11 +485,11 @@ def _confusion_image(matrix: np.ndarray, shares: np.ndarray, names: Sequence[str
     import numpy as np
     from PIL import Image
 
-    # Colour with alpha instead of a background, so that the same image suits the light page and the dark one.
+    # Colours with alpha, so that the same image suits light and dark mode.
     pixels = np.empty((*matrix.shape, 4), np.uint8)
     pixels[..., :3] = (232, 124, 40)
     pixels[np.arange(len(names)), np.arange(len(names)), :3] = (52, 120, 196)
-    # The root and the floor keep a single error in a large class visible.
+    # The square root and the offset keep a single error in a large class visible.
     pixels[..., 3] = np.rint(255 * np.where(shares > 0, 0.15 + 0.85 * np.sqrt(shares), 0))
     buffer = io.BytesIO()
     Image.fromarray(pixels, "RGBA").save(buffer, format="PNG")
@@ -501,7 +501,7 @@ def _confusion_image(matrix: np.ndarray, shares: np.ndarray, names: Sequence[str
         f'<figure class="heatmap"><span class="down">true, {len(names)} classes</span>'
         f'<img alt="confusion matrix of {len(names)} classes" src="{source}" data-matrix="{data}">'
         '<span class="along">predicted</span></figure>'
-        + _note("Each row is a true class, in the order of the classes; blue is right, orange is wrong.")
+        + _note("Each row is a true class, in the order of the classes; blue is correct, orange is wrong.")
     )
 
 

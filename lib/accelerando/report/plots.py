@@ -1,6 +1,6 @@
-"""Plots of a run as PNG, for ``plots/`` and TensorBoard; :mod:`report.page` draws the same things into a web page.
+"""Plots of a run as PNG, for ``plots/`` and TensorBoard; :mod:`report.page` draws the same plots in an HTML page.
 
-Nothing here touches pyplot's global state, so plots can be drawn in the middle of training, from any thread.
+pyplot's global state is not used, so plots can be drawn during training and from any thread.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ DPI = 150
 MOST_NAMES = 60  # of classes along an axis: each takes time to draw
 MAX_COUNTED_CLASSES = 20  # beyond this a count no longer fits its cell
 
-# Okabe and Ito's palette, for colour-blind eyes, in an order that differs in lightness too, for grey print.
+# Okabe and Ito's palette for colour-blind readers, ordered so that neighbours also differ in lightness.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One panel of curves over the training step.
+    """A panel of curves over the training steps.
 
-    Where the panel has several lines, ``best`` marks the best point of the **last** key: ``{"train_loss": "train",
-    "eval_loss": "validation"}`` marks the validation's.
+    If the panel has several lines, ``best`` marks the best point of the **last** key: ``{"train_loss": "train",
+    "eval_loss": "validation"}`` marks that of the validation.
     """
 
     title: str
     keys: Mapping[str, str]  # metric key in a history row -> label of its line
     unit: str = ""
-    log_y: bool = False  # values <= 0 are then left out
+    log_y: bool = False  # omits values <= 0
     best: Literal["max", "min"] | None = None
 
 
 def points(history: Sequence[Mapping[str, Any]], key: str, log_y: bool = False) -> tuple[list[Point], int]:
     """``([(step, value), ...], left_out)`` of one metric, ordered by step.
 
-    Of several values for a step the last one counts, as after a resume. ``left_out`` counts the values that cannot be
-    drawn: NaN, infinite, beyond 1e100, or not above zero where the axis is logarithmic. Rows without ``step`` or the
-    key, and values that are not numbers, are passed over.
+    If a step has several values, as after a resume, the last one is used. ``left_out`` counts the values that cannot be
+    drawn: NaN, infinite, beyond 1e100, or not positive on a logarithmic axis. Rows without ``step`` or the key, and
+    values that are not numbers, are ignored.
     """
     kept: dict[float, float] = {}
     left_out = 0
@@ -57,7 +57,7 @@ def points(history: Sequence[Mapping[str, Any]], key: str, log_y: bool = False) 
         if not isinstance(value, Real) or not isinstance(step, Real) or not math.isfinite(step):
             continue
         value = float(value)
-        # The bound, false for NaN as well, keeps differences and axis limits inside what a float can hold.
+        # The bound, which excludes NaN too, keeps differences and axis limits in the range of a float.
         if abs(value) < 1e100 and (value > 0 or not log_y):
             kept[float(step)] = value
         else:
@@ -66,7 +66,8 @@ def points(history: Sequence[Mapping[str, Any]], key: str, log_y: bool = False) 
 
 
 def best_point(curve: Curve, history: Sequence[Mapping[str, Any]]) -> tuple[str, Point] | None:
-    """``(key, (step, value))`` of the point that ``curve.best`` asks to mark, the earliest of equals, or None."""
+    """``(key, (step, value))`` of the best point according to ``curve.best``, the earliest if several are equal, or
+    None."""
     if curve.best not in ("max", "min", None):
         raise ValueError(f"Curve {curve.title!r}: best is {curve.best!r}, but must be 'max', 'min' or None")
     key = list(curve.keys)[-1] if curve.keys else ""
@@ -77,7 +78,7 @@ def best_point(curve: Curve, history: Sequence[Mapping[str, Any]]) -> tuple[str,
 
 
 def shorten(text: str, length: int) -> str:
-    """``text`` on one line and at most ``length`` characters, cut in the middle: names often differ at their ends."""
+    """``text`` on one line, shortened in the middle to at most ``length`` characters: names often differ at the end."""
     text = " ".join(text.split())
     if len(text) <= length:
         return text
@@ -86,7 +87,7 @@ def shorten(text: str, length: int) -> str:
 
 
 def row_shares(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
-    """Float64 [C, C]: each count of a confusion matrix as a share of its row (0 in an empty row).
+    """Float64 [C, C]: each count of a confusion matrix as a fraction of its row (0 in an empty row).
 
     Raises ValueError unless the matrix is square with a row for each name.
     """
@@ -100,9 +101,9 @@ def row_shares(matrix: np.ndarray, names: Sequence[str]) -> np.ndarray:
 
 
 def plot_curves(history: Sequence[Mapping[str, Any]], series: Sequence[Curve], path: str | Path) -> None:
-    """Writes one PNG with a panel for each curve, two in a row; the best points are ringed.
+    """Writes a PNG with a panel for each curve, two per row; the best points are circled.
 
-    ``history``: dicts with ``step`` and metric keys, any of them absent in any row. No row or one row is fine.
+    ``history``: dicts with ``step`` and metric keys, each of which may be missing; it may have one row or none.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
@@ -137,7 +138,7 @@ def plot_curves(history: Sequence[Mapping[str, Any]], series: Sequence[Curve], p
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             axes.xaxis.set_major_formatter(_tick)
             axes.yaxis.set_major_formatter(_tick)
-            if curve.log_y:  # within two decades the powers of ten alone would be too few
+            if curve.log_y:  # within two decades, powers of ten would be too few ticks
                 lowest, highest = axes.get_ylim()
                 narrow = highest / lowest < 100
                 axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5) if narrow else range(2, 10)))
@@ -158,10 +159,10 @@ def plot_curves(history: Sequence[Mapping[str, Any]], series: Sequence[Curve], p
 
 
 def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path | None = None) -> np.ndarray:
-    """The confusion matrix as an image: uint8 RGB [H, W, 3], also written as PNG where a path is given.
+    """A plot of the confusion matrix: uint8 RGB [H, W, 3], also written as PNG if a path is given.
 
-    ``matrix``: counts [C, C], rows true, columns predicted; colour is the share of the row, and up to 20 classes the
-    count stands in its cell. Raises ValueError unless the matrix is square with a row for each name.
+    ``matrix``: counts [C, C], rows true, columns predicted; the colour is the fraction of the row; with up to 20
+    classes the cells show the counts. Raises ValueError unless the matrix is square with a row for each name.
     """
     import numpy as np
     from matplotlib.colors import PowerNorm
@@ -232,7 +233,7 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path | 
 
 
 def _tick(value: float, _: int | None = None) -> str:
-    """A tick's text, short and without an offset or a factor written elsewhere."""
+    """A short tick label, without an offset or a factor shown elsewhere."""
     text = f"{value / 1000:.8g}k" if 1e4 <= abs(value) < 1e7 else f"{value:.8g}"
     return text.replace("e-0", "e-").replace("e+0", "e")
 

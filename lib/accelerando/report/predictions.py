@@ -18,8 +18,8 @@ def worst_mistakes(
 
     ``labels`` int [n], ``logits`` [n, C].
     """
-    shares = probabilities(logits)
-    confidence, predicted = shares.max(axis=1), shares.argmax(axis=1)
+    scores = probabilities(logits)
+    confidence, predicted = scores.max(axis=1), scores.argmax(axis=1)
     wrong = np.flatnonzero(predicted != labels)
     chosen = wrong[np.argsort(-confidence[wrong], kind="stable")][:limit]
     return [
@@ -40,17 +40,22 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
-def write_predictions(path: Path, files: Sequence[str], label_names: list[str], chances: np.ndarray,
-                      labels: np.ndarray | None = None) -> None:  # fmt: skip
-    """A CSV with a row for each file: ``file``, ``label`` (where ``labels`` [n] are given), ``predicted``,
-    ``confidence``, and the probability of each class as ``p_<class>`` from ``chances`` [n, C]."""
+def write_predictions(
+    path: Path,
+    files: Sequence[str],
+    label_names: list[str],
+    probabilities: np.ndarray,
+    labels: np.ndarray | None = None,
+) -> None:
+    """Writes a CSV with a row for each file: ``file``, ``label`` (if ``labels`` [n] are given), ``predicted``,
+    ``confidence``, and the probability of each class as ``p_<class>`` from ``probabilities`` [n, C]."""
     import csv
     import io
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(prediction_header(label_names, labels is not None))
-    writer.writerows(prediction_rows(files, label_names, chances, labels))
+    writer.writerows(prediction_rows(files, label_names, probabilities, labels))
     write_text(path, text.getvalue())
 
 
@@ -60,10 +65,10 @@ def prediction_header(label_names: list[str], labelled: bool = False) -> list[st
 
 
 def prediction_rows(
-    files: Sequence[str], label_names: list[str], chances: np.ndarray, labels: np.ndarray | None = None
+    files: Sequence[str], label_names: list[str], probabilities: np.ndarray, labels: np.ndarray | None = None
 ) -> Iterator[list[str]]:
     """The rows of a CSV of predictions; see :func:`write_predictions`."""
-    for row, (file, best) in enumerate(zip(files, chances.argmax(axis=1).tolist(), strict=True)):
+    for row, (file, best) in enumerate(zip(files, probabilities.argmax(axis=1).tolist(), strict=True)):
         label = [label_names[labels[row]]] if labels is not None else []
-        numbers = [f"{value:.6f}" for value in (chances[row, best], *chances[row])]
+        numbers = [f"{value:.6f}" for value in (probabilities[row, best], *probabilities[row])]
         yield [file, *label, label_names[best], *numbers]

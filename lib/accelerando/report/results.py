@@ -1,6 +1,6 @@
-"""What a run leaves for people: ``summary.txt``, ``results.json``, ``plots/curves.png`` and ``report.html``.
+"""The results of a run: ``summary.txt``, ``results.json``, ``plots/curves.png`` and ``report.html``.
 
-Nothing here knows a task: a script hands over its metrics (:class:`train.state.Metric`), its curves and its blocks.
+This module is independent of the task: a script passes its metrics (:class:`train.state.Metric`), curves and blocks.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Columns = Mapping[str, Mapping[str, float]]  # metrics by the heading of their c
 
 
 def write_summary(run: Run, columns: Columns, notes: Mapping[str, str] | None = None) -> str:
-    """Writes ``summary.txt``, the result on one screen. Called at each evaluation, so that it is current.
+    """Writes ``summary.txt``, the results on one screen; called at each evaluation to keep it up to date.
 
-    ``notes``: further lines, by their names.
+    ``notes``: additional lines by name.
     """
     state = run.state
     progress = "finished" if state.step >= run.total_steps else "training"
@@ -42,7 +42,7 @@ def write_summary(run: Run, columns: Columns, notes: Mapping[str, str] | None = 
         "progress": f"{progress}, step {state.step:,} of {run.total_steps:,}, epoch {state.epochs_done:.2f}",
         "best step": f"{state.best_step:,}",
         "time": f"{state.seconds:,.1f} s of training, {samples_per_second(run):,.1f} samples/s",
-        "waiting for data": f"{100 * state.wait_seconds / max(state.seconds, 1e-9):.1f} % of it",
+        "waiting for data": f"{100 * state.wait_seconds / max(state.seconds, 1e-9):.1f} % of the time",
         "peak memory": f"{peak_memory_mb(run.accelerator):,.0f} MB per process",
         **(notes or {}),
     }
@@ -58,12 +58,12 @@ def write_summary(run: Run, columns: Columns, notes: Mapping[str, str] | None = 
 
 
 def samples_per_second(run: Run) -> float:
-    """Over the whole training."""
+    """Samples per second over the whole training."""
     return run.state.samples / max(run.state.seconds, 1e-9)
 
 
 def metric_names(run: Run, columns: Columns) -> list[str]:
-    """The metrics of all ``columns``: those that the script lists in its order, then the others."""
+    """The metrics of all ``columns``: first those that the script lists, in its order, then the others."""
     found = dict.fromkeys(name for values in columns.values() for name in values)
     listed = [metric.name for metric in run.metrics if metric.name in found]
     return [*listed, *(name for name in found if name not in listed)]
@@ -76,7 +76,7 @@ def metrics_table(run: Run, columns: Columns) -> str:
 
 
 def aligned_table(names: Sequence[str], columns: Mapping[str, Mapping[str, str]]) -> str:
-    """``names`` as rows, the texts of each of ``columns`` to the right, as far as they are there."""
+    """``names`` as rows, with the texts of each of ``columns`` right-aligned; missing ones are blank."""
     width = max(map(len, names), default=0)
     cells = {title: max(10, 2 + len(title)) for title in columns}
     lines = [" " * width + "".join(f"{title:>{cell}}" for title, cell in cells.items())]
@@ -87,19 +87,19 @@ def aligned_table(names: Sequence[str], columns: Mapping[str, Mapping[str, str]]
 
 
 def split_to_show(scores: Mapping[str, Any]) -> str:
-    """The split whose images and mistakes are shown: the test split, or else what there is."""
+    """The split whose images and mistakes are shown: test if it exists, else validation, else train."""
     return next(split for split in ("test", "validation", "train") if split in scores)
 
 
 def training_curves(title: str, lines: Mapping[str, str]) -> list[Curve]:
-    """The panels of a report: the loss, what the task is about (``title``), the learning rate and the gradient norm.
+    """The panels of a report: loss, the metrics of the task (``title``), learning rate and gradient norm.
 
-    ``lines``: label of each line by its key, ``"validation/accuracy"``.
+    ``lines``: key, such as ``"validation/accuracy"`` -> label of its line.
     """
     return [
         Curve("Loss", {"train/loss": "train", "validation/loss": "validation"}, best="min"),
         Curve(title, dict(lines), best="max"),
-        Curve("Learning rate", {"train/lr": "rate"}),
+        Curve("Learning rate", {"train/lr": "learning rate"}),
         Curve("Gradient norm", {"train/grad_norm": "norm before clipping"}, log_y=True),
     ]
 
@@ -113,7 +113,7 @@ def write_results(
 ) -> None:
     """Writes ``results.json`` and sends the final metrics of each split to the trackers. Main process only.
 
-    ``counts``: samples of each split; ``details``: further entries, as JSON can hold them.
+    ``counts``: number of samples of each split; ``details``: additional entries for JSON.
     """
     trainable, parameters = count_parameters(model)
     state = run.state
@@ -137,7 +137,7 @@ def write_results(
         "config": grouped(run.args),
     }
     write_text(run.directory / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    for split in [split for split in splits if split != "validation"]:  # which was sent at each evaluation
+    for split in [split for split in splits if split != "validation"]:  # validation was sent at each evaluation
         for tracker in run.trackers:
             tracker.log({f"{split}/{name}": value for name, value in splits[split].items()}, step=state.step)
 
@@ -153,12 +153,13 @@ def write_page(
 ) -> Path:
     """Writes ``report.html`` and ``plots/curves.png`` and returns the page's path. Main process only.
 
-    ``tiles``: (name, number, remark) of the headline, to which best step and speed are added; ``blocks``: what the
-    script shows between the metrics and the settings, from :mod:`report.page`.
+    ``tiles``: (name, number, note) for the headline, to which best step and speed are added; ``blocks``: the script's
+    own blocks between the metrics and the settings, from :mod:`report.page`.
     """
     state = run.state
-    history = [{"step": row["step"], **{f"{row['kind']}/{key}": value for key, value in row.items()}}
-               for row in run.history]  # fmt: skip
+    history = [
+        {"step": row["step"], **{f"{row['kind']}/{key}": value for key, value in row.items()}} for row in run.history
+    ]
     plot_curves(history, curves, run.directory / "plots" / "curves.png")
     common = [
         ("best step", f"{state.best_step:,}", f"of {state.step:,}"),
@@ -188,9 +189,9 @@ def write_class_reports(
     logits: str = "logits",
     head: str = "",
 ) -> dict[str, np.ndarray]:
-    """For each split the report per class as text and the confusion matrix as a plot, also in TensorBoard.
+    """Writes a classification report and a plot of the confusion matrix for each split, also to TensorBoard.
 
-    ``found``: for each split ``labels`` int [n] and ``logits`` [n, C] under these names; ``head`` names one of several.
+    ``found``: for each split ``labels`` int [n] and ``logits`` [n, C] under these names; ``head``: the name of a head.
     Returns the confusion matrices [C, C]. Main process only.
     """
     matrices = {}
@@ -209,7 +210,7 @@ def write_class_reports(
 
 
 def class_blocks(matrix: np.ndarray, class_names: Sequence[str], what: str) -> list[str]:
-    """Blocks of ``report.html`` for a confusion matrix [C, C]: itself, and the table per class; ``what`` names them."""
+    """Blocks of ``report.html``: a confusion matrix [C, C] and a table per class; ``what`` is added to their titles."""
     values = per_class(matrix)
     columns = (values[name] for name in ("precision", "recall", "f1", "support"))
     return [
@@ -219,9 +220,9 @@ def class_blocks(matrix: np.ndarray, class_names: Sequence[str], what: str) -> l
 
 
 def write_table(run: Run, path: str | Path, columns: Mapping[str, str]) -> None:
-    """A CSV with a row for each evaluation, for a spreadsheet: heading -> name in ``metrics.jsonl``.
+    """Writes a CSV with a row for each evaluation; ``columns``: heading -> name in ``metrics.jsonl``.
 
-    ``seconds`` are those since the evaluation before.
+    ``seconds`` are counted from the previous evaluation.
     """
     import csv
     import io
@@ -242,7 +243,7 @@ def write_table(run: Run, path: str | Path, columns: Mapping[str, str]) -> None:
 
 
 def _changed(run: Run) -> set[str]:
-    """Settings that are not at their default."""
+    """Settings that differ from their default."""
     return {
         field.name
         for field in dataclasses.fields(run.args)

@@ -13,16 +13,16 @@ from accelerando.data.decode import thumbnail
 from accelerando.data.pairs import Gallery, PairSource
 from accelerando.train.state import Run
 
-EXAMPLES = 8  # queries that a report shows
-SHOWN = 5  # images for each
+EXAMPLES = 8  # queries in a report
+SHOWN = 5  # images for each query
 
 
 def retrieval_examples(found: Mapping[str, Any], gallery: Gallery) -> list[dict[str, Any]]:
     """The best images for a few captions: dicts with ``query`` (row of the caption) and ``results``.
 
     ``found``: ``image`` [I, d] and ``text`` [T, d] of the gallery, ``image_valid`` [I] and ``readable`` [n], as the
-    script's evaluation gives them. The captions are spread evenly over the readable ones, so that they are the same
-    before and after training. A result is (row of the image, score, whether it is right).
+    script's evaluation returns them. The captions are evenly spaced among the readable ones, so that they are the same
+    before and after training. A result is (row of the image, score, whether it is correct).
     """
     pairs = np.flatnonzero(found["readable"])
     if not len(pairs):
@@ -41,15 +41,15 @@ def retrieval_examples(found: Mapping[str, Any], gallery: Gallery) -> list[dict[
 
 
 def keep_examples(run: Run, name: str, split: str, examples: Sequence[dict[str, Any]]) -> None:
-    """Writes examples beside the plots, for the report that is made at the end, perhaps by a later process."""
+    """Writes examples beside the plots, for the report at the end of the run, perhaps by another process."""
     if run.accelerator.is_main_process:
         write_text(run.directory / "plots" / f"examples_{name}_{split}.json", json.dumps(examples) + "\n")
 
 
 def example_rows(run: Run, source: PairSource, split: str, titles: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Rows for :func:`report.page.retrieval`: captions with the thumbnails that were found.
+    """Rows for :func:`report.page.retrieval`: captions with thumbnails of the retrieved images.
 
-    ``titles``: heading by the name that :func:`keep_examples` was given.
+    ``titles``: name passed to :func:`keep_examples` -> heading.
     """
     thumbnails: dict[int, bytes] = {}
     rows: dict[int, dict[str, Any]] = {}

@@ -1,7 +1,7 @@
-"""Where a classifier of pictures looked: heat maps by Grad-CAM and by attention, and the pictures of its mistakes.
+"""Saliency maps of image classifiers, by Grad-CAM and by attention, and the images of their mistakes.
 
-The layer that is looked at is found by running the net, not by a table of names, so that nets of torchvision, timm and
-transformers all do.
+The layers are found by running the model instead of from a table of names, so that models of torchvision, timm and
+transformers all work.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
     from accelerando.data.images import EvaluationImages
 
-COLOURS = "inferno"  # matplotlib's, from nothing to the most
-SIDE = 192  # of a picture in a report, in pixels: twice as sharp as it is shown on most screens
-AT_ONCE = 4  # pictures: large Transformers keep much for each
-LAST_CALLS = 32  # of layers, whose outputs are kept: more than a Transformer's block and head have
-MOST_EXTRA = 16  # class and register tokens in front of those of the patches
+COLOURS = "inferno"  # matplotlib's colour map
+SIDE = 192  # pixels of an image in a report: twice the resolution at which most screens show it
+AT_ONCE = 4  # images per batch: large Transformers need much memory for each
+LAST_CALLS = 32  # layer calls whose outputs are kept: more than a Transformer's block and head have
+MOST_EXTRA = 16  # class and register tokens before the patch tokens
 
 
 class Layout(NamedTuple):
-    """How an output holds h * w positions of a picture: [B, C, h, w], [B, h, w, C] or tokens [B, n + h * w, C]."""
+    """How an output represents h * w positions of an image: [B, C, h, w], [B, h, w, C] or tokens [B, n + h * w, C]."""
 
     kind: str  # channels_first, channels_last or tokens
     height: int
@@ -35,22 +35,22 @@ class Layout(NamedTuple):
 
 
 def heat_maps(model: torch.nn.Module, pixels: torch.Tensor, classes: Sequence[int]) -> np.ndarray | None:
-    """How much each part of a picture speaks for a class, float32 [B, h, w] from 0 to 1; None where no layer fits.
+    """How much each part of an image contributes to a class, float32 [B, h, w] from 0 to 1; None: no suitable layer.
 
-    ``pixels``: normalised, [B, 3, H, W], on the model's device; ``classes``: one for each picture. ``model`` takes
-    ``pixel_values``, gives ``.logits``, and is left as it was. The score is the class's logit less the mean of all, as
-    softmax knows only differences.
+    ``pixels``: normalised, [B, 3, H, W], on the model's device; ``classes``: one for each image. ``model`` takes
+    ``pixel_values``, returns ``.logits``, and is not changed. The score is the class's logit minus the mean of all
+    logits, since softmax depends only on differences.
 
-    Nets with a map of features, and Transformers that average over their patches: Grad-CAM (Selvaraju et al. 2017,
-    arXiv:1610.02391) at the last layer that still has positions, activation times gradient, summed over the channels,
-    the positive part. The gradient is not averaged over the positions (HiResCAM, Draelos and Carin 2020,
-    arXiv:2011.08891): that is the same where the net itself averages over them, as ResNets do, and true to what was
-    seen where it does not.
+    Models with feature maps, and Transformers that average over patches: Grad-CAM (Selvaraju et al. 2017,
+    arXiv:1610.02391) at the last layer with positions: activation times gradient, summed over the channels, the
+    positive part. The gradient is not averaged over the positions (HiResCAM, Draelos and Carin 2020,
+    arXiv:2011.08891): the result is the same if the model itself averages over them, as ResNets do, and more faithful
+    otherwise.
 
-    Transformers that decide by a class token: attention times its gradient, the positive part, averaged over the heads
-    and rolled out over the layers (Chefer et al. 2021, arXiv:2103.15679; the rollout without gradient is Abnar and
-    Zuidema's, 2020, arXiv:2005.00928, which is the same for all classes). Where the attention is out of reach, Grad-CAM
-    at the last layer whose patches have a gradient.
+    Transformers with a class token: attention times its gradient, the positive part, averaged over the heads and
+    rolled out over the layers (Chefer et al. 2021, arXiv:2103.15679; the rollout without gradient, Abnar and Zuidema
+    2020, arXiv:2005.00928, is the same for all classes). If the attention is not accessible, Grad-CAM at the last layer
+    whose patches have a gradient.
     """
     import torch
 
@@ -62,7 +62,7 @@ def heat_maps(model: torch.nn.Module, pixels: torch.Tensor, classes: Sequence[in
         if number not in chosen:
             return None
         kept[number] = _in_graph(output)
-        return kept[number].clone()  # the next layer may work in place
+        return kept[number].clone()  # the next layer may change it in place
 
     exact = torch.autocast(pixels.device.type, enabled=False)  # backward too
     with exact, _evaluating(model), _attention_kept(attention), torch.enable_grad():
@@ -94,7 +94,7 @@ def heat_maps(model: torch.nn.Module, pixels: torch.Tensor, classes: Sequence[in
 
 
 def _rolled_out(attended: list[tuple[torch.Tensor, torch.Tensor]], read: torch.Tensor) -> torch.Tensor:
-    """How much each token matters to those that the head has ``read`` [B, N], [B, N].
+    """The relevance of each token for those that the head has ``read`` [B, N]; [B, N].
 
     ``attended``: attention [B, heads, N, N] and its gradient, for each layer.
     """
@@ -105,20 +105,20 @@ def _rolled_out(attended: list[tuple[torch.Tensor, torch.Tensor]], read: torch.T
 
 
 def _among(weights: torch.Tensor, tokens: torch.Tensor) -> bool:
-    """Whether attention is that of these tokens [B, N, C] among each other."""
+    """True if the shapes are those of self-attention among these tokens [B, N, C]."""
     return weights.shape[0] == tokens.shape[0] and weights.shape[-2:] == (tokens.shape[1], tokens.shape[1])
 
 
 def _in_graph(values: torch.Tensor) -> torch.Tensor:
-    """``values`` so that a gradient with respect to them exists: where there is no graph yet, it begins here."""
+    """``values`` with a gradient: the graph begins here if there is none yet."""
     return values if values.requires_grad else values.detach().requires_grad_()
 
 
-# ------------------------------------------------------------------------------------------------ what has positions
+# ----------------------------------------------------------------------------------------- outputs that have positions
 
 
 def _spatial_calls(model: torch.nn.Module, pixels: torch.Tensor) -> dict[int, Layout]:
-    """The calls of layers, by their number, whose output has positions, in the order in which they end."""
+    """The layer calls whose output has positions, by their number, in the order in which they return."""
     import torch
 
     height, width = pixels.shape[-2:]
@@ -133,14 +133,14 @@ def _spatial_calls(model: torch.nn.Module, pixels: torch.Tensor) -> dict[int, La
                 found[number] = last = layout
 
     with _evaluating(model), torch.no_grad():
-        _forward(model, pixels[:1].repeat(2, 1, 1, 1), look)  # two, as an output [1, ...] may belong to all pictures
+        _forward(model, pixels[:1].repeat(2, 1, 1, 1), look)  # two images: an output [1, ...] may be shared by all
     return found
 
 
 def _layout(shape: Sequence[int], ratio: float, last: Layout) -> Layout | None:
     """The positions in an output of this shape, at most as many as in the ``last`` one; ``ratio``: height / width.
 
-    That their number never grows tells maps from attention [B, heads, n, n].
+    Since their number never grows, feature maps are not confused with attention [B, heads, n, n].
     """
     if len(shape) == 4:
         for kind, height, width in (("channels_first", *shape[2:]), ("channels_last", *shape[1:3])):
@@ -155,7 +155,7 @@ def _layout(shape: Sequence[int], ratio: float, last: Layout) -> Layout | None:
 
 
 def _by_position(values: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """[B, h, w, C]; tokens that belong to no patch stand in front and are left out."""
+    """[B, h, w, C]; without the tokens before the patch tokens."""
     if layout.kind == "channels_first":
         return values.movedim(1, -1)
     if layout.kind == "channels_last":
@@ -163,7 +163,7 @@ def _by_position(values: torch.Tensor, layout: Layout) -> torch.Tensor:
     return values[:, -layout.height * layout.width :].unflatten(1, (layout.height, layout.width))
 
 
-# ------------------------------------------------------------------------------------------ a look into a running net
+# ------------------------------------------------------------------------------------------------------ forward hooks
 
 
 def _forward(model: torch.nn.Module, pixels: torch.Tensor, watch: Callable[[int, Any], Any]) -> torch.Tensor:
@@ -172,15 +172,15 @@ def _forward(model: torch.nn.Module, pixels: torch.Tensor, watch: Callable[[int,
 
     numbers = itertools.count()
 
-    def hook(module: Any, inputs: Any, output: Any) -> Any:
+    def hook(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> torch.Tensor | None:
         number = next(numbers)
         return watch(number, output) if isinstance(output, torch.Tensor) else None
 
     handles = [module.register_forward_hook(hook) for module in model.modules() if module is not model]
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.backends.mha.set_fastpath_enabled(False)  # it passes by the attention that is kept
-        # The class's own forward: Accelerate puts one with autocast into the object.
+        torch.backends.mha.set_fastpath_enabled(False)  # it would bypass the attention function that is replaced
+        # The forward of the class: Accelerate sets one with autocast on the instance.
         return type(model).forward(model, pixel_values=pixels).logits
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
@@ -190,9 +190,9 @@ def _forward(model: torch.nn.Module, pixels: torch.Tensor, watch: Callable[[int,
 
 @contextmanager
 def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode and with fixed weights, so that no graph leads to them; afterwards as before.
+    """The model in evaluation mode with frozen weights, so that the graph does not include them; restored afterwards.
 
-    Opacus' hooks, which take every backward for one of training, are set aside.
+    Opacus' hooks, which treat every backward as part of training, are removed meanwhile.
     """
     before = [(module, module.training, module._backward_hooks) for module in model.modules()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -212,19 +212,27 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _attention_kept(kept: list[torch.Tensor]) -> Iterator[None]:
-    """Attention that torch computes, [B, heads, N, N], is appended to ``kept``, with a graph."""
+    """Appends the attention weights that torch computes, [B, heads, N, N], to ``kept``, with a graph."""
     from torch.nn import functional
 
     fused = functional.scaled_dot_product_attention
 
-    def attend(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0,
-               is_causal: bool = False, scale: float | None = None, **others: Any) -> torch.Tensor:  # fmt: skip
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        **others: Any,
+    ) -> torch.Tensor:
         if is_causal or any(others.values()) or query.dim() != 4 or query.shape != key.shape:
             return fused(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **others)
-        odds = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
+        logits = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
         if attn_mask is not None:
-            odds = odds + attn_mask if attn_mask.is_floating_point() else odds.masked_fill(~attn_mask, -math.inf)
-        kept.append(_in_graph(odds.softmax(-1)))
+            logits = logits + attn_mask if attn_mask.is_floating_point() else logits.masked_fill(~attn_mask, -math.inf)
+        kept.append(_in_graph(logits.softmax(-1)))
         return kept[-1] @ value
 
     functional.scaled_dot_product_attention = attend
@@ -234,10 +242,10 @@ def _attention_kept(kept: list[torch.Tensor]) -> Iterator[None]:
         functional.scaled_dot_product_attention = fused
 
 
-# --------------------------------------------------------------------------------------------------------- pictures
+# --------------------------------------------------------------------------------------------------------- images
 
 
-def add_pictures(
+def add_images(
     mistakes: list[dict[str, Any]],
     score: dict[str, np.ndarray],
     images: EvaluationImages,
@@ -246,11 +254,11 @@ def add_pictures(
     std: Sequence[float],
     looked_at: int = 8,
 ) -> None:
-    """Gives each of the worst mistakes its picture as ``image``, and the first few a heat map, ``heat``.
+    """Adds its image to each of the worst mistakes as ``image``, and to the first few a heat map as ``heat``.
 
-    ``score``: ``logits`` [n, C] and ``row`` [n], which of ``images``. ``heat`` shows what spoke for the class that was
-    predicted, over the part of the picture that was evaluated; without a ``model``, or for one that has no such map, it
-    is left out. Both are small JPEGs.
+    ``score``: ``logits`` [n, C] and ``row`` [n] in ``images``. ``heat`` shows what contributed to the predicted class,
+    over the part of the image that was evaluated; it is omitted without a ``model`` or if no map can be computed. Both
+    are small JPEGs.
     """
     import torch
 
@@ -274,7 +282,7 @@ def add_pictures(
         pixels = torch.stack([images[row]["pixel_values"] for row in rows[part]])
         try:
             heat = heat_maps(model, normalise(pixels.to(device), mean, std), predicted[part])
-        except RuntimeError as error:  # too little memory, or a layer without a gradient: the report does without
+        except RuntimeError as error:  # too little memory, or a layer without a gradient
             log.warning("No heat maps in the report: %s", first_line(error))
             return
         if heat is None:
@@ -284,7 +292,7 @@ def add_pictures(
 
 
 def overlay(pixels: np.ndarray, heat: np.ndarray) -> bytes:
-    """A JPEG with sides of ``SIDE``: a square picture uint8 [S, S, 3] in grey under the colours of ``heat`` [h, w]."""
+    """A JPEG of side ``SIDE``: an image uint8 [S, S, 3] in grey, blended with the colours of ``heat`` [h, w]."""
     from matplotlib import colormaps
     from PIL import Image
 

@@ -1,1 +1,1 @@
-"""The training loop and what exact resume needs."""
+"""The training loop, with exact resume."""

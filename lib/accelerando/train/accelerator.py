@@ -1,4 +1,4 @@
-"""The Accelerator, its precision and seeds, and what it does to a model."""
+"""The Accelerator with its precision and seeds, and functions for models under DDP and FSDP."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
 
 
 def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, changing: bool = False) -> Accelerator:
-    """The Accelerator (precision from ``amp``, or from the launch config where it is None), with seeds set.
+    """The Accelerator (precision from ``amp``, or from the launch config if that is None), with seeds set.
 
-    ``deterministic``: on a GPU, see :func:`choose_deterministic_kernels`; a CPU's are deterministic anyway.
-    ``changing``: which parameters are trained changes during the run, which DDP has to look for in each step.
+    ``deterministic``: on a GPU, see :func:`choose_deterministic_kernels`; CPU kernels are deterministic anyway.
+    ``changing``: the set of trainable parameters changes during the run, so DDP must find the unused ones in each step.
 
-    "auto" is bf16 where the hardware computes it, else fp16 on a GPU and float32 on a CPU.
+    "auto" is bf16 if the hardware supports it, else fp16 on a GPU and float32 on a CPU.
 
-    Accumulation stays with the script, so Accelerate divides no loss. Raises UserError for fp16 without a GPU.
+    The script does the gradient accumulation, so Accelerate does not divide the loss. Raises UserError for fp16 without
+    a GPU.
     """
     start_log()
     import torch
@@ -33,8 +34,8 @@ def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, ch
     from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()  # loading and saving weights; ours are shown only on a terminal
-    # Accelerate's launcher sets one thread unless told otherwise; without a GPU that would waste the other cores.
+    disable_progress_bar()  # those of loading and saving weights
+    # By default Accelerate's launcher sets one thread; without a GPU that would waste the other cores.
     chosen = any(word.startswith("--num_cpu_threads_per_process") for word in launcher_command())
     if not torch.cuda.is_available() and os.environ.get("OMP_NUM_THREADS") == "1" and not chosen:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -43,11 +44,11 @@ def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, ch
         amp = "bf16" if computes_bf16() else "fp16" if torch.cuda.is_available() else "no"
     wanted = amp or os.environ.get("ACCELERATE_MIXED_PRECISION")
     if wanted == "bf16" and not computes_bf16():
-        log.warning("bf16 is many times slower than float32 on this hardware: --amp auto takes what it computes")
+        log.warning("bf16 is many times slower than float32 on this hardware: use --amp auto or --amp no")
     if wanted == "fp16" and not torch.cuda.is_available():
-        raise UserError("fp16 needs a CUDA GPU: --amp bf16 is the mixed precision of a CPU, --amp no the full one")
+        raise UserError("fp16 needs a CUDA GPU: on a CPU use --amp bf16 (mixed precision) or --amp no (float32)")
     try:
-        # The others wait while the main process tokenizes or writes; ten minutes, the default, can be too short.
+        # The others wait while the main process tokenizes or writes; the default of ten minutes can be too short.
         process_group = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
         handlers = [process_group, DistributedDataParallelKwargs(find_unused_parameters=changing)]
         accelerator = Accelerator(mixed_precision=amp, gradient_accumulation_steps=1, kwargs_handlers=handlers)
@@ -56,8 +57,8 @@ def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, ch
     if is_sharded(accelerator) and not accelerator.is_fsdp2:
         raise UserError("FSDP version 1: the launch config needs fsdp_version: 2, see accelerate_configs/fsdp.yaml")
     if is_sharded(accelerator):
-        # Autocast as under DDP. Accelerate's policy would also cast the outputs, the temperature and the gradients that
-        # are added up to half precision.
+        # Autocast as under DDP. Accelerate's policy would also cast outputs, the temperature and accumulated gradients
+        # to half precision.
         accelerator.state.fsdp_plugin.mixed_precision_policy = None
     set_seed(seed)
     if deterministic and accelerator.device.type == "cuda":
@@ -66,39 +67,39 @@ def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, ch
 
 
 def choose_deterministic_kernels() -> None:
-    """Has torch use what gives the same bits each time; where there is nothing such, it warns and names the operation.
+    """Makes torch use deterministic kernels; if an operation has none, torch warns and names it.
 
-    Without it, the gradients of convolutions on a GPU differ in the last bits from one run to the next.
+    Otherwise the gradients of convolutions on a GPU differ in the last bits from run to run.
     """
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a help for finding bugs, which costs time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
 
 
 def computes_bf16() -> bool:
-    """Whether GPU or CPU multiply bf16 numbers themselves; others emulate it (a CPU with AVX2 alone: 20 x slower)."""
+    """True if the GPU or CPU supports bf16 natively; others emulate it (20 times slower on a CPU with only AVX2)."""
     import torch
 
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
-    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is ARM's
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))  # the last one is for ARM
 
 
-def seed_processes_apart(seed: int, accelerator: Accelerator) -> None:
-    """After the model is built alike everywhere, each process draws its own dropout masks."""
+def seed_each_process(seed: int, accelerator: Accelerator) -> None:
+    """Gives each process a seed of its own for dropout; call it after all have built the same model."""
     from accelerate.utils import set_seed
 
     set_seed(seed + 1000 * accelerator.process_index)
 
 
 def choose_sharded_layers(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Under FSDP, names the layer classes that are sharded one by one: the model's own list, less two kinds.
+    """Under FSDP, selects the layer classes that are sharded separately: the model's own list with two exceptions.
 
-    Accelerate shards the token embedding by itself and fails where a listed layer contains it (BERT), or where a listed
-    class does not occur in this model.
+    Accelerate shards the token embedding itself and fails if a listed layer contains it (BERT), or if a listed class
+    does not occur in this model.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or plugin.transformer_cls_names_to_wrap is not None:
@@ -107,7 +108,7 @@ def choose_sharded_layers(accelerator: Accelerator, model: torch.nn.Module) -> N
         embedding = model.get_input_embeddings()
     except AttributeError:
         embedding = None
-    except NotImplementedError:  # two towers have no one embedding; Accelerate asks the same and fails
+    except NotImplementedError:  # a model with two towers; Accelerate makes the same call and would fail
         embedding = None
         model.get_input_embeddings = lambda: None
     usable = {
@@ -120,7 +121,7 @@ def choose_sharded_layers(accelerator: Accelerator, model: torch.nn.Module) -> N
 
 
 def describe_processes(accelerator: Accelerator) -> str:
-    """One line on what this runs on."""
+    """A line about processes, device and precision."""
     import torch
 
     kind = str(accelerator.distributed_type).rsplit(".", 1)[-1].replace("NO", "single process")
@@ -139,9 +140,9 @@ def prepare(
     compile_model: bool = False,
     dynamic: bool | None = True,
 ) -> tuple[torch.nn.Module, AcceleratedOptimizer]:
-    """Model and optimizer as this launch needs them: compiled, on their device, wrapped (DDP) or sharded (FSDP2).
+    """Model and optimizer prepared for this launch: compiled, on their device, wrapped (DDP) or sharded (FSDP2).
 
-    ``dynamic``: compile once for batches of any shape; None: for the shape that comes.
+    ``dynamic``: compile once for all shapes; None: torch.compile's default.
     """
     if compile_model:
         import torch
@@ -152,23 +153,23 @@ def prepare(
 
 
 def log_trained(model: torch.nn.Module, what: str) -> None:
-    """One line on how many parameters are trained; ``what`` names the strategy.
+    """Logs how many parameters are trained; ``what`` names the strategy.
 
     Raises:
-        UserError: none is.
+        UserError: no parameter is trainable.
     """
     trainable, total = count_parameters(model)
     if not trainable:
-        raise UserError(f"{what}: nothing is trainable")
+        raise UserError(f"{what}: no parameter is trainable")
     share = 100 * trainable / total
     log.info("%s: %s of %s parameters are trained (%.2f %%)", what, f"{trainable:,}", f"{total:,}", share)
     if not hasattr(model, "save_pretrained"):
         name = type(model).__name__
-        log.info("%s has no save_pretrained: best/ and last/ hold model.safetensors and a config.json", name)
+        log.info("%s has no save_pretrained: best/ and last/ will have model.safetensors and a config.json", name)
 
 
 def log_trained_parts(model: torch.nn.Module) -> None:
-    """A line for each part of the model with trained parameters: adapters by what they adapt, the rest by module."""
+    """Logs a line for each part of the model with trained parameters: adapters by target module, the rest by module."""
     counts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -180,7 +181,7 @@ def log_trained_parts(model: torch.nn.Module) -> None:
 
 
 def memory_use(accelerator: Accelerator) -> dict[str, float]:
-    """``gpu_allocated_mb`` and ``gpu_reserved_mb`` now, in MB; empty without a GPU."""
+    """The current ``gpu_allocated_mb`` and ``gpu_reserved_mb``, in MB; empty without a GPU."""
     if accelerator.device.type != "cuda":
         return {}
     import torch
@@ -192,7 +193,7 @@ def memory_use(accelerator: Accelerator) -> dict[str, float]:
 
 
 def peak_memory_mb(accelerator: Accelerator) -> float:
-    """The most memory this process has used, in MB (10^6 bytes): the GPU's where there is one, else resident."""
+    """The peak memory of this process in MB (10^6 bytes): on the GPU if there is one, else resident memory."""
     import resource
 
     if accelerator.device.type == "cuda":
@@ -204,22 +205,22 @@ def peak_memory_mb(accelerator: Accelerator) -> float:
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters."""
+    """The number of (trainable, all) parameters."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)
 
 
 def unwrapped(accelerator: Accelerator, model: torch.nn.Module) -> torch.nn.Module:
-    """The model without DDP's and torch.compile's wrappers; FSDP2 wraps nothing, but is brought to its sharded form."""
+    """The model without the wrappers of DDP and torch.compile; under FSDP2, which has no wrapper, it is resharded."""
     reshard(accelerator, model)
     return accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
 def reshard(accelerator: Accelerator, model: torch.nn.Module) -> None:
-    """Under FSDP, has each process hold its part of the parameters alone; elsewhere nothing happens.
+    """Under FSDP, frees gathered parameters so that each process holds only its shards; otherwise does nothing.
 
-    An evaluation ends without the backward that frees the root's gathered parameters, and the optimizer knows only the
-    sharded ones.
+    After an evaluation the root's parameters stay gathered, because there is no backward that frees them, but the
+    optimizer only updates the sharded ones.
     """
     if is_sharded(accelerator):
         from torch.distributed.fsdp import FSDPModule
@@ -230,7 +231,7 @@ def reshard(accelerator: Accelerator, model: torch.nn.Module) -> None:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """True under FSDP, where a process holds only its part of each parameter."""
+    """True under FSDP, where each process holds only a shard of each parameter."""
     from accelerate import DistributedType
 
     return accelerator.distributed_type == DistributedType.FSDP

@@ -1,11 +1,11 @@
-"""The largest micro-batch that fits, found by trying."""
+"""Finds the largest micro-batch that fits into memory, by trying."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 CPU_SHARE = 0.5  # of the memory that is free at the start
 GPU_SHARE = 0.9  # of the GPU's memory
-STATES = 3  # gradient and two optimizer states for each trained parameter, which do not exist yet
+STATES = 3  # a gradient and two optimizer states per trained parameter, which are allocated later
 
 
 def find_micro_batch_size(
@@ -29,11 +29,11 @@ def find_micro_batch_size(
 ) -> int:
     """The largest power of two, at most ``most``, whose forward and backward pass fit; the same on every process.
 
-    ``make_batch(n)`` gives n samples, the largest there can be; ``loss(model, batch)`` is a scalar to go backward from.
-    Tried on the model before it is wrapped, in the precision of training, with room left for gradients and optimizer
-    states; the answer is one that was run. Weights, gradients and random states are as they were afterwards. On a CPU
-    it stops where the next size would need more than half of the free memory (in a container: of its limit), shared by
-    the processes of this machine, or where twice the samples no longer take less time each.
+    ``make_batch(n)`` returns n samples of the maximal size; ``loss(model, batch)`` is the scalar for backward. Sizes
+    are tried on the model before it is wrapped, in the precision of training, with memory reserved for gradients and
+    optimizer states. Weights, gradients and random states are not changed. On a CPU the search stops if the next size
+    would need more than half of the free memory (in a container: of its limit), divided by the processes of this
+    machine, or if a doubled size no longer increases the speed.
 
     Raises:
         UserError: not even one sample fits.
@@ -75,20 +75,23 @@ def find_micro_batch_size(
     best = int(sizes.min())
     if not best:
         raise UserError(f"{flag}: not even one sample fits; try {hint}")
-    log.info("Micro-batch size %d: the largest power of two that fits and pays", best)
+    log.info("Micro-batch size %d: the largest power of two that fits and increases the speed", best)
     return best
 
 
 def choose_num_workers() -> int:
-    """Worker processes that the cores of this machine have room for beside its training processes, up to 8."""
+    """The number of worker processes per training process that the cores of this machine allow, at most 8."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(0, min(8, len(os.sched_getaffinity(0)) // local - 1))
 
 
 def _try(
-    accelerator: Accelerator, model: torch.nn.Module, loss: Callable[..., Any], batch: dict[str, torch.Tensor]
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    loss: Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor],
+    batch: dict[str, torch.Tensor],
 ) -> tuple[float | None, float]:
-    """Bytes (None: out of memory) and seconds of one forward and backward pass; gradients are dropped."""
+    """Bytes (None: out of memory) and seconds of a forward and backward pass; gradients are discarded."""
     import time
 
     import torch
@@ -117,7 +120,7 @@ def _try(
 
 
 class _Watch:
-    """The memory that is used between its making and :meth:`peak_bytes`."""
+    """Measures the peak memory from its creation to :meth:`peak_bytes`."""
 
     def __init__(self, on_gpu: bool) -> None:
         import torch
@@ -128,17 +131,17 @@ class _Watch:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
-            # Writing 5 sets the peak of this process back to what it uses now (proc(5)).
+            # Writing 5 resets the peak of this process to its current use, see proc(5).
             try:
                 Path("/proc/self/clear_refs").write_text("5")
             except OSError:
                 raise UserError(
-                    "this system does not tell how much memory is used: name the batch size, such as 64"
+                    "this system does not report the memory in use: set the batch size, such as 64"
                 ) from None
             self.before = _status("VmRSS")
 
     def peak_bytes(self) -> float:
-        """Bytes above those at the start, at most at one time."""
+        """The peak in bytes, above the memory in use at the start."""
         import torch
 
         return torch.cuda.max_memory_allocated() - self.before if self.on_gpu else _status("VmHWM") - self.before
@@ -150,7 +153,7 @@ def _status(name: str) -> float:
 
 
 def free_memory() -> float:
-    """Bytes that this machine, or the container it is, has free."""
+    """The free memory of this machine or container, in bytes."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")

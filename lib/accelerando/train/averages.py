@@ -1,4 +1,4 @@
-"""Averages of weights: over the steps of a run (Polyak), and between old and new weights (WiSE-FT)."""
+"""Averages of weights: over the steps of a run (EMA), and between old and new weights (WiSE-FT)."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ if TYPE_CHECKING:
 
 
 class Ema:
-    """Averages of all parameters of ``optimizer``: average <- decay * average + (1 - decay) * weight.
+    """Exponential moving averages of all parameters of ``optimizer``:
+    average <- decay * average + (1 - decay) * weight.
 
-    The decay grows towards ``decay`` as (1 + step) / (10 + step), so that the first weights are soon forgotten. Works
-    on whole and on sharded parameters. With a ``decay`` of None or 0 nothing is averaged and every call does nothing.
+    The decay is at most (1 + step) / (10 + step), so that the initial weights are soon forgotten. Works with unsharded
+    and sharded parameters. With a ``decay`` of None or 0 the methods do nothing.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, decay: float | None) -> None:
         self.decay = decay
-        self.steps = 0  # optimizer steps so far, also those before a resume
+        self.steps = 0  # optimizer steps so far, including those before a resume
         groups = optimizer.param_groups if decay else []
         self.weights = [parameter for group in groups for parameter in group["params"]]
         self.averages = [parameter.detach().clone() for parameter in self.weights]
 
     @property
     def is_on(self) -> bool:
-        """Whether weights are averaged."""
+        """True if weights are averaged."""
         return bool(self.decay)
 
     def update(self) -> None:
-        """Once after each optimizer step."""
+        """Updates the averages; call it after each optimizer step."""
         import torch
 
         self.steps += 1
@@ -42,14 +43,14 @@ class Ema:
                 average.lerp_(weight.detach(), 1 - decay)
 
     def take_from_weights(self) -> None:
-        """Sets the averages to what the weights are now."""
+        """Sets the averages to the current weights."""
         for average, weight in zip(self.averages, self.weights, strict=True):
             average.copy_(weight.detach())
 
 
 @contextmanager
 def averaged(ema: Ema) -> Iterator[None]:
-    """Inside, the model has the averages as its weights, if there are any."""
+    """Within the block, the model's weights are the averages, if there are any."""
     _exchange(ema)
     try:
         yield
@@ -68,7 +69,7 @@ def _exchange(ema: Ema) -> None:
 
 
 def trained_weights(model: torch.nn.Module, copy: bool = False) -> dict[str, torch.Tensor]:
-    """The trained parameters by name (under FSDP the parts of this process), or copies of them."""
+    """The trainable parameters by name (under FSDP this process's shards), or copies of them."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     return {name: parameter.detach().clone() for name, parameter in trained.items()} if copy else trained
 
@@ -78,7 +79,7 @@ def mix_weights(
 ) -> None:
     """Sets ``weights`` to (1 - alpha) old + alpha new (Wortsman et al. 2021, WiSE-FT, arXiv:2109.01903).
 
-    Of a LoRA product B A, which starts as 0, only B is scaled: the merged weights are then mixed in the same way.
+    Of a LoRA product B A, which starts at 0, only B is scaled, which mixes the merged weights in the same way.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""Batches for training and evaluation, the same samples on any number of processes and workers.
+"""Batches for training and evaluation, with the same samples on any number of processes and workers.
 
-The order of an epoch is a function of (seed, epoch) alone. It is then cut into *windows*, one for each optimizer step;
-a window is dealt to the processes and their micro-batches so that every sample is used once. A position in the epoch
-is a number of samples, so a run can be resumed on another number of processes.
+The order of an epoch depends only on (seed, epoch). It is cut into *windows*, one for each optimizer step; a window is
+divided among the processes and their micro-batches so that every sample is used once. A position in the epoch is a
+number of samples, so a run can be resumed with a different number of processes.
 """
 
 from __future__ import annotations
@@ -34,38 +34,38 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class TrainingData(Protocol):
-    """A data set that is told the epoch, and chooses the order it is read in.
+    """A data set whose samples depend on the epoch, and which chooses its order.
 
-    A plain sequence of samples (``len`` and ``[row]``) does too: see :class:`Rows`.
+    A plain sequence of samples (``len`` and ``[row]``) works too: see :class:`Rows`.
     """
 
-    unit: str  # what a sample is called in messages: "images"
+    unit: str  # the word for samples in messages: "images"
 
     def __len__(self) -> int: ...
 
     def at(self, row: int, epoch: int, draw: int = 0) -> Any:
-        """The sample ``row`` as ``epoch`` augments it; ``draw`` counts the times that the epoch had it before."""
+        """The sample ``row`` as augmented in ``epoch``; ``draw`` counts its earlier occurrences in the epoch."""
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """The rows of an epoch, int64 [n]; a row's repetition is row + len * draw (:func:`number_repeats`)."""
+        """The order of rows in an epoch, int64 [n]; a repeated row is row + len * draw (:func:`number_repeats`)."""
 
     def prefetch(self, rows: np.ndarray) -> None:
-        """Has what ``rows`` need, in this order, fetched ahead where it is remote."""
+        """Starts to fetch remote data of ``rows`` in advance, in this order; does nothing for local data."""
 
     def problem(self, row: int) -> str:
-        """Where the sample ``row`` comes from and why it cannot be read."""
+        """The location of the sample ``row`` and why it cannot be read."""
 
 
 @dataclass
 class Rows:
-    """A sequence of samples as :class:`TrainingData`: shuffled, with ``lengths`` [n] in runs of like length."""
+    """A sequence of samples as :class:`TrainingData`: shuffled, with ``lengths`` [n] in runs of similar length."""
 
     samples: Sequence[Any]
     lengths: np.ndarray | None = None
 
     @property
     def unit(self) -> str:
-        """What a sample is called in messages."""
+        """The word for samples in messages."""
         return getattr(self.samples, "unit", "samples")
 
     def __len__(self) -> int:
@@ -80,15 +80,15 @@ class Rows:
         return epoch_order(len(self.samples), seed, epoch, self.lengths)
 
     def prefetch(self, rows: np.ndarray) -> None:
-        """Nothing is remote."""
+        """Does nothing: the samples are local."""
 
     def problem(self, row: int) -> str:
-        """Which sample it is; what the sequence says of it, if it has a ``problem`` of its own."""
+        """The row number, or the result of the sequence's own ``problem`` if it has one."""
         return self.samples.problem(row) if hasattr(self.samples, "problem") else f"row {row}"
 
 
 def as_training_data(dataset: TrainingData | Sequence[Any], lengths: np.ndarray | None = None) -> TrainingData:
-    """``dataset`` itself, or :class:`Rows` of a plain sequence."""
+    """``dataset`` itself, or :class:`Rows` for a plain sequence."""
     return dataset if isinstance(dataset, TrainingData) else Rows(dataset, lengths)
 
 
@@ -96,9 +96,9 @@ def as_training_data(dataset: TrainingData | Sequence[Any], lengths: np.ndarray 
 class Window:
     """The micro-batches of one optimizer step on this process; iterate over it once.
 
-    ``num_samples`` counts the samples of the step on all processes, ``position`` those of the epoch after the step.
-    Each batch is a dict of tensors with ``index`` [B] (row numbers) and ``weight`` [B] (1, or 0 where a row only
-    keeps processes in step). ``loss_sum`` is the sum of this process's losses so far.
+    ``num_samples`` is the number of samples of the step on all processes, ``position`` the number of samples of the
+    epoch used after the step. Each batch is a dict of tensors with ``index`` [B] (row numbers) and ``weight`` [B] (1,
+    or 0 for a row that only keeps the processes in step). ``loss_sum`` is the sum of this process's losses so far.
     """
 
     num_samples: int
@@ -125,39 +125,39 @@ class Window:
 
     @property
     def at_last(self) -> bool:
-        """Whether the current micro-batch is the last one."""
+        """True if the current micro-batch is the last one."""
         return self._fetched == self.num_micro_batches
 
     def sync(self, model: torch.nn.Module) -> AbstractContextManager:
-        """Around forward and backward: gradients are reduced over processes after the last micro-batch only."""
+        """Context for forward and backward: gradients are reduced over processes only after the last micro-batch."""
         return nullcontext() if self.at_last else self.batches.accelerator.no_sync(model)
 
     def backward(self, losses: torch.Tensor, weight: torch.Tensor, mean: bool = True) -> None:
-        """Adds the gradient of a micro-batch: of the mean loss over all samples of the window, on all processes.
+        """Adds a micro-batch's gradient of the mean loss over all samples of the window, on all processes.
 
-        ``losses`` and ``weight`` [B]. With ``mean=False`` that of the sum over this process's samples.
+        ``losses`` and ``weight`` [B]. With ``mean=False``, the gradient of the sum over this process's samples.
         """
         accelerator = self.batches.accelerator
         loss = (losses * weight).sum()
-        # DDP and FSDP average over processes, so each one scales its share up.
+        # DDP and FSDP average over processes, which the factor compensates.
         accelerator.backward(loss * accelerator.num_processes / self.num_samples if mean else loss)
         self.loss_sum += loss.detach()
 
     def add_mean_loss(self, loss: torch.Tensor) -> None:
-        """Notes the mean loss over all samples of the window, where its gradient was computed in another way."""
+        """Records the mean loss over all samples of the window if its gradient was computed in another way."""
         self.loss_sum += loss * self.num_samples / self.batches.num_processes
 
 
 @dataclass
 class TrainBatches:
-    """Windows of micro-batches over ``dataset``, in an order that depends on the seed and the epoch alone.
+    """Windows of micro-batches over ``dataset``, in an order that depends only on the seed and the epoch.
 
-    ``batch_size`` is per process and micro-batch; ``effective_batch_size`` fixes the samples of an optimizer step over
-    all processes instead of ``gradient_accumulation_steps``. ``lengths`` [n] (tokens, frames) turns on length buckets
-    for a plain sequence of samples. Any number of ``num_workers`` gives the same batches. A sample with ``valid`` 0 (it
-    could not be read) gets the weight 0. With a ``poisson_seed`` a step's samples are drawn instead, each with
-    probability ``window_size`` / n (differential privacy's accounting assumes it); positions are then those of windows
-    of equal size.
+    ``batch_size`` is per process and micro-batch; ``effective_batch_size`` sets the number of samples of an optimizer
+    step over all processes, in place of ``gradient_accumulation_steps``. ``lengths`` [n] (tokens, frames) turns on
+    length buckets for a plain sequence of samples. The batches do not depend on ``num_workers``. A sample with
+    ``valid`` 0 (it could not be read) has weight 0. With a ``poisson_seed``, a step's samples are drawn, each with
+    probability ``window_size`` / n, as the accounting of differential privacy assumes; positions are then those of
+    windows of equal size.
     """
 
     dataset: TrainingData | Sequence[Any]
@@ -171,7 +171,7 @@ class TrainBatches:
     process_index: int = 0
     device: torch.device | str = "cpu"
     effective_batch_size: int | None = None
-    pin_memory: bool = True  # on a GPU: page-locked batches
+    pin_memory: bool = True  # page-locked batches on a GPU
     poisson_seed: int | None = None
     accelerator: Accelerator | None = None  # sets num_processes, process_index and device
     seconds_waited: float = 0.0  # for data
@@ -187,7 +187,7 @@ class TrainBatches:
 
     @property
     def window_size(self) -> int:
-        """Samples of one optimizer step over all processes: the global batch."""
+        """Samples of an optimizer step over all processes: the global batch size."""
         return self.effective_batch_size or self.batch_size * self.num_processes * self.gradient_accumulation_steps
 
     def take_seconds_waited(self) -> float:
@@ -196,7 +196,7 @@ class TrainBatches:
         return seconds
 
     def take_unreadable(self) -> set[int]:
-        """The rows that could not be read since the last call, on this process."""
+        """The rows that this process could not read since the last call."""
         rows, self.unreadable = self.unreadable, set()
         return rows
 
@@ -232,9 +232,9 @@ class TrainBatches:
         total = len(self.dataset)
         return poisson_rows(total, self.window_size / total, self.poisson_seed, epoch, start)
 
-    def _make_loader(self) -> Any:
+    def _make_loader(self) -> torch.utils.data.DataLoader:
         if self._loader is None:
-            window = self.window_size // (self.batch_size * self.num_processes)  # micro-batches that are wanted at once
+            window = self.window_size // (self.batch_size * self.num_processes)  # micro-batches of a step
             self._loader = make_loader(
                 self.dataset, self.collate, self._plan, self.num_workers, self.device, min(window, 16), self.pin_memory
             )
@@ -265,10 +265,9 @@ def evaluation_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This process's batches of an evaluation in which every sample is used once over all processes.
 
-    All processes get the same number of batches; what only fills up has ``weight`` 0 (what could not be read keeps 1:
-    see its ``valid``). With ``lengths`` [n] samples are
-    sorted by length, which changes the padding and nothing else. Put the results together with
-    :func:`gather_rows`.
+    All processes get the same number of batches; filler rows have ``weight`` 0 (unreadable samples keep 1 and have
+    ``valid`` 0). With ``lengths`` [n] samples are sorted by length, which changes only the padding. Combine the results
+    with :func:`gather_rows`.
     """
     rows = np.arange(len(dataset)) if lengths is None else np.argsort(-np.asarray(lengths), kind="stable")
     shares = [
@@ -285,11 +284,11 @@ def evaluation_batches(
 def report_unreadable(
     accelerator: Accelerator, dataset: TrainingData, split: str, rows: Iterable[int], shown: int = 10
 ) -> None:
-    """Logs how many samples of ``split``, on all processes, could not be read, and which. A collective."""
+    """Logs which samples of ``split`` could not be read on any process, and how many (collective)."""
     everywhere = sorted(set().union(*gather_objects(accelerator, [int(row) for row in rows])))
     if everywhere and accelerator.is_main_process:
         count = f"{len(everywhere)} of {len(dataset)} {split} {dataset.unit}"
-        log.warning("%s cannot be read and were left out:", count)
+        log.warning("%s cannot be read and were skipped:", count)
         for row in everywhere[:shown]:
             log.warning("  %s", dataset.problem(row))
         if len(everywhere) > shown:
@@ -297,9 +296,9 @@ def report_unreadable(
 
 
 def gather_rows(accelerator: Accelerator, num_samples: int, columns: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Puts per-sample results of all processes into the order of the data set, on every process.
+    """Gathers per-sample results of all processes in the order of the data set, on every process.
 
-    ``columns`` holds ``index`` [n_local] and ``weight`` [n_local] beside tensors [n_local, ...]; rows of weight 0 are
+    ``columns`` has ``index`` [n_local], ``weight`` [n_local] and tensors [n_local, ...]; rows with weight 0 are
     dropped.
 
     Raises:
@@ -323,14 +322,14 @@ def gather_rows(accelerator: Accelerator, num_samples: int, columns: dict[str, t
 
 @dataclass
 class Plan:
-    """The batches of row numbers that a loader reads, and the epoch they are of."""
+    """The batches of row numbers that a loader reads, and their epoch."""
 
     batches: list[np.ndarray] = field(default_factory=list)
     epoch: int = 0
 
 
 class _PlannedBatches:
-    """A batch sampler that reads the plan of the epoch each time it is iterated, so that workers can stay alive."""
+    """A batch sampler that reads the current plan each time it is iterated, so that workers persist over epochs."""
 
     def __init__(self, plan: Plan, num_samples: int) -> None:
         self.plan, self.num_samples = plan, num_samples
@@ -378,9 +377,9 @@ def make_loader(
     ahead: int = 0,
     pin_memory: bool = True,
 ) -> torch.utils.data.DataLoader:
-    """A DataLoader over the batches of row numbers in ``plan``; it never draws from the global random state.
+    """A DataLoader over the batches of row numbers in ``plan`` that does not use the global random state.
 
-    Its workers prepare at least two batches each, and ``ahead`` together.
+    The workers prepare at least two batches each, and at least ``ahead`` in total.
     """
     import torch
 
@@ -394,14 +393,14 @@ def make_loader(
         persistent_workers=num_workers > 0,
         prefetch_factor=prefetch,
         pin_memory=pin_memory,
-        # Without a generator of its own, each new iterator would advance the one that dropout uses.
+        # Otherwise each new iterator would advance the generator that dropout uses.
         generator=torch.Generator().manual_seed(0),
         worker_init_fn=functools.partial(_start_worker, os.getpid()),
     )
 
 
 def start_workers(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, torch.Tensor]]:
-    """The loader's iterator; its workers, and every thread of theirs, are born with SIGTERM blocked."""
+    """The loader's iterator; its workers and all of their threads start with SIGTERM blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM} if hasattr(signal, "sigwaitinfo") else ())
     try:
         return iter(loader)
@@ -410,21 +409,21 @@ def start_workers(loader: torch.utils.data.DataLoader) -> Iterator[dict[str, tor
 
 
 def _start_worker(parent: int, _: int) -> None:
-    # The threads of the tokenizers' pool do not survive the fork; waiting for them would never end.
+    # The tokenizers' thread pool does not survive the fork; waiting for it would hang.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    # The stop signal is the training process's own affair, also where it is sent to the whole group (timeout, Slurm): a
-    # worker that died of it would end the run before it could save. It ends with its parent, also where that is killed.
+    # Only the training process handles stop signals, even if they are sent to the whole group (timeout, Slurm): if a
+    # worker exited, the run would end before it could save. A worker ends with its parent, even if that is killed.
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        threading.Thread(target=_leave_when_told_by, args=(parent,), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_from, args=(parent,), daemon=True).start()
     signal_when_parent_dies(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
 
 
-def _leave_when_told_by(parent: int) -> None:
-    """Ends this process on a SIGTERM of ``parent``, and on nobody else's."""
+def _exit_on_sigterm_from(parent: int) -> None:
+    """Ends this process on a SIGTERM from ``parent``, but from no other process."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)
@@ -438,7 +437,7 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device | str) -> dic
 def _next_of(batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     try:
         return next(batches)
-    except UserError as error:  # one from a worker carries the worker's traceback in its message
+    except UserError as error:  # the message of an error in a worker contains the worker's traceback
         raise UserError(
             str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
         ) from None

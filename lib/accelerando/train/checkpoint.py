@@ -1,11 +1,10 @@
-"""Checkpoints from which a run goes on exactly: written whole or not at all, checked before they are used.
+"""Checkpoints for exact resume: written atomically, verified before they are used.
 
-A checkpoint is a folder ``checkpoints/step_000500`` with ``model.safetensors`` and ``optimizer.safetensors`` (whole,
-unsharded tensors under the model's own names, so that they load on any number of processes), ``state.json`` (position,
-schedule, scaler, counters), ``rng.json`` (the random states of every process), ``metrics.jsonl`` (what was recorded),
-``best/`` (the best model of that moment; its weights are hard links, which cost no space until a better one is found)
-and ``manifest.json`` (size and SHA-256 of each file). Nothing in it is pickled. It is written beside its place and
-renamed when it is on the disk.
+A checkpoint is a folder ``checkpoints/step_000500`` with ``model.safetensors`` and ``optimizer.safetensors`` (unsharded
+tensors under the model's own names, so that they load on any number of processes), ``state.json`` (position, schedule,
+scaler, counters), ``rng.json`` (the random states of every process), ``metrics.jsonl`` (the history), ``best/`` (the
+best model so far; its weights are hard links, which need no space until a better one is found) and ``manifest.json``
+(size and SHA-256 of each file). Nothing in it is pickled.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerando.base.errors import UserError
-from accelerando.base.files import put_back, whole_folder
+from accelerando.base.files import restore_folder, whole_folder
 from accelerando.base.processes import gather_objects
 from accelerando.base.rng import rng_state, set_rng_state
 from accelerando.train.accelerator import is_sharded, unwrapped
@@ -55,11 +54,11 @@ def save_checkpoint(
 ) -> Path:
     """Saves everything exact resume needs as ``folder/step_NNNNNN`` and removes all but the ``keep`` newest.
 
-    To be called on every process. ``state`` holds the run's own counters, as JSON can; ``best`` is the folder of the
-    best model so far, ``history`` what was recorded.
+    Call it on every process. ``state``: the run's counters, for JSON; ``best``: the folder of the best model so far;
+    ``history``: the rows of metrics.jsonl.
 
     Raises:
-        UserError: the disk is full or cannot be written; earlier checkpoints are untouched.
+        UserError: the disk is full or not writable; earlier checkpoints are not affected.
     """
     tensors, optimizer_rest = _split_tensors(_optimizer_state(accelerator, model, optimizer))
     weights = model_state(accelerator, model)
@@ -102,11 +101,11 @@ def save_checkpoint(
 
 
 def _copy_model(source: Path, target: Path) -> None:
-    """A second name for the weights, which are only ever replaced whole, and a copy of what a person may edit."""
+    """Copies a model: hard links for weights, which are never changed in place, and copies of the other files."""
 
     def link_or_copy(old: str, new: str) -> None:
         if old.endswith(".safetensors"):
-            with contextlib.suppress(OSError):  # a file system without hard links
+            with contextlib.suppress(OSError):  # the file system has no hard links
                 os.link(old, new)
                 return
         shutil.copy2(old, new)
@@ -115,7 +114,7 @@ def _copy_model(source: Path, target: Path) -> None:
 
 
 def restore_best(checkpoint: Path, best: Path) -> None:
-    """Puts the best model of the moment of ``checkpoint`` back: ``best`` may be of a later one, or half replaced."""
+    """Restores the best model from ``checkpoint``: ``best`` may be from a later step, or partly replaced."""
     shutil.rmtree(best, ignore_errors=True)
     if (checkpoint / "best").is_dir():
         _copy_model(checkpoint / "best", best)
@@ -138,7 +137,7 @@ def _sha256(path: Path) -> str:
 def _prune(folder: Path, keep: int, newest: Path) -> None:
     for old in [path for path in step_folders(folder) if path != newest][max(0, keep - 1) :]:
         shutil.rmtree(old, ignore_errors=True)
-    for draft in folder.glob(".step_*"):  # what a killed run left half written
+    for draft in folder.glob(".step_*"):  # drafts of a killed run
         shutil.rmtree(draft, ignore_errors=True)
 
 
@@ -151,8 +150,8 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def what_is_wrong(checkpoint: Path) -> str | None:
-    """None for a complete checkpoint; otherwise what is missing or damaged."""
+def find_damage(checkpoint: Path) -> str | None:
+    """None for an intact checkpoint; otherwise a description of what is missing or corrupted."""
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in files.items():
@@ -162,9 +161,9 @@ def what_is_wrong(checkpoint: Path) -> str | None:
             if path.stat().st_size != expected["bytes"]:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
             if _sha256(path) != expected["sha256"]:
-                return f"{name} is damaged (its checksum differs)"
+                return f"{name} is corrupted (its checksum differs)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is missing or damaged"
+        return f"{MANIFEST} is missing or corrupted"
     return None
 
 
@@ -173,21 +172,21 @@ def find_checkpoint(
 ) -> Path | None:
     """The newest complete checkpoint in ``folder`` (or ``folder`` itself), the same on every process.
 
-    A damaged one is ignored with a warning; one that was just ``verified`` is not hashed again. None where there is
-    none at all.
+    A corrupted one is ignored with a warning; the one that was just ``verified`` is not hashed again. None: there are
+    no checkpoints.
 
     Raises:
-        UserError: there are checkpoints and none is complete.
+        UserError: there are checkpoints, but none is complete.
     """
     choice: tuple[str | None, list[str]] = (None, [])
     if accelerator.is_main_process:
-        for old in folder.glob(".step_*.old"):  # killed while a step was saved a second time
-            put_back(folder / old.name.removeprefix(".").removesuffix(".old"))
+        for old in folder.glob(".step_*.old"):  # killed while a step was saved again
+            restore_folder(folder / old.name.removeprefix(".").removesuffix(".old"))
         candidates = [folder] if (folder / MANIFEST).is_file() else step_folders(folder)
         damaged = []
         good = None
         for path in candidates:
-            problem = None if path == verified else what_is_wrong(path)
+            problem = None if path == verified else find_damage(path)
             if problem is None:
                 good = str(path)
                 break
@@ -202,9 +201,9 @@ def find_checkpoint(
 
 
 def remove_later_checkpoints(checkpoint: Path, warn: Callable[[str], None]) -> None:
-    """Removes what comes after the ``checkpoint`` that a run continues from: damaged, or about to be replaced.
+    """Removes the checkpoints after the ``checkpoint`` that a run continues from: corrupted, or about to be replaced.
 
-    Left there, they would push the new ones out and be found by the next resume.
+    Otherwise the new ones would be pruned instead of them, and the next resume would find them.
     """
     for path in step_folders(checkpoint.parent):
         if int(path.name[5:]) > int(checkpoint.name[5:]):
@@ -214,14 +213,14 @@ def remove_later_checkpoints(checkpoint: Path, warn: Callable[[str], None]) -> N
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was checked: its folder and the content of its ``state.json``."""
+    """A verified checkpoint: its folder and the content of its ``state.json``."""
 
     path: Path
     content: dict[str, Any]
 
     @property
     def step(self) -> int:
-        """The optimizer steps that were taken."""
+        """The number of optimizer steps taken."""
         return int(self.path.name[5:])
 
 
@@ -238,7 +237,7 @@ def load_checkpoint(
     schedule: Schedule,
     ema: Ema,
 ) -> None:
-    """Loads ``checkpoint`` into all of them and restores this process's random states.
+    """Loads ``checkpoint`` into the given objects and restores this process's random states.
 
     Raises:
         UserError: the checkpoint belongs to another model or another optimizer.
@@ -247,7 +246,7 @@ def load_checkpoint(
 
     path, content = checkpoint.path, checkpoint.content
     if ema.is_on:
-        name = "ema" if (path / "ema.safetensors").is_file() else "model"  # switched on later: from here on
+        name = "ema" if (path / "ema.safetensors").is_file() else "model"  # EMA was turned on for the resume
         set_model_state(accelerator, model, load_file(path / f"{name}.safetensors"), source=str(path))
         ema.take_from_weights()
     set_model_state(accelerator, model, load_file(path / "model.safetensors"), source=str(path))
@@ -265,11 +264,13 @@ def load_checkpoint(
 # ------------------------------------------------------------------------------------------------- states of a model
 
 
-def _plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+def _plain_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _optimizer_state(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any) -> dict[str, Any]:
+def _optimizer_state(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=is_sharded(accelerator))
@@ -277,7 +278,11 @@ def _optimizer_state(accelerator: Accelerator, model: torch.nn.Module, optimizer
 
 
 def _set_optimizer_state(
-    accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, state: dict[str, Any], checkpoint: Path
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    checkpoint: Path,
 ) -> None:
     import torch
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
@@ -287,13 +292,13 @@ def _set_optimizer_state(
     unknown = set(saved[0]) ^ set(groups[0]) if saved else {"groups"}
     if len(saved) != len(groups) or unknown:
         raise UserError(
-            f"{checkpoint} was trained with another optimizer or schedule: give --optimizer and --scheduler as before"
+            f"{checkpoint} was trained with another optimizer or schedule: use the same --optimizer and --scheduler"
         )
     options = StateDictOptions(full_state_dict=True)
     plain = unwrapped(accelerator, model)
     trained = {parameter: parameter.requires_grad for parameter in plain.parameters()}
-    # Parameters without a state so far (a layer not yet unfrozen, one that took no part) start without one again: torch
-    # gives a state to all that are trainable, and wants one for each.
+    # torch expects a state for each trainable parameter. Those that have none yet (a layer that is not yet unfrozen or
+    # was not used) must also start without one, so they are frozen while the state is loaded.
     for name, parameter in plain.named_parameters():
         known = name.replace("_orig_mod.", "") in state["state"]
         parameter.requires_grad_(known if state["state"] else trained[parameter])
@@ -302,7 +307,7 @@ def _set_optimizer_state(
     finally:
         for parameter, before in trained.items():
             parameter.requires_grad_(before)
-    # A fused step goes through weight and state in the order of memory, which has to be the same (channels_last).
+    # A fused step requires weight and state in the same memory format (channels_last).
     for weight, kept in _plain_optimizer(optimizer).state.items():
         for name, value in kept.items():
             if isinstance(value, torch.Tensor) and value.shape == weight.shape and value.stride() != weight.stride():
@@ -310,7 +315,7 @@ def _set_optimizer_state(
 
 
 def _split_tensors(tree: Any, prefix: str = "") -> tuple[dict[str, torch.Tensor], Any]:
-    """Takes the tensors out of nested dicts and lists: ({path: tensor}, the rest with ``{"tensor": path}`` there)."""
+    """Separates tensors from nested dicts and lists: ({path: tensor}, the rest with ``{"tensor": path}`` for each)."""
     import torch
 
     if isinstance(tree, torch.Tensor):
@@ -343,9 +348,3 @@ def _join_tensors(rest: Any, tensors: dict[str, torch.Tensor]) -> Any:
         items = [_join_tensors(value, tensors) for value in content]
         return items if kind == "list" else tuple(items)
     return content
-
-
-# ---------------------------------------------------------------------------------------------------- random states
-
-
-# --------------------------------------------------------------------------------------------------- the stop signal

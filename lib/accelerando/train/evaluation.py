@@ -1,4 +1,4 @@
-"""Evaluation on all processes: every sample once, its results gathered in the order of the data set."""
+"""Evaluation on all processes: every sample exactly once, with results in the order of the data set."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ if TYPE_CHECKING:
 
 
 class EvaluationRows:
-    """The batches of an evaluation, and what a script computed of each of their samples::
+    """The batches of an evaluation, and the results that a script computes for each sample::
 
         rows = EvaluationRows(run, model, dataset, data.collate, args.eval_batch_size, "validation")
         for batch in rows:
             rows.add(logits=model(**batch).logits)     # [B, ...] each
         found = rows.gathered()                        # logits [n, ...], numpy, on every process
 
-    ``lengths`` [n]: samples of like length share a batch, which changes the padding and nothing else. Shows a progress
-    bar called ``what``.
+    ``lengths`` [n]: samples of similar length share a batch, which changes only the padding. Shows a progress bar with
+    the title ``what``.
 
     Raises:
-        StopRequested: some process was asked to stop, noticed after the batch.
+        StopRequested: a process was asked to stop; raised after a batch.
     """
 
     def __init__(
@@ -49,9 +49,15 @@ class EvaluationRows:
         self.dataset = as_training_data(dataset)
         accelerator = run.accelerator
         self._batches = evaluation_batches(
-            self.dataset, collate, batch_size, lengths=lengths, num_workers=num_workers,
-            num_processes=accelerator.num_processes, process_index=accelerator.process_index, device=accelerator.device,
-        )  # fmt: skip
+            self.dataset,
+            collate,
+            batch_size,
+            lengths=lengths,
+            num_workers=num_workers,
+            num_processes=accelerator.num_processes,
+            process_index=accelerator.process_index,
+            device=accelerator.device,
+        )
         self._columns: dict[str, list[torch.Tensor]] = {}
         self._batch: dict[str, torch.Tensor] = {}
 
@@ -62,16 +68,16 @@ class EvaluationRows:
                 yield batch
                 bar.update(len(batch["index"]) * self.run.accelerator.num_processes)
                 raise_if_stopped(self.run)
-        # Under FSDP the gathered weights stay until a backward, and may be those of an average.
+        # Under FSDP the gathered weights stay in memory until a backward pass, and may be averaged weights.
         reshard(self.run.accelerator, self.model)
 
     def add(self, **columns: torch.Tensor) -> None:
-        """Keeps results of the current batch's samples, [B, ...] each."""
+        """Adds results for the samples of the current batch, [B, ...] each."""
         for name, values in {"index": self._batch["index"], "weight": self._batch["weight"], **columns}.items():
             self._columns.setdefault(name, []).append(values)
 
     def gathered(self) -> dict[str, np.ndarray]:
-        """The results of all processes, [n, ...] each, in the order of the data set, on every process. A collective.
+        """The results of all processes, [n, ...] each, in the order of the data set, on every process (collective).
 
         Raises:
             RuntimeError: a sample is missing or was evaluated twice.
@@ -82,9 +88,9 @@ class EvaluationRows:
         return gather_rows(self.run.accelerator, len(self.dataset), columns)
 
     def gathered_readable(self) -> dict[str, np.ndarray]:
-        """:meth:`gathered` without the samples whose ``valid`` is 0: they could not be read, and are named in the log.
+        """:meth:`gathered` without unreadable samples (``valid`` 0), which are reported in the log.
 
-        ``row`` int64 [n]: where each of the others stands in the data set.
+        ``row`` int64 [n]: the positions of the others in the data set.
 
         Raises:
             UserError: none could be read.
@@ -98,10 +104,10 @@ class EvaluationRows:
 
 
 def check_validation(args: RunArgs, splits: Collection[str], report_on_train: bool = False) -> None:
-    """UserError where nothing is held out for validation, but a setting needs it or nothing would be scored."""
+    """UserError if there is no validation set, but a setting needs one or no split would be evaluated."""
     if "validation" in splits:
         return
     if args.early_stop or args.scheduler == "plateau":
         raise UserError("--validation_fraction 0: --early_stop and --scheduler plateau need validation data")
     if "test" not in splits and not report_on_train:
-        raise UserError("--validation_fraction 0: nothing would be scored; name test data or give --report_on_train")
+        raise UserError("--validation_fraction 0: nothing would be evaluated; name test data or use --report_on_train")

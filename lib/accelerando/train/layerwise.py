@@ -1,4 +1,4 @@
-"""A net's layers from input to head: for rates that differ by depth, and for training the upper ones first."""
+"""A model's layers from input to head, for layer-wise learning rates and gradual unfreezing."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 def layers_of(model: torch.nn.Module, head: tuple[str, ...]) -> list[list[str]]:
-    """Names of all parameters, a list for each layer from the input on; the last one is the head's.
+    """Names of all parameters, a list for each layer from the input on; the last one is the head.
 
-    ``head``: how the names of the head's parameters begin. A layer is a block of the net's stages (a residual block, a
-    Transformer layer), or what stands alone outside of them; a norm belongs to what it follows, and a parameter without
-    a module of its own (a position embedding) to the first layer.
+    ``head``: prefixes of the names of the head's parameters. A layer is a block of a stage (a residual block, a
+    Transformer layer), or a module outside of stages; a norm belongs to the layer before it, and a parameter without a
+    module of its own (a position embedding) to the first layer.
     """
     groups: list[list[str]] = [[]]
     owners: dict[str, int] = {}
@@ -28,7 +28,7 @@ def layers_of(model: torch.nn.Module, head: tuple[str, ...]) -> list[list[str]]:
 def _collect(
     module: torch.nn.Module, prefix: str, in_stage: bool, total: int, groups: list[list[str]], owners: dict[str, int]
 ) -> None:
-    """Numbers the layers of ``module``; ``groups`` has an entry for each one so far."""
+    """Assigns a layer number to the parameters of ``module``; ``groups`` has an entry for each layer so far."""
     from torch import nn
 
     for name, _ in module.named_parameters(prefix[:-1], recurse=False):
@@ -39,8 +39,8 @@ def _collect(
         if not sizes:
             continue
         stage = type(child) in (nn.Sequential, nn.ModuleList)
-        single = all(not list(inner.children()) for inner in child.children())  # of convolutions, norms and the like
-        # Outside of stages, what holds most of the net is a wrapper around them; inside one, it is a block.
+        single = all(not list(inner.children()) for inner in child.children())  # only convolutions, norms, ...
+        # Outside of stages, a module with most of the parameters is a wrapper around the stages.
         wrapper = not in_stage and sum(sizes) > total / 2
         opened = not (single and (in_stage or container)) if stage else wrapper
         if opened and list(child.children()):
@@ -56,14 +56,14 @@ def _collect(
 
 
 def train_from(model: torch.nn.Module, layers: Sequence[Sequence[str]], count: int) -> None:
-    """Makes the last ``count`` of ``layers`` trainable and no other."""
+    """Makes only the last ``count`` of ``layers`` trainable."""
     chosen = {name for layer in layers[max(0, len(layers) - count) :] for name in layer}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
 
 
 def train_mode(model: torch.nn.Module) -> None:
-    """``model.train()``, but batch norms that are not trained keep the statistics that they came with."""
+    """``model.train()``, but batch norms that are not trained keep their statistics."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     model.train()

@@ -1,4 +1,4 @@
-"""The bookkeeping of a training loop: steps, epochs, clock, patience, what is due, log lines.
+"""The bookkeeping of a training loop: steps, epochs, time, early stopping, when to evaluate and save, log lines.
 
 A loop has three calls::
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def plan_steps(run: Run, batches: TrainBatches) -> None:
-    """Sets ``run.total_steps``: the steps taken and those left of ``epochs``, but ``max_steps`` at most."""
+    """Sets ``run.total_steps``: the steps taken plus the remaining steps of ``epochs``, at most ``max_steps``."""
     state, args = run.state, run.args
     state.epoch_size = len(batches.dataset)
     left = sum(
@@ -41,9 +41,9 @@ def plan_steps(run: Run, batches: TrainBatches) -> None:
 
 
 def training_steps(run: Run, batches: TrainBatches) -> Iterator[Window]:
-    """The windows (samples of an optimizer step) from where the run stands to its last step, epoch after epoch.
+    """The windows (the samples of an optimizer step) from the run's current position to its last step.
 
-    Ends early where evaluations brought no improvement for ``early_stop`` times.
+    Ends early after ``early_stop`` evaluations without an improvement.
     """
     state = run.state
     run.bar = progress_bar(run.total_steps, state.step, " steps", "training")
@@ -52,7 +52,7 @@ def training_steps(run: Run, batches: TrainBatches) -> Iterator[Window]:
             if state.position >= state.epoch_size:
                 raise UserError(
                     f"the run has used {state.position:,} samples of this epoch, but the data has "
-                    f"{state.epoch_size:,}: it has changed; start again with --overwrite or another --run_name"
+                    f"{state.epoch_size:,}: the data has changed; start again with --overwrite or another --run_name"
                 )
             log.info("Epoch %d/%d", state.epoch + 1, run.args.epochs)
             run.step_started = time.perf_counter()
@@ -63,7 +63,7 @@ def training_steps(run: Run, batches: TrainBatches) -> Iterator[Window]:
                     raise RuntimeError("finish_step was not called for the last window")
                 if run.is_over:
                     break
-                run.step_started = time.perf_counter()  # evaluating and saving is not training
+                run.step_started = time.perf_counter()  # the time for evaluating and saving is not counted
     if run.out_of_patience:
         log.info("Stopped early: no better %s in %d evaluations", run.args.best_metric, run.args.early_stop)
 
@@ -78,17 +78,17 @@ class Step:
 
     @property
     def saves(self) -> bool:
-        """Whether a checkpoint is due; also where the evaluation of this step was the last one."""
+        """True if a checkpoint is due, also after an evaluation that ends the run."""
         return self.save_is_due or self.run.is_over
 
 
 def finish_step(run: Run, window: Window, grad_norm: torch.Tensor | float, lr: float) -> Step:
-    """Counts the optimizer step over ``window``, on every process; writes a log line where one is due.
+    """Counts the optimizer step over ``window``, on every process; writes a log line if one is due.
 
-    ``lr``: the learning rate of this step. One collective adds up the losses and carries the stop signal.
+    ``lr``: the learning rate of this step. A single collective operation sums the losses and the stop signals.
 
     Raises:
-        StopRequested: some process was asked to stop; :func:`train.stop.stoppable` saves and leaves.
+        StopRequested: a process was asked to stop; :func:`train.stop.stoppable` saves and exits.
     """
     import torch
 
@@ -125,26 +125,32 @@ def _log_step(run: Run, lr: float, grad_norm: float) -> None:
     state.log_loss_sum, state.log_loss_count = 0.0, 0
     record(run, "train", {"loss": loss, "lr": lr, "grad_norm": grad_norm})
     if loss != loss:
-        log.warning("The loss is nan: lower --lr, set --warmup_steps, keep --grad_clip")
+        log.warning("The loss is nan: use a lower --lr, --warmup_steps and --grad_clip")
     run.bar.set_postfix_str(f"loss {loss:.4f}")
     log.info(
         "train step %d/%d  epoch %.2f  loss %.4f  lr %.3g  grad norm %.3f  %.0f samples/s",
-        state.step, run.total_steps, state.epochs_done, loss, lr, grad_norm, state.samples / state.seconds,
-    )  # fmt: skip
+        state.step,
+        run.total_steps,
+        state.epochs_done,
+        loss,
+        lr,
+        grad_norm,
+        state.samples / state.seconds,
+    )
 
 
 def evaluation_is_due(run: Run) -> bool:
-    """Whether the evaluation that belongs to the last step is still to be done: the run was stopped inside it."""
+    """True if the evaluation after the last step is still due, because the run was stopped during it."""
     state = run.state
     due = is_due(run.args.eval_every, state.step, state.position == 0, state.step >= run.total_steps)
     return due and state.step > 0 and state.evaluated_step < state.step
 
 
 def record_evaluation(run: Run, metrics: dict[str, float], schedule: Schedule, **further: float) -> bool:
-    """Notes what an evaluation found: history, trackers, patience, schedule, log. True: the best so far.
+    """Records an evaluation: history, trackers, early stopping, schedule, log. True: the best so far.
 
-    ``further`` numbers are recorded beside the metrics, in history and trackers alone.
-    Without ``metrics`` (nothing was held out for validation) the weights of the last step are the best.
+    ``further`` numbers are recorded only in the history and the trackers. Without ``metrics`` (there is no validation
+    set) the weights of the last step are the best.
     """
     state, args = run.state, run.args
     state.metrics = metrics
@@ -160,12 +166,12 @@ def record_evaluation(run: Run, metrics: dict[str, float], schedule: Schedule, *
     numbers = "  ".join(f"{name} {text}" for name, text in run.written(metrics, log_only=True))
     log.info("validation %s  (step %d, train loss %.4f)", numbers, state.step, train_loss)
     if best:
-        success("New best %s %.4f, kept in %s", args.best_metric, value, run.directory / "best")
+        success("New best %s %.4f, saved in %s", args.best_metric, value, run.directory / "best")
     return best
 
 
 def speed(run: Run) -> dict[str, float]:
-    """Seconds of training, samples per second, the share of waiting for data, and memory in MB, for the records."""
+    """Seconds of training, samples per second, the fraction of time waiting for data, and memory in MB."""
     state = run.state
     return {
         "seconds": state.seconds,
@@ -177,7 +183,7 @@ def speed(run: Run) -> dict[str, float]:
 
 
 def count_evaluation(state: TrainState, value: float, min_delta: float, higher_is_better: bool) -> bool:
-    """Counts an evaluation for the best weights and for patience; True when ``value`` is the best so far."""
+    """Updates the best value and the early stopping counter; True if ``value`` is the best so far."""
     state.evaluated_step = state.step
     state.bad_evaluations += 1
     if is_improvement(value, state.patience_value, min_delta, higher_is_better):
@@ -189,12 +195,12 @@ def count_evaluation(state: TrainState, value: float, min_delta: float, higher_i
 
 
 def is_due(every: int, step: int, end_of_epoch: bool, last_step: bool) -> bool:
-    """Whether something that happens ``every`` N steps (0: every epoch) happens now; it always does at the end."""
+    """True if an action for ``every`` N steps (0: every epoch) is due; it always is after the last step."""
     return last_step or (step % every == 0 if every else end_of_epoch)
 
 
 def is_improvement(value: float, best: float | None, min_delta: float, higher_is_better: bool) -> bool:
-    """Whether ``value`` beats ``best`` by more than ``min_delta``; the first one does, and anything beats nan."""
+    """True if ``value`` is better than ``best`` by more than ``min_delta``; always for the first value or after nan."""
     if best is None or best != best:
         return True
     return value > best + min_delta if higher_is_better else value < best - min_delta

@@ -1,17 +1,18 @@
-"""LoRA (Hu et al. 2021, arXiv:2106.09685) through PEFT: targets for each architecture, attaching, merging."""
+"""LoRA (Hu et al. 2021, arXiv:2106.09685) with PEFT: target modules for each architecture, attaching, merging."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from peft import PeftModel
 
-# The attention projections by model type, as transformers 5 names them; PEFT has no default for most of these.
+# The attention projections of each model type in transformers 5; PEFT has no default for most of these.
 ATTENTION_TARGETS: dict[str, tuple[str, ...]] = {
     "albert": ("query", "value"),
     "bert": ("query", "value"),
@@ -30,10 +31,10 @@ ATTENTION_TARGETS: dict[str, tuple[str, ...]] = {
 
 
 def lora_targets(model: torch.nn.Module) -> tuple[str, ...]:
-    """Names of the linear layers that get an adapter: the query and value projections of this architecture.
+    """The linear layers that get an adapter: the query and value projections of this architecture.
 
     Raises:
-        UserError: an architecture that is not known here, with the names of its linear layers.
+        UserError: an unknown architecture; lists the names of its linear layers.
     """
     import torch
 
@@ -54,12 +55,12 @@ def attach_lora(
     modules_to_save: Iterable[str] = (),
     within: str | None = None,
 ) -> torch.nn.Module:
-    """``model`` with adapters, everything frozen but these and ``modules_to_save`` (a new head, for instance).
+    """``model`` with adapters; all other parameters are frozen except ``modules_to_save`` (such as a new head).
 
-    ``within`` names the one part of the model (``vision_model``) that gets adapters.
+    ``within`` restricts the adapters to a part of the model (``vision_model``).
 
     Raises:
-        UserError: a target that names no linear layer of the model.
+        UserError: a target is not a linear layer of the model.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -78,16 +79,16 @@ def attach_lora(
         raise UserError(f"--lora_targets {' '.join(targets)}: {str(error).splitlines()[0]}") from None
 
 
-def is_lora(model: Any) -> bool:
-    """True when ``model`` (unwrapped) carries PEFT adapters."""
+def is_lora(model: torch.nn.Module) -> bool:
+    """True if ``model`` (unwrapped) has PEFT adapters."""
     return hasattr(model, "peft_config")
 
 
-def merged_state_dict(model: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of the plain model, adapters folded in: W + (alpha / r) B A, as PEFT's own merge computes it.
+def merged_state_dict(model: PeftModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of the base model with the adapters merged: W + (alpha / r) B A, as in PEFT.
 
-    ``state`` is the whole, unsharded state dict of the PEFT ``model``; works on it alone, so that a sharded model is
-    never put together.
+    ``state`` is the unsharded state dict of the PEFT ``model``; only the state dict is used, so that a sharded model
+    need not be gathered.
     """
     config = model.peft_config["default"]
     scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
@@ -105,7 +106,7 @@ def merged_state_dict(model: Any, state: dict[str, torch.Tensor]) -> dict[str, t
 
 
 def plain_name(name: str) -> str | None:
-    """The name of a PEFT model's tensor in the model without adapters; None for what that one does not have."""
+    """The name of a PEFT model's tensor in the model without adapters; None: it has no such tensor."""
     if ".lora_" in name or ".original_module." in name:
         return None
     name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
@@ -113,7 +114,7 @@ def plain_name(name: str) -> str | None:
 
 
 def adapter_name(name: str) -> str | None:
-    """The name under which PEFT's adapter file keeps a tensor of the model; None for what it does not keep."""
+    """The name of a tensor in PEFT's adapter file; None: the file does not contain it."""
     if ".lora_" in name:
         return re.sub(r"\.(lora_\w+)\.default\b", r".\1", name)
     if ".modules_to_save." in name:

@@ -1,10 +1,10 @@
 """Contrastive losses over the whole batch of all processes and micro-batches, with exact gradients.
 
-The batch of a contrastive loss is what its negatives come from, so it cannot be accumulated: the gradient of a sample
-depends on the embeddings of all others. GradCache (Gao et al. 2021, arXiv:2101.06983) computes it in three steps:
+A contrastive loss takes its negatives from the batch, so it cannot be accumulated over micro-batches: the gradient of a
+sample depends on the embeddings of all others. GradCache (Gao et al. 2021, arXiv:2101.06983) has three steps: the
 embeddings of all micro-batches without a graph; the loss and its gradient with respect to the embeddings, gathered from
-all processes; each micro-batch once more with a graph, which carries that gradient into the weights. Random states are
-replayed, so dropout masks are the same both times.
+all processes; a second forward pass of each micro-batch with a graph, which propagates that gradient to the weights.
+Random states are restored, so both passes have the same dropout masks.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 LossName = Literal["clip", "siglip"]
 MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
-CHUNK = 1024  # rows of the similarity matrix that exist at a time
+CHUNK = 1024  # rows of the similarity matrix in memory at a time
 
 
 @dataclass
 class Pairs:
-    """Embeddings of n image-caption pairs, each of unit length, and what the loss needs to know of them.
+    """Embeddings of n image-caption pairs, each of unit length, with ids and weights.
 
-    ``image`` and ``text`` [n, d]; ``image_ids`` and ``text_ids`` int64 [n]: equal numbers mean the same picture or the
-    same caption; ``weight`` [n]: 0 for a pair that only fills up or could not be read, else 1.
+    ``image`` and ``text`` [n, d]; ``image_ids`` and ``text_ids`` int64 [n]: equal ids mean the same image or the same
+    caption; ``weight`` [n]: 0 for padding and unreadable pairs, else 1.
     """
 
     image: torch.Tensor
@@ -44,7 +44,7 @@ class Pairs:
 
 
 class Embedded(NamedTuple):
-    """What a model makes of a micro-batch: its pairs, exp(logit scale), SigLIP's bias, a further loss of each pair.
+    """A model's output for a micro-batch: pairs, exp(logit scale), SigLIP's bias, an additional loss for each pair.
 
     The mean of ``further`` [n] over all pairs of the batch is added to the contrastive loss.
     """
@@ -68,8 +68,8 @@ def contrastive_loss(
 
     ``clip`` (Radford et al. 2021): for each pair the mean of the cross-entropies of its image among all captions and of
     its caption among all images. ``siglip`` (Zhai et al. 2023, arXiv:2303.15343): the sigmoid loss of all (image,
-    caption). ``scale`` is exp(logit scale); ``bias`` is SigLIP's. With ``mask_duplicates`` the same caption or the same
-    picture in another pair is no negative. Sum it over the batch and divide by the number of pairs of weight 1.
+    caption). ``scale`` is exp(logit scale); ``bias`` is SigLIP's. With ``mask_duplicates``, another pair with the same
+    caption or the same image is not a negative. Sum it over the batch and divide by the number of pairs of weight 1.
     """
     import torch
 
@@ -107,8 +107,8 @@ def embedding_gradients(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The mean loss of the batch of all processes, and its gradients for this process's part of it.
 
-    ``pairs`` are this process's, detached. Gradients: ``image`` and ``text`` [n, d]; ``scale`` and ``bias``: summed
-    over the rows of this process alone, so that adding them up over processes gives the whole.
+    ``pairs`` are this process's, detached. Gradients: ``image`` and ``text`` [n, d]; ``scale`` and ``bias``: only from
+    the rows of this process, so that their sum over processes is the full gradient.
     """
     import torch
 
@@ -116,14 +116,17 @@ def embedding_gradients(
     if accelerator.num_processes == 1:
         everything, first = pairs, 0
     else:
-        # Processes have a pair more or less; what pads has weight 0.
+        # The numbers of pairs differ by one between processes; padding has weight 0.
         padded = [accelerator.pad_across_processes(tensor, dim=0, pad_index=0) for tensor in vars(pairs).values()]
         everything = Pairs(*(accelerator.gather(tensor) for tensor in padded))
         first = accelerator.process_index * len(padded[0])
     columns = Pairs(
-        everything.image.detach().requires_grad_(), everything.text.detach().requires_grad_(),
-        everything.image_ids, everything.text_ids, everything.weight,
-    )  # fmt: skip
+        everything.image.detach().requires_grad_(),
+        everything.text.detach().requires_grad_(),
+        everything.image_ids,
+        everything.text_ids,
+        everything.weight,
+    )
     scale = scale.detach().requires_grad_()
     bias = None if bias is None else bias.detach().requires_grad_()
     num_pairs = everything.weight.sum().clamp(min=1)
@@ -157,15 +160,15 @@ def backward_contrastive(
 ) -> torch.Tensor:
     """Adds the gradient of the loss over all ``micro_batches`` of all processes to the weights; returns the mean loss.
 
-    ``embed(model, batch)`` gives what a micro-batch contributes. One graph exists at a time, so memory is that of one
-    micro-batch; the last one's is kept from the first pass, so that k micro-batches cost k - 1 forward passes more than
-    plain training, and a single one costs nothing more.
+    ``embed(model, batch)`` returns the embeddings of a micro-batch. Only one graph exists at a time, so memory is that
+    of one micro-batch. The graph of the last micro-batch is kept from the first pass, so k micro-batches cost k - 1
+    more forward passes than plain training.
     """
     import torch
 
     last = len(micro_batches) - 1
     alone = nullcontext() if last == 0 else accelerator.no_sync(model)
-    kept, states, parts = [], [], []  # batches are fetched one by one, so that their reading goes on meanwhile
+    kept, states, parts = [], [], []  # batches are fetched one by one, so that loading overlaps with computing
     for number, batch in enumerate(micro_batches):
         kept.append(batch)
         states.append(random_state(accelerator.device))
@@ -182,10 +185,10 @@ def backward_contrastive(
         num_pairs = accelerator.reduce(pairs.weight.sum(), reduction="sum").clamp(min=1)
 
     for number in [last, *range(last)]:
-        final = number == last - 1 or last == 0  # DDP and FSDP add up over processes in the final backward
+        final = number == last - 1 or last == 0  # DDP and FSDP reduce over processes in the final backward
         with nullcontext() if final else accelerator.no_sync(model):
             if number == last:
-                parts = []  # the graph of the last micro-batch is kept by `embedded` alone
+                parts = []  # now only `embedded` holds the graph of the last micro-batch
             else:
                 set_random_state(accelerator.device, states[number])
                 embedded = Embedded(*embed(model, kept[number]))
@@ -194,18 +197,18 @@ def backward_contrastive(
             if further is not None:
                 mean = (embedded.further * part.weight).sum() / num_pairs
                 surrogate, further = surrogate + mean, further + mean.detach()
-            # Scale and bias act on the whole batch once; with a factor of 0 DDP still sees them used.
+            # The gradients of scale and bias are added once; the factor 0 keeps them in the graph for DDP otherwise.
             for name, tensor in (("scale", embedded.scale), ("bias", embedded.bias)):
                 if tensor is not None and tensor.requires_grad:
                     surrogate = surrogate + (tensor * gradients[name]).sum() * float(number == last)
-            # They average over processes, and the gradients are those of a mean over all.
+            # DDP and FSDP average over processes, but these gradients must be summed.
             accelerator.backward(surrogate * accelerator.num_processes)
     set_random_state(accelerator.device, after)
     return value if further is None else value + accelerator.reduce(further, reduction="sum")
 
 
 def clamp_logit_scale(logit_scale: torch.Tensor) -> None:
-    """Keeps exp(logit scale) at most 100, as CLIP's authors did; in place, after an optimizer step."""
+    """Clamps exp(logit scale) to at most 100, as in CLIP; in place, after an optimizer step."""
     import torch
 
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers (8-bit too) and schedules that count optimizer steps."""
+"""Parameter groups, optimizers (also 8-bit) and learning rate schedules in optimizer steps."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from accelerando.base.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 OptimizerName = Literal["adamw", "sgd", "adamw8bit", "lion8bit", "paged_adamw", "paged_adamw8bit", "paged_lion8bit"]
 SchedulerName = Literal["linear", "cosine", "constant", "polynomial", "onecycle", "plateau", "step", "warmup_cosine"]
 
-# Ours -> the class in bitsandbytes.
+# Optimizer name -> class in bitsandbytes.
 BITSANDBYTES = {
     "adamw8bit": "AdamW8bit",
     "lion8bit": "Lion8bit",
@@ -28,23 +29,23 @@ BITSANDBYTES = {
 def parameter_groups(
     model: torch.nn.Module, lr: float, weight_decay: float, layers: Sequence[Sequence[str]] = (), layer_decay: float = 1
 ) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: matrices decay, vectors (biases, norms, scales) do not.
+    """The trainable parameters in two groups: weight decay for matrices, none for vectors (biases, norms, scales).
 
     With ``layers`` (names of parameters from the input to the head, :func:`train.layerwise.layers_of`) each layer has
-    groups of its own, the last one with ``lr`` and each before it with ``layer_decay`` times the rate of the next
-    (Howard and Ruder 2018, arXiv:1801.06146; Bao et al. 2021, arXiv:2106.08254). The head's groups come first.
+    groups of its own: the last layer with ``lr``, each layer before with ``layer_decay`` times the learning rate of
+    the next (Howard and Ruder 2018, arXiv:1801.06146; Bao et al. 2021, arXiv:2106.08254). The head's groups come first.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = []
     for distance, names in enumerate(reversed(layers or [list(trainable)])):
         members = [trainable[name] for name in names if name in trainable]
-        rate = lr * layer_decay**distance
+        layer_lr = lr * layer_decay**distance
         for decay, chosen in (
             (weight_decay, [parameter for parameter in members if parameter.ndim >= 2]),
             (0.0, [parameter for parameter in members if parameter.ndim < 2]),
         ):
             if chosen:
-                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
+                groups.append({"params": chosen, "lr": layer_lr, "weight_decay": decay})
     return groups
 
 
@@ -60,18 +61,18 @@ def make_optimizer(
     layers: Sequence[Sequence[str]] = (),
     layer_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters of ``model``; paged ones page where there is a CUDA GPU.
+    """The optimizer for all trainable parameters of ``model``; paged optimizers use paging only on a CUDA GPU.
 
     ``layers`` and ``layer_decay``: see :func:`parameter_groups`.
 
     Raises:
-        UserError: nothing is trainable, or the optimizer is one of bitsandbytes' and parameters are sharded.
+        UserError: no parameter is trainable, or the optimizer is from bitsandbytes and parameters are sharded.
     """
     import torch
 
     groups = parameter_groups(model, lr, weight_decay, layers, layer_decay)
     if not groups:
-        raise UserError("nothing is trainable: the strategy froze every parameter")
+        raise UserError("no parameter is trainable: the strategy froze all of them")
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     if name == "sgd":
@@ -79,7 +80,7 @@ def make_optimizer(
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"--optimizer {name} needs bitsandbytes: pip install bitsandbytes")
     if sharded:
-        raise UserError(f"--optimizer {name} does not know sharded parameters (FSDP): use --optimizer adamw")
+        raise UserError(f"--optimizer {name} does not support sharded parameters (FSDP): use --optimizer adamw")
     import bitsandbytes
 
     kind = getattr(bitsandbytes.optim, BITSANDBYTES[name])
@@ -87,7 +88,7 @@ def make_optimizer(
 
 
 def warmup_in_steps(warmup: float, total_steps: int) -> int:
-    """Warm-up in optimizer steps; a value below 1 is a share of ``total_steps``."""
+    """Warm-up in optimizer steps; a value below 1 is a fraction of ``total_steps``."""
     return math.ceil(warmup * total_steps) if warmup < 1 else min(int(warmup), total_steps)
 
 
@@ -101,12 +102,12 @@ def make_scheduler(
     higher_is_better: bool = True,
     step_size: int = 1,
 ) -> Schedule:
-    """A schedule over ``total_steps`` optimizer steps, to be stepped once for each of them.
+    """A learning rate schedule over ``total_steps`` optimizer steps; call its ``step`` after each of them.
 
-    ``linear``, ``cosine``, ``polynomial`` (power 1 down to 1e-7: transformers' own) fall to the end, ``constant``
-    stays, ``warmup_cosine`` is ``cosine`` with 5 % of warm-up where none is given, ``onecycle`` is Smith's 1cycle
-    policy (arXiv:1708.07120) as torch has it, with the warm-up as its rising part (30 % where none is given),
-    ``plateau`` multiplies the rate by ``factor`` when the evaluated metric stops improving, ``step`` does so every
+    ``linear``, ``cosine`` and ``polynomial`` (power 1 down to 1e-7, as in transformers) decrease until the end,
+    ``constant`` does not change, ``warmup_cosine`` is ``cosine`` with a default warm-up of 5 %, ``onecycle`` is Smith's
+    1cycle policy (arXiv:1708.07120) from torch with the warm-up as its rising part (default: 30 %), ``plateau``
+    multiplies the learning rate by ``factor`` when the evaluated metric stops improving, ``step`` does so every
     ``step_size`` optimizer steps.
     """
     import torch
@@ -120,11 +121,11 @@ def make_scheduler(
 
         log.warning("Warm-up takes %d of %d steps: --warmup_steps 0.1 is a tenth of them", steps, total_steps)
     if name == "onecycle":
-        rates = [group["lr"] for group in optimizer.param_groups]
+        peaks = [group["lr"] for group in optimizer.param_groups]
         share = min(max(steps / total_steps, 1 / total_steps), 1.0) if steps else 0.3
-        # One step more than torch needs: it is stepped after the last update too.
+        # One more step than torch expects, because it is also stepped after the last update.
         inner = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rates, total_steps + 1, pct_start=share, cycle_momentum=False
+            optimizer, peaks, total_steps + 1, pct_start=share, cycle_momentum=False
         )
         return Schedule(inner, None)
     if name == "plateau":
@@ -143,7 +144,7 @@ def make_scheduler(
 def rate_factor(
     name: str, step: int, total_steps: int, warmup: int, peak: float, factor: float = 0.5, step_size: int = 1
 ) -> float:
-    """The learning rate of optimizer step ``step`` (from 0) over its ``peak``, as transformers' schedules have it."""
+    """The learning rate of optimizer step ``step`` (from 0) over its ``peak``, as in transformers' schedules."""
     if step < warmup:
         return step / warmup
     if name == "step":
@@ -154,15 +155,15 @@ def rate_factor(
     if name == "cosine":
         return max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
     if name == "polynomial":
-        least = 1e-7
-        return least / peak if step > total_steps else ((peak - least) * (1 - progress) + least) / peak
+        final = 1e-7
+        return final / peak if step > total_steps else ((peak - final) * (1 - progress) + final) / peak
     return 1.0  # constant, plateau
 
 
 class Schedule:
-    """One object for schedules that follow steps and the one that follows a metric; both are kept in a checkpoint."""
+    """A schedule that depends on steps, and perhaps one that depends on a metric; checkpoints contain both."""
 
-    def __init__(self, inner: Any, plateau: Any, warmup_steps: int = 0) -> None:
+    def __init__(self, inner: LRScheduler, plateau: ReduceLROnPlateau | None, warmup_steps: int = 0) -> None:
         self.inner = inner
         self.plateau = plateau
         self.warmup_steps = warmup_steps
@@ -171,11 +172,11 @@ class Schedule:
 
     @property
     def current_lr(self) -> float:
-        """The learning rate of the step to come (of the first group)."""
+        """The learning rate of the next step (of the first group)."""
         return self.inner.optimizer.param_groups[0]["lr"]
 
     def step(self, skipped: bool = False) -> None:
-        """Once after each optimizer step; ``skipped``: fp16's scaler met an overflow, so the weights did not change."""
+        """Call after each optimizer step; ``skipped``: fp16's scaler skipped the update because of an overflow."""
         self.lr = self.current_lr
         if skipped:
             return
@@ -184,25 +185,25 @@ class Schedule:
             self.inner.step()
 
     def evaluated(self, value: float) -> None:
-        """Once after each evaluation, with the metric that decides; only ``plateau`` reacts, after the warm-up."""
+        """Call after each evaluation with the value of ``best_metric``; affects only ``plateau``, after the warm-up."""
         if self.plateau is not None and self.steps >= self.warmup_steps:
             self.plateau.step(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers alone: what JSON can hold."""
+        """The counters, as JSON types."""
         states = {"steps": self.steps, "inner": _numbers(self.inner.state_dict())}
         if self.plateau is not None:
             states["plateau"] = _numbers(self.plateau.state_dict())
         return states
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The counters of ``state``; the length of the schedule is this run's own, so that a run can be prolonged."""
+        """Loads the counters of ``state``; keeps this run's length of the schedule, so that a run can be extended."""
         self.steps = state["steps"]
         kept = {key: value for key, value in state["inner"].items() if key not in ("total_steps", "base_lrs")}
         if hasattr(self.inner, "lr_lambdas"):
-            kept["lr_lambdas"] = [None] * len(self.inner.lr_lambdas)  # torch asks for them; None keeps this run's own
+            kept["lr_lambdas"] = [None] * len(self.inner.lr_lambdas)  # required by torch; None keeps this run's own
         self.inner.load_state_dict(kept)
-        if hasattr(self.inner, "lr_lambdas") and self.plateau is None:  # another --lr counts from the next step on
+        if hasattr(self.inner, "lr_lambdas") and self.plateau is None:  # a changed --lr applies from the next step on
             for group, base, factor in zip(
                 self.inner.optimizer.param_groups, self.inner.base_lrs, self.inner.lr_lambdas, strict=True
             ):
@@ -213,7 +214,7 @@ class Schedule:
 
 
 def _numbers(state: dict[str, Any]) -> dict[str, Any]:
-    """Drops the functions that schedulers put into their state; JSON has no infinity, so it becomes text."""
+    """The entries of a scheduler's state that JSON can represent; drops functions."""
     kept = {}
     for key, value in state.items():
         if isinstance(value, bool | int | float | str) or value is None:

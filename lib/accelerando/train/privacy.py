@@ -1,7 +1,7 @@
 """Differentially private training (DP-SGD, Abadi et al. 2016, arXiv:1607.00133) with Opacus.
 
-Each sample's gradient is clipped to a norm, the clipped ones of a step are added up, and noise is added to the sum. A
-step's samples are a Poisson sample (train.batches), which is what the accounting of the spent epsilon assumes.
+Each sample's gradient is clipped to a norm, the clipped gradients of a step are summed, and noise is added to the sum.
+A step's samples are a Poisson sample (train.batches), as the accounting of epsilon assumes.
 """
 
 from __future__ import annotations
@@ -26,35 +26,36 @@ from accelerando.train.state import Run, TrainState
 if TYPE_CHECKING:
     import torch
     from opacus.optimizers import DPOptimizer
+    from torch.overrides import TorchFunctionMode
 
 ACCOUNTANT = "prv"  # Gopi et al. 2021, arXiv:2106.02848: tight, and an upper bound
-MOST_NOISE = 1000  # a multiplier of the noise that drowns any sum of gradients
-WRONG = 0.05  # relative error of a sample's gradient from which a net is refused; rounding gives up to 0.01
+MAX_NOISE = 1000  # noise multiplier beyond which the noise hides any sum of gradients
+MAX_GRADIENT_ERROR = 0.05  # relative error of a sample's gradient; rounding causes up to 0.01
 
 
 @dataclass
 class Privacy:
-    """What a private step needs; see :func:`start_privacy`."""
+    """The state of private training; see :func:`start_privacy`."""
 
-    optimizer: DPOptimizer  # Opacus' own: clips, adds up and adds noise
-    noise_multiplier: float  # standard deviation of the noise, over the largest norm of a gradient
+    optimizer: DPOptimizer  # Opacus' optimizer: clips and sums gradients and adds noise
+    noise_multiplier: float  # standard deviation of the noise over the maximal gradient norm
     sample_rate: float  # probability that a sample is in a step
     target_delta: float
     state: TrainState
 
     @property
     def epsilon(self) -> float:
-        """What was spent so far, for ``target_delta``."""
+        """The epsilon spent so far, for ``target_delta``."""
         return epsilon_of(spent(self.state), self.target_delta)
 
 
 def spent(state: TrainState) -> list[list[float]]:
-    """The accountant's history: (noise multiplier, sample rate, steps) one after another."""
+    """The accountant's history: a list of (noise multiplier, sample rate, steps)."""
     return state.extra.setdefault("spent", [])
 
 
 def require_opacus() -> None:
-    """UserError where Opacus is not installed."""
+    """UserError if Opacus is not installed."""
     if importlib.util.find_spec("opacus") is None:
         raise UserError("--trainer_type dp needs opacus: pip install opacus")
 
@@ -63,7 +64,7 @@ def require_opacus() -> None:
 
 
 def epsilon_of(spent: Sequence[Sequence[float]], delta: float) -> float:
-    """The epsilon, for ``delta``, of steps with (noise multiplier, sample rate, number); infinite without noise."""
+    """The epsilon, for ``delta``, of a history of (noise multiplier, sample rate, steps); infinite without noise."""
     if any(noise == 0 for noise, _, _ in spent):
         return float("inf")
     return _epsilon_of(tuple(map(tuple, spent)), delta) if spent else 0.0
@@ -81,10 +82,10 @@ def _epsilon_of(spent: tuple[tuple[float, float, int], ...], delta: float) -> fl
 
 
 def noise_for(target_epsilon: float, target_delta: float, sample_rate: float, steps: int) -> float:
-    """The least noise multiplier, to within 0.01 of epsilon, with which ``steps`` stay within the target.
+    """The smallest noise multiplier, to within 0.01 of epsilon, with which ``steps`` stay within the target.
 
     Raises:
-        UserError: no noise is enough.
+        UserError: there is none.
     """
     from opacus.accountants.utils import get_noise_multiplier
 
@@ -92,15 +93,18 @@ def noise_for(target_epsilon: float, target_delta: float, sample_rate: float, st
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             noise = get_noise_multiplier(
-                target_epsilon=target_epsilon, target_delta=target_delta, sample_rate=sample_rate, steps=steps,
+                target_epsilon=target_epsilon,
+                target_delta=target_delta,
+                sample_rate=sample_rate,
+                steps=steps,
                 accountant=ACCOUNTANT,
-            )  # fmt: skip
-    except (ValueError, RuntimeError):  # Opacus' own limit
+            )
+    except (ValueError, RuntimeError):  # beyond Opacus' limit
         noise = math.inf
-    if noise > MOST_NOISE:
+    if noise > MAX_NOISE:
         raise UserError(
-            f"--target_epsilon {target_epsilon:g} leaves nothing to learn in {steps:,} steps (noise beyond "
-            f"{MOST_NOISE} x the gradient): give a larger one, fewer --epochs or a smaller --batch_size"
+            f"--target_epsilon {target_epsilon:g} is too small for {steps:,} steps (noise beyond {MAX_NOISE} x the "
+            "gradient): use a larger one, fewer --epochs or a smaller --batch_size"
         )
     return noise
 
@@ -108,10 +112,10 @@ def noise_for(target_epsilon: float, target_delta: float, sample_rate: float, st
 def steps_within(
     spent: Sequence[Sequence[float]], noise: float, rate: float, epsilon: float, delta: float, most: int
 ) -> int:
-    """How many of up to ``most`` more steps stay within ``epsilon`` after what was ``spent``.
+    """How many of up to ``most`` more steps stay within ``epsilon``, given what was ``spent``.
 
-    The answer for a run is the same from wherever in it is asked, so that one that was interrupted ends where it would
-    have ended.
+    The last step is the same from whichever step of a run this is computed, so that a resumed run ends at the same
+    step as one without interruption.
     """
     before, done = list(spent), 0
     if before and tuple(before[-1][:2]) == (noise, rate):
@@ -122,7 +126,7 @@ def steps_within(
 
     if fits(done + most):
         return most
-    low, high = 0, done + most  # low fits (or nothing does), high does not
+    low, high = 0, done + most  # low fits (or no number does), high does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
@@ -138,9 +142,9 @@ def check_budget(
     target_epsilon: float | None,
     target_delta: float,
 ) -> None:
-    """UserError where a new run could not take a step within its budget; see :func:`start_privacy`."""
+    """UserError if a new run could not take a single step within its budget; see :func:`start_privacy`."""
     if batch > samples:
-        raise UserError(_too_large(batch, samples))
+        raise UserError(_batch_too_large(batch, samples))
     rate = batch / samples
     steps = min(epochs * -(-samples // batch), max_steps or 2**62)
     if noise_multiplier is None:
@@ -148,33 +152,33 @@ def check_budget(
     elif target_epsilon is not None and not steps_within([], noise_multiplier, rate, target_epsilon, target_delta, 1):
         raise UserError(
             f"--noise_multiplier {noise_multiplier:g}: the first step would already spend more than --target_epsilon "
-            f"{target_epsilon:g}: give more noise or a larger budget"
+            f"{target_epsilon:g}: use more noise or a larger budget"
         )
     if target_delta >= 1 / samples:
-        log.warning("--target_delta %g promises little for %d samples: it should be below 1 / %d", target_delta,
-                    samples, samples)  # fmt: skip
+        message = "--target_delta %g guarantees little for %d samples: it should be below 1 / %d"
+        log.warning(message, target_delta, samples, samples)
 
 
-def _too_large(batch: int, samples: int) -> str:
-    return f"--batch_size: {batch:,} samples a step on average, but there are {samples:,} to train on: lower it"
+def _batch_too_large(batch: int, samples: int) -> str:
+    return f"--batch_size: {batch:,} samples per step on average, but only {samples:,} training samples: lower it"
 
 
 # ------------------------------------------------------------------------------------------------------------ model
 
 
 def make_valid(model: torch.nn.Module, size: int) -> None:
-    """Prepares a model for gradients of single samples of side ``size``: no layer changes its input in place.
+    """Prepares a model for per-sample gradients with images of side ``size``: no layer may change its input in place.
 
     Raises:
-        UserError: it has trained layers for which Opacus computes none (batch norms mix the samples of a batch), or
-            wrong ones: those of two samples are compared with what each gives alone.
+        UserError: Opacus cannot compute per-sample gradients of a trained layer (batch norms mix the samples of a
+            batch), or they are wrong: they are checked against the gradients of two samples one by one.
     """
     from torch import nn
 
     for module in model.modules():
         if getattr(module, "inplace", False):
             module.inplace = False
-        # Opacus reads the input's memory as if it were contiguous, and is wrong without a word where it is not.
+        # Opacus assumes that the input is contiguous, and silently computes wrong gradients if it is not.
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     forward = model.forward
@@ -183,17 +187,17 @@ def make_valid(model: torch.nn.Module, size: int) -> None:
         with _out_of_place():
             return forward(*args, **kwargs)
 
-    model.forward = out_of_place  # residual nets write `out += identity`, which Opacus' hooks cannot take
-    problem = _what_opacus_cannot(model, size)
+    model.forward = out_of_place  # ResNets compute `out += identity`, which Opacus' hooks do not support
+    problem = _opacus_problem(model, size)
     if problem:
         raise UserError(
-            f"--trainer_type dp: Opacus cannot train this net ({problem}): resnet18, vgg11 and efficientnet_b0 of "
-            "torchvision and ViTs of transformers work, and any net with --strategy head"
+            f"--trainer_type dp: Opacus cannot train this model ({problem}): resnet18, vgg11 and efficientnet_b0 of "
+            "torchvision and ViTs of transformers work, and any model with --strategy head"
         )
 
 
-def _what_opacus_cannot(model: torch.nn.Module, size: int) -> str | None:
-    """Why gradients of single samples are not to be had or wrong; None where they are right."""
+def _opacus_problem(model: torch.nn.Module, size: int) -> str | None:
+    """Why per-sample gradients cannot be computed or are wrong; None if they are correct."""
     import torch
     from opacus.validators import ModuleValidator
 
@@ -217,9 +221,9 @@ def _what_opacus_cannot(model: torch.nn.Module, size: int) -> str | None:
             warnings.simplefilter("ignore")
             pixels = torch.randn(2, 3, size, size)
             with _per_sample(model):
-                gradients(pixels)  # with dropout and the like, as in training
+                gradients(pixels)  # in training mode, with dropout
                 if any(getattr(parameter, "grad_sample", None) is None for parameter in trained):
-                    return "some of its trained parameters take no part"
+                    return "some of its trained parameters are not used"
             for module in model.modules():
                 module.training = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
             with _per_sample(model):
@@ -232,7 +236,7 @@ def _what_opacus_cannot(model: torch.nn.Module, size: int) -> str | None:
         for module, training in modes.items():
             module.training = training
         model.zero_grad()
-    return None if max(errors) < WRONG else f"its gradients of single samples are off by {max(errors):.0%}"
+    return None if max(errors) < MAX_GRADIENT_ERROR else f"its per-sample gradients are wrong by {max(errors):.0%}"
 
 
 @contextlib.contextmanager
@@ -246,7 +250,7 @@ def _per_sample(model: torch.nn.Module) -> Iterator[None]:
         hooks.cleanup()
 
 
-def _out_of_place() -> Any:
+def _out_of_place() -> TorchFunctionMode:
     from torch import Tensor
     from torch.overrides import TorchFunctionMode
 
@@ -274,12 +278,12 @@ def start_privacy(
     target_epsilon: float | None,
     target_delta: float,
 ) -> Privacy:
-    """Attaches Opacus to ``model`` and ``optimizer``, on every process; the model needs no DDP around it.
+    """Attaches Opacus to ``model`` and ``optimizer``, on every process; the model must not be wrapped in DDP.
 
-    ``batches`` become Poisson samples, and ``run.total_steps`` ends where the budget does.
+    ``batches`` become Poisson samples, and ``run.total_steps`` is reduced to the privacy budget.
 
     Args:
-        noise_multiplier: None: the least that ``target_epsilon`` allows, or that of before in a resumed run.
+        noise_multiplier: None: the smallest that ``target_epsilon`` allows, or in a resumed run the previous one.
     """
     from opacus.grad_sample import GradSampleHooks
     from opacus.optimizers import DistributedDPOptimizer, DPOptimizer
@@ -287,14 +291,14 @@ def start_privacy(
     accelerator, state = run.accelerator, run.state
     batch, samples = batches.window_size, len(batches.dataset)
     if batch > samples:
-        raise UserError(_too_large(batch, samples))
+        raise UserError(_batch_too_large(batch, samples))
     rate, history = batch / samples, spent(state)
     if noise_multiplier is None:
         noise_multiplier = history[-1][0] if history else None
     if noise_multiplier is None:
         noise_multiplier = noise_for(target_epsilon, target_delta, rate, run.total_steps)
-    log.info("Private: noise multiplier %.3f, gradients clipped to %g, sampling rate %.4g", noise_multiplier,
-             max_grad_norm, rate)  # fmt: skip
+    message = "Private: noise multiplier %.3f, gradients clipped to %g, sampling rate %.4g"
+    log.info(message, noise_multiplier, max_grad_norm, rate)
     if target_epsilon is not None and run.total_steps > state.step:
         most = run.total_steps - state.step
         left = steps_within(history, noise_multiplier, rate, target_epsilon, target_delta, most)
@@ -303,48 +307,50 @@ def start_privacy(
             log.warning("The budget of epsilon %g ends the run at step %d of %d", target_epsilon, last, run.total_steps)
             run.total_steps = last
     if state.extra.get("noise_seed") is None:
-        # Who knows the seed can subtract the noise: it is kept in the checkpoints, which exact resume needs, alone.
+        # The seed allows subtracting the noise, so it is stored only in the checkpoints, where exact resume needs it.
         drawn = gather_objects(accelerator, secrets.randbits(62))[0]
         state.extra["noise_seed"] = drawn if noise_seed is None else noise_seed
     batches.poisson_seed = state.extra["noise_seed"]
     GradSampleHooks(model, loss_reduction="sum")
     several = accelerator.num_processes > 1
     private = (DistributedDPOptimizer if several else DPOptimizer)(
-        optimizer, noise_multiplier=noise_multiplier, max_grad_norm=max_grad_norm,
+        optimizer,
+        noise_multiplier=noise_multiplier,
+        max_grad_norm=max_grad_norm,
         expected_batch_size=batch / accelerator.num_processes,
-    )  # fmt: skip
+    )
     return Privacy(private, noise_multiplier, rate, target_delta, state)
 
 
 def clip_and_add(privacy: Privacy, last: bool) -> None:
-    """After the backward of a micro-batch: clips each sample's gradient and adds it up.
+    """After the backward of a micro-batch: clips each sample's gradient and adds it to the sum.
 
-    After the ``last`` one of a step also adds noise, so that the parameters' ``grad`` is what the optimizer is to use,
-    alike on all processes, and counts the step for the accountant.
+    After the ``last`` micro-batch of a step it also adds noise, so that the parameters' ``grad`` is ready for the
+    optimizer and the same on all processes, and counts the step for the accountant.
     """
     import numpy as np
     import torch
 
     optimizer, state = privacy.optimizer, privacy.state
     rng = np.random.default_rng([state.extra["noise_seed"], state.step, 3])
-    deviation = optimizer.noise_multiplier * optimizer.max_grad_norm
+    noise_std = optimizer.noise_multiplier * optimizer.max_grad_norm
 
     def add_noise() -> None:
-        # In the place of Opacus' own: of a seed torch's generator on the CPU takes 32 bits alone.
+        # Replaces Opacus' own: torch's CPU generator uses only 32 bits of a seed.
         for parameter in optimizer.params:
             parameter.grad = parameter.summed_grad.view_as(parameter)
             if getattr(optimizer, "rank", 0) == 0:
                 noise = torch.from_numpy(rng.standard_normal(tuple(parameter.shape), np.float32))
-                parameter.grad = parameter.grad + deviation * noise.to(parameter.device)
+                parameter.grad = parameter.grad + noise_std * noise.to(parameter.device)
 
     optimizer.add_noise = add_noise
     optimizer.signal_skip_step(do_skip=not last)
     if not optimizer.pre_step():
-        optimizer.zero_grad()  # of this micro-batch; the sum is kept
+        optimizer.zero_grad()  # the gradients of this micro-batch; the sum is kept
         return
     if hasattr(optimizer, "reduce_gradients"):
         optimizer.reduce_gradients()
-    for parameter in optimizer.params:  # nothing of single samples is left for the next step
+    for parameter in optimizer.params:  # free the per-sample gradients
         parameter.grad_sample = parameter.summed_grad = None
     history, part = spent(state), [privacy.noise_multiplier, privacy.sample_rate]
     if history and list(history[-1][:2]) == part:
@@ -354,7 +360,7 @@ def clip_and_add(privacy: Privacy, last: bool) -> None:
 
 
 def privacy_results(state: TrainState, delta: float) -> dict[str, Any]:
-    """What results.json says of what was spent; nothing where training was not private."""
+    """The spent privacy budget for results.json; empty if training was not private."""
     history = spent(state)
     if not history:
         return {}
@@ -364,6 +370,6 @@ def privacy_results(state: TrainState, delta: float) -> dict[str, Any]:
 
 
 def privacy_notes(state: TrainState, delta: float) -> dict[str, str]:
-    """A line of the summary on what was spent; nothing where training was not private."""
+    """The spent privacy budget for the summary; empty if training was not private."""
     history = spent(state)
     return {"privacy spent": f"epsilon {epsilon_of(history, delta):.3f} at delta {delta:g}"} if history else {}

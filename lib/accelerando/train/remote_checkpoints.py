@@ -1,4 +1,4 @@
-"""Checkpoints kept in a bucket too."""
+"""Copies of checkpoints in a bucket."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from accelerando.data.remote import (
     retried,
     without_credentials,
 )
-from accelerando.train.checkpoint import MANIFEST, what_is_wrong
+from accelerando.train.checkpoint import MANIFEST, find_damage
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 
-UPLOAD_PART = 16 * 2**20  # bytes; a file of two or more such parts goes up in parts, a few of them at a time
+UPLOAD_PART = 16 * 2**20  # bytes; larger files are uploaded in parts, a few of them at a time
 
 
 def upload_checkpoint(folder: Path, url: str) -> None:
-    """Uploads a local checkpoint to ``url/<its name>``, the manifest last: without one it does not count.
+    """Uploads a local checkpoint to ``url/<its name>``, the manifest last: without it a checkpoint is incomplete.
 
-    What an earlier upload of the same step left there is removed first. Each file is compared with what the server
-    then holds (size, and the MD5 sum where it tells one) and sent again where they differ.
+    An earlier upload of the same step is removed first. Each file is verified on the server (size, and the MD5 sum if
+    available) and sent again if it differs.
 
     Raises:
         UserError: refused, no such bucket, or failed on every try.
@@ -56,7 +56,7 @@ def upload_checkpoint(folder: Path, url: str) -> None:
 
 
 def newest_remote_checkpoint(url: str) -> str | None:
-    """The name (step_000500) of the newest complete checkpoint under ``url``; None where there is none.
+    """The name (step_000500) of the newest complete checkpoint under ``url``; None: there is none.
 
     Raises:
         UserError: no such bucket, refused, or the server cannot be reached.
@@ -66,12 +66,12 @@ def newest_remote_checkpoint(url: str) -> str | None:
 
 
 def prune_remote(url: str, keep: int) -> None:
-    """Removes all complete checkpoints under ``url`` but the ``keep`` newest, and half uploads older than those kept.
+    """Removes all but the ``keep`` newest complete checkpoints under ``url``, and incomplete ones older than those.
 
-    At least one is kept. The manifest goes first, so that one half removed does not count as complete.
+    At least one is kept. The manifest is removed first, so that a partly removed checkpoint is incomplete.
 
     Raises:
-        UserError: as :func:`upload_checkpoint`.
+        UserError: as in :func:`upload_checkpoint`.
     """
     complete = 0
     for name in _remote_steps(url):
@@ -82,10 +82,10 @@ def prune_remote(url: str, keep: int) -> None:
 
 
 def remove_remote_after(url: str, step: int) -> None:
-    """Removes the checkpoints under ``url`` of a later step than ``step``: of a course that is given up.
+    """Removes the checkpoints under ``url`` after ``step``, where the run continues or starts again.
 
     Raises:
-        UserError: as :func:`upload_checkpoint`.
+        UserError: as in :func:`upload_checkpoint`.
     """
     for name in _remote_steps(url):
         if int(name[5:]) > step:
@@ -93,10 +93,10 @@ def remove_remote_after(url: str, step: int) -> None:
 
 
 def fetch_checkpoint(url: str, name: str, folder: Path, warn: Callable[[str], None]) -> Path:
-    """Downloads checkpoint ``name`` from ``url`` to ``folder/name`` and returns that; an intact copy there is kept.
+    """Downloads checkpoint ``name`` from ``url`` to ``folder/name`` and returns that; an intact local copy is kept.
 
-    It is checked against its manifest and appears whole. Where it is damaged, ``warn`` is told and the one before it
-    is taken instead.
+    It is verified against its manifest and written atomically. If it is corrupted, ``warn`` is called and the previous
+    checkpoint is used instead.
 
     Raises:
         UserError: none of them is complete, or the server cannot be reached.
@@ -104,7 +104,7 @@ def fetch_checkpoint(url: str, name: str, folder: Path, warn: Callable[[str], No
     older = [step for step in _remote_steps(url) if int(step[5:]) <= int(name[5:])]
     for step in older:
         target = folder / step
-        if target.is_dir() and what_is_wrong(target) is None:
+        if target.is_dir() and find_damage(target) is None:
             return target
         try:
             with whole_folder(target) as draft:
@@ -112,12 +112,12 @@ def fetch_checkpoint(url: str, name: str, folder: Path, warn: Callable[[str], No
                     raise ValueError(problem)
             return target
         except ValueError as problem:
-            warn(f"checkpoint {without_credentials(url)}/{step}: {problem}; trying the one before it")
-    raise UserError(f"{without_credentials(url)}: no complete checkpoint up to {name} there: check the URL")
+            warn(f"checkpoint {without_credentials(url)}/{step}: {problem}; trying the previous one")
+    raise UserError(f"{without_credentials(url)}: no complete checkpoint up to {name}: check the URL")
 
 
 def _fetch_step(url: str, name: str, draft: Path) -> str | None:
-    """Downloads the files that the manifest names; what is wrong with them, if anything."""
+    """Downloads the files that the manifest lists; returns what is wrong with them, or None."""
     there = _files_of_step(url, name)
     if MANIFEST not in there:
         return f"{MANIFEST} is missing"
@@ -125,8 +125,8 @@ def _fetch_step(url: str, name: str, draft: Path) -> str | None:
     try:
         expected = {file: int(facts["bytes"]) for file, facts in json.loads((draft / MANIFEST).read_text()).items()}
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    for file, size in expected.items():  # before the first large download
+        return f"{MANIFEST} is corrupted"
+    for file, size in expected.items():  # checked before the first large download
         path = PurePosixPath(file)
         if path.is_absolute() or ".." in path.parts:
             return f"{MANIFEST} names a file outside of it"
@@ -134,7 +134,7 @@ def _fetch_step(url: str, name: str, draft: Path) -> str | None:
             return f"{file} is missing" if file not in there else f"{file} has {there[file]:,} bytes, not {size:,}"
     for file, size in expected.items():
         fetch_file(f"{url.rstrip('/')}/{name}/{file}", draft / file, size)
-    return what_is_wrong(draft)
+    return find_damage(draft)
 
 
 def _remote_steps(url: str) -> list[str]:
@@ -152,7 +152,7 @@ def _files_of_step(url: str, name: str) -> dict[str, int]:
 
 
 def _inside(url: str, how: str) -> list[dict[str, Any]]:
-    """The entries of a remote folder (``ls``) or all files below it (``find``); none where there is no such folder."""
+    """The entries of a remote folder (``ls``) or all files below it (``find``); none if there is no such folder."""
     fs = filesystem(url)
 
     def attempt() -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""A run from its folder to its end: start or resume it, save it, close it."""
+"""The life of a run: choose its folder, start or resume it, save it, finish it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from accelerando.base.config import flat, read_yaml, to_yaml
 from accelerando.base.errors import UserError
 from accelerando.base.files import LOCK, hold, is_unused, release, write_text
 from accelerando.base.log import attach_log_file, log, on_terminal
-from accelerando.train.accelerator import describe_processes, seed_processes_apart
+from accelerando.train.accelerator import describe_processes, seed_each_process
 from accelerando.train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -36,19 +36,17 @@ if TYPE_CHECKING:
 
 
 def choose_directory(args: RunArgs, default_name: str, hint: str = "") -> Path:
-    """The folder of this run; nothing is written yet. ``hint``: added to the message that there is nothing to resume.
+    """The folder of this run; writes nothing. ``hint`` is added to the message that there is nothing to resume.
 
     Raises:
-        UserError: it exists and neither ``resume`` nor ``overwrite`` was given; ``resume`` names no run.
+        UserError: it exists and neither ``resume`` nor ``overwrite`` is set; ``resume`` does not name a run.
     """
     if args.resume and args.resume != "auto":
         path = Path(args.resume)
         for folder in (path, *path.parents[:2]):
             if (folder / "checkpoints").is_dir():
                 return folder
-        raise UserError(
-            f"--resume {path}: no run there; give a folder with checkpoints/ in it, such as runs/<name>{hint}"
-        )
+        raise UserError(f"--resume {path}: not a run; name a folder with checkpoints/ in it, such as runs/<name>{hint}")
     directory = Path(args.output_dir) / (args.run_name or default_name)
     if directory.is_file():
         raise UserError(f"{directory} is a file: choose another --output_dir or --run_name")
@@ -58,18 +56,18 @@ def choose_directory(args: RunArgs, default_name: str, hint: str = "") -> Path:
                 f"{directory} exists: --resume continues it, --overwrite starts it again, --run_name names another"
             )
         if not (directory / "config.yaml").is_file():
-            raise UserError(f"--overwrite {directory}: not a run (no config.yaml in it), so it is left alone")
+            raise UserError(f"--overwrite {directory}: not a run (no config.yaml in it), so it is not removed")
     return directory
 
 
 def short_name(model_name: str) -> str:
-    """What to call a model: the last part of its path that says more than ``best`` does."""
+    """A short name for a model: the last part of its path that is not just ``model``, ``best`` or ``last``."""
     path = Path(model_name)
     return path.parent.name if path.name in ("model", "best", "last") and path.parent.name else path.name
 
 
 def join_name(*parts: str) -> str:
-    """A name for a folder, from parts of any characters."""
+    """A folder name from parts with arbitrary characters."""
     return "_".join(parts).replace("/", "-").replace(" ", "-")
 
 
@@ -81,14 +79,15 @@ def start_run(
     model_title: str,
     remote: str | None = None,
 ) -> Run:
-    """Makes the run directory (or opens it again), starts log and trackers; called when data and model are ready.
+    """Creates the run directory (or reopens it), starts log and trackers; called when data and model are ready.
 
-    A resumed run gets its counters and its history from the checkpoint it will continue from. ``metrics``: in the order
-    in which they are shown. ``remote`` is the URL of a folder where each run keeps its checkpoints too, and finds them
-    if they are newer than those here. From here on stop signals are noted; see :func:`train.stop.stoppable`.
+    A resumed run gets its counters and history from the checkpoint that it continues from. ``metrics``: in the order in
+    which they are shown. ``remote`` is the URL of a folder to which runs upload their checkpoints, and from which
+    checkpoints newer than the local ones are resumed. From now on stop signals are recorded; see
+    :func:`train.stop.stoppable`.
 
     Raises:
-        UserError: the folder is in use, cannot be made, or has nothing that ``resume`` could continue from.
+        UserError: the folder is in use, cannot be created, or has no checkpoint that ``resume`` could continue from.
     """
     run = Run(directory, accelerator, args, TrainState(), metrics, model_title)
     run.remote = remote and f"{remote}/{directory.name}"
@@ -98,7 +97,7 @@ def start_run(
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot make {directory}: {error.strerror}") from None
+            raise UserError(f"cannot create {directory}: {error.strerror}") from None
         hold(directory)
         fetched = _fetch(run, newer) if newer else None
     accelerator.wait_for_everyone()
@@ -122,10 +121,10 @@ def start_run(
 
 
 def _newer_remote_checkpoint(run: Run) -> str | None:
-    """The newest remote checkpoint of a run to be resumed, if it is newer than those here.
+    """The newest remote checkpoint of a run to be resumed, if it is newer than the local ones.
 
     Raises:
-        UserError: there are some and the run is to start again; the bucket is missing or cannot be reached.
+        UserError: there are checkpoints, but neither resume nor overwrite is set; the bucket cannot be reached.
     """
     from accelerando.train.remote_checkpoints import newest_remote_checkpoint, remove_remote_after
 
@@ -137,7 +136,7 @@ def _newer_remote_checkpoint(run: Run) -> str | None:
         return newest if int(newest[5:]) > max(here, default=-1) else None
     if not run.args.overwrite:
         raise UserError(
-            f"{run.remote} has checkpoints of a run of this name: --resume continues it, --overwrite starts it "
+            f"{run.remote} has checkpoints of a run with this name: --resume continues it, --overwrite starts it "
             "again, --run_name names another"
         )
     remove_remote_after(run.remote, -1)
@@ -169,7 +168,7 @@ def _find_checkpoint_to_resume(run: Run, fetched: Path | None) -> None:
 def _prepare_directory(run: Run) -> None:
     directory, args = run.directory, run.args
     if args.overwrite and not args.resume:
-        # All but the lock, which is held; last what marks it as a run, should this be interrupted.
+        # Everything except the lock, which is held. config.yaml last: if this is interrupted, it still is a run.
         for path in sorted(directory.iterdir(), key=lambda path: path.name == "config.yaml"):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
@@ -183,7 +182,7 @@ def _prepare_directory(run: Run) -> None:
         before = {key: value for group in saved.values() for key, value in group.items()}
         for key, value in flat(args).items():
             if key in before and before[key] != value:
-                log.warning("Resumed with another %s: %s instead of %s", key, value, before[key])
+                log.warning("Resumed with a different %s: %s instead of %s", key, value, before[key])
         remove_later_checkpoints(run.resumed.path, log.warning)
         if run.remote:
             from accelerando.train.remote_checkpoints import remove_remote_after
@@ -194,12 +193,21 @@ def _prepare_directory(run: Run) -> None:
 
 
 def save(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, ema: Ema) -> Path:
-    """A checkpoint of this moment, to be called on every process; see :func:`train.checkpoint.save_checkpoint`."""
+    """Saves a checkpoint; call it on every process. See :func:`train.checkpoint.save_checkpoint`."""
     keep = run.args.keep_checkpoints
     path = save_checkpoint(
-        run.accelerator, run.checkpoints, run.state.step, model, optimizer, schedule, dataclasses.asdict(run.state),
-        keep, run.directory / "best", ema, run.history,
-    )  # fmt: skip
+        run.accelerator,
+        run.checkpoints,
+        run.state.step,
+        model,
+        optimizer,
+        schedule,
+        dataclasses.asdict(run.state),
+        keep,
+        run.directory / "best",
+        ema,
+        run.history,
+    )
     log.info("Saved %s", path, extra={"only_file": on_terminal()})
     if run.remote and run.accelerator.is_main_process:
         from accelerando.train.remote_checkpoints import prune_remote, upload_checkpoint
@@ -209,25 +217,28 @@ def save(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, sch
             prune_remote(run.remote, keep)
             log.info("Uploaded to %s/%s", run.remote, path.name, extra={"only_file": on_terminal()})
         except UserError as error:
-            log.warning("Not uploaded: %s; %s is complete, and the next checkpoint will be tried", error, path)
+            log.warning("Not uploaded: %s; %s is complete, and the next checkpoint will be uploaded", error, path)
     return path
 
 
 def restore(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, ema: Ema) -> None:
-    """Continues from the checkpoint that :func:`start_run` found; a new run only seeds its processes apart."""
-    seed_processes_apart(run.args.seed, run.accelerator)
+    """Loads the checkpoint that :func:`start_run` found; in a new run, only seeds each process differently."""
+    seed_each_process(run.args.seed, run.accelerator)
     ema.steps = run.state.step
     if run.resumed is None:
         return
     load_checkpoint(run.accelerator, run.resumed, model, optimizer, schedule, ema)
     log.info(
         "Resumed from %s: step %d, epoch %d, %d samples into it",
-        run.resumed.path, run.state.step, run.state.epoch + 1, run.state.position,
-    )  # fmt: skip
+        run.resumed.path,
+        run.state.step,
+        run.state.epoch + 1,
+        run.state.position,
+    )
 
 
 def finish_run(run: Run) -> None:
-    """Closes trackers and processes, and lets others into the folder."""
+    """Closes trackers and the process group, and releases the folder."""
     for tracker in run.trackers:
         tracker.finish()
     run.accelerator.wait_for_everyone()

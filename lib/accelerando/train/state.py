@@ -1,4 +1,4 @@
-"""Where a run is, and what belongs to it: plain data that the other modules read and write."""
+"""The state of a run: plain data that the other modules read and write."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class RunArgs(Protocol):
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is shown: its ``format`` in tables, and whether it stands in the log line of an evaluation.
+    """How a metric is shown: its ``format`` in tables, and whether it is part of an evaluation's log line.
 
-    A script lists its metrics in the order of its tables. One that is measured and not listed is shown everywhere
-    too, after the others.
+    A script lists its metrics in the order of its tables. Metrics that are computed but not listed are shown too,
+    after the others.
     """
 
     name: str
@@ -59,16 +59,16 @@ class Metric:
 
 @dataclass
 class TrainState:
-    """Where the run is; saved in every checkpoint, and so made of what JSON can hold."""
+    """Position and counters of a run; saved in every checkpoint, so only JSON types."""
 
     step: int = 0  # optimizer steps taken
     epoch: int = 0
     position: int = 0  # samples of this epoch already used
-    samples: int = 0  # samples used in all
+    samples: int = 0  # samples used in total
     best_value: float | None = None
     best_step: int = 0
-    patience_value: float | None = None  # what an evaluation has to beat by early_stop_min_delta
-    bad_evaluations: int = 0  # evaluations in a row without an improvement
+    patience_value: float | None = None  # an evaluation must be better than this by early_stop_min_delta
+    bad_evaluations: int = 0  # consecutive evaluations without an improvement
     evaluated_step: int = -1
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
     loss_sum: float = 0.0  # of the samples since the last evaluation
@@ -78,13 +78,13 @@ class TrainState:
     seconds: float = 0.0  # of training, over all restarts
     wait_seconds: float = 0.0  # of these, spent waiting for data
     epoch_size: int = 0  # samples of an epoch
-    micro_batch_size: int = 0  # as it was measured; a resumed run keeps it, since dropout masks depend on it
+    micro_batch_size: int = 0  # found by autotune; a resumed run keeps it, since dropout masks depend on it
     trackers: dict[str, str] = field(default_factory=dict)  # ids under which trackers continue
-    extra: dict[str, Any] = field(default_factory=dict)  # a script's or an option's own: what it names, it finds again
+    extra: dict[str, Any] = field(default_factory=dict)  # additional entries of a script or an option
 
     @property
     def epochs_done(self) -> float:
-        """Epochs with their fraction, for the log."""
+        """Epochs including the fraction of the current one, for the log."""
         return self.epoch + (self.position / self.epoch_size if self.epoch_size else 0.0)
 
     @classmethod
@@ -98,47 +98,47 @@ class TrainState:
 
 @dataclass
 class Run:
-    """One run: its folder, its processes, its settings, and the numbers it recorded."""
+    """A run: its folder, processes, settings, and recorded metrics."""
 
     directory: Path
     accelerator: Accelerator
     args: RunArgs
     state: TrainState
     metrics: Sequence[Metric] = ()  # in the order in which they are shown
-    model_title: str = ""  # for people
+    model_title: str = ""  # shown in the summary
     total_steps: int = 0  # optimizer steps of the whole run
     history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
     resumed: Checkpoint | None = None  # the checkpoint it continues from
-    remote: str | None = None  # URL under which checkpoints are kept too
+    remote: str | None = None  # URL to which checkpoints are uploaded
     trackers: list[GeneralTracker] = field(default_factory=list)
-    bar: tqdm | None = None  # of the training, while it lasts
+    bar: tqdm | None = None  # the progress bar during training
     step_started: float = 0.0  # time.perf_counter() when the current step began
 
     @property
     def checkpoints(self) -> Path:
-        """Where exact resume finds what it needs."""
+        """The folder of the checkpoints."""
         return self.directory / "checkpoints"
 
     @property
     def higher_is_better(self) -> bool:
-        """Whether the metric that chooses the best weights grows as they get better."""
+        """Whether higher values of the metric that selects the best weights are better."""
         known = {metric.name: metric.higher_is_better for metric in self.metrics}
         return known.get(self.args.best_metric, True)
 
     @property
     def out_of_patience(self) -> bool:
-        """Whether ``early_stop`` evaluations in a row brought no improvement."""
+        """True after ``early_stop`` consecutive evaluations without an improvement."""
         return self.args.early_stop is not None and self.state.bad_evaluations >= self.args.early_stop
 
     @property
     def is_over(self) -> bool:
-        """Whether the last training step was taken."""
+        """True after the last training step."""
         return self.state.step >= self.total_steps or self.out_of_patience
 
     def written(self, metrics: dict[str, float], log_only: bool = False) -> list[tuple[str, str]]:
-        """(name, value as text) of ``metrics``, the listed ones first; ``log_only``: those of a log line."""
+        """(name, formatted value) of ``metrics``, the listed ones first; ``log_only``: only those for the log line."""
         listed = {metric.name: metric for metric in self.metrics}
         order = [*(name for name in listed if name in metrics), *(name for name in metrics if name not in listed)]
         shown = [listed.get(name, Metric(name, in_log=True)) for name in order]
-        return [(metric.name, f"{metrics[metric.name]:{metric.format}}") for metric in shown
-                if metric.in_log or not log_only]  # fmt: skip
+        chosen = [metric for metric in shown if metric.in_log or not log_only]
+        return [(metric.name, f"{metrics[metric.name]:{metric.format}}") for metric in chosen]

@@ -16,17 +16,17 @@ from accelerando.train.state import Run
 
 
 class StopRequested(Exception):  # noqa: N818
-    """Some process was asked to stop. Raised on all processes at the same place."""
+    """A process was asked to stop. Raised on all processes at the same point."""
 
 
-_received: int | None = None  # the signal that this process got
+_received: int | None = None  # the signal that this process received
 
 
 def listen_for_signals() -> None:
-    """Notes stop signals from here on instead of dying of them; a second SIGINT leaves at once.
+    """Records stop signals from now on instead of exiting; a second SIGINT exits immediately.
 
-    The processes agree on what they noted at the end of each step and of each batch of an evaluation. Where the
-    launcher dies without telling its child (Accelerate's does, on one process), Linux sends a SIGTERM.
+    The processes exchange the recorded signals after each step and after each batch of an evaluation. If the launcher
+    dies without a signal to its child (as Accelerate's does with one process), Linux sends a SIGTERM.
     """
     global _received
     _received = None
@@ -45,12 +45,12 @@ def _note(number: int, _frame: FrameType | None) -> None:
 
 
 def stop_noted() -> bool:
-    """Whether this process got a stop signal; what the others got is not known."""
+    """True if this process received a stop signal; other processes are not considered."""
     return _received is not None
 
 
 def raise_if_stopped(run: Run) -> None:
-    """Raises :class:`StopRequested` on every process when one of them was asked to stop; a collective."""
+    """Raises :class:`StopRequested` on every process if any of them was asked to stop; a collective operation."""
     stop = stop_noted()
     if run.accelerator.num_processes > 1:
         import torch
@@ -63,13 +63,13 @@ def raise_if_stopped(run: Run) -> None:
 
 @contextmanager
 def stoppable(run: Run, on_stop: Callable[[], Path | None] | None = None) -> Iterator[None]:
-    """Inside, a stop signal on any process ends the run in order, with exit code 128 + signal.
+    """Within the block, a stop signal on any process ends the run cleanly, with exit code 128 + signal.
 
-    ``on_stop`` saves a checkpoint and returns its path; without it, the last one is what ``--resume`` continues from.
-    What the block opened (averaged weights, a progress bar) is closed before it is called.
+    ``on_stop`` saves a checkpoint and returns its path; without it, ``--resume`` continues from the last checkpoint.
+    Contexts that the block opened (averaged weights, a progress bar) are closed before it is called.
 
     Raises:
-        Stopped: the run was asked to stop and has saved.
+        Stopped: the run was asked to stop and has saved a checkpoint.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a run records: metrics.jsonl, metrics.csv and the trackers."""
+"""The metrics that a run records: metrics.jsonl, metrics.csv and the trackers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def record(run: Run, kind: str, values: dict[str, Any]) -> None:
-    """Adds one line to ``metrics.jsonl`` and sends the numbers to the trackers as ``kind/name``.
+    """Adds a line to ``metrics.jsonl`` and sends the numbers to the trackers as ``kind/name``.
 
-    ``kind`` is "train" (every ``log_every`` steps), "validation" (every evaluation; these also make ``metrics.csv``)
-    or "test".
+    ``kind`` is "train" (every ``log_every`` steps), "validation" (every evaluation) or "test"; ``metrics.csv`` has all
+    but "train".
     """
     row = {"kind": kind, "step": run.state.step, "epoch": round(run.state.epochs_done, 4), **values}
     run.history.append(row)
@@ -63,7 +63,7 @@ def _write_csv(run: Run) -> None:
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
-    """UserError when a tracker named by ``report_to`` is unknown or not installed."""
+    """UserError if a tracker in ``report_to`` is unknown or not installed."""
     packages = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "none": None}
     for name in names:
         if name not in packages:
@@ -73,7 +73,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 
 def start_trackers(run: Run) -> None:
-    """Accelerate's own trackers, each under a name of its own choosing; ids are kept so that a resumed run goes on."""
+    """Starts Accelerate's trackers; their ids are saved so that a resumed run continues the same records."""
     args, names = run.args, [name for name in run.args.report_to if name != "none"]
     if not run.accelerator.is_main_process:
         return
@@ -109,7 +109,7 @@ def start_trackers(run: Run) -> None:
                 run.state.trackers["mlflow"] = tracker.active_run.info.run_id
             if tracker.name != "tensorboard" and not run.resumed:  # TensorBoard shows the settings as text instead
                 tracker.store_init_configuration(flat(args))
-        except Exception as error:  # a tracker's own errors have no common base class
+        except Exception as error:  # the errors of trackers have no common base class
             raise UserError(f"--report_to {tracker.name}: {first_line(error)}") from error
     for tracker in run.trackers:
         if tracker.name == "tensorboard" and not run.resumed:

@@ -1,4 +1,4 @@
-"""Weights of plain, DDP and FSDP2 models, in Hugging Face layout."""
+"""Saving and loading the weights of plain, DDP and FSDP2 models, in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def save_model_folder(
     extra: Callable[[Path], None] | None = None,
     saved_form: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda state: state,
 ) -> None:
-    """Saves the model in Hugging Face layout, to be opened with ``from_pretrained``; to be called on every process.
+    """Saves the model in Hugging Face format, for ``from_pretrained``; call it on every process.
 
-    With LoRA ``folder`` holds the merged model and ``folder/adapter`` the adapter; of a module without
-    ``save_pretrained`` it holds ``model.safetensors`` and :func:`module_config`. ``extra`` writes what belongs
-    beside the weights (tokenizer, model card) into the folder it is given; ``saved_form`` turns the state dict of
-    training into the one that the model's class expects, where they differ. Each file is replaced whole.
+    With LoRA ``folder`` gets the merged model and ``folder/adapter`` the adapter; for a module without
+    ``save_pretrained`` it gets ``model.safetensors`` and :func:`module_config`. ``extra`` writes further files
+    (tokenizer, model card) into the folder that it is called with; ``saved_form`` converts the state dict of training
+    to the one that the model's class expects, if they differ. Each file is replaced atomically.
     """
     from accelerando.train.lora import is_lora, merged_state_dict
 
@@ -43,14 +43,14 @@ def save_model_folder(
         draft.mkdir(parents=True)
         trained = merged_state_dict(plain, state) if is_lora(plain) else state
         saved = saved_form(trained) if trained else trained
-        # What the model's class has no place for (a bias of the loss); load_trained_weights finds it here.
+        # Tensors that the model's class does not have (a bias of the loss); load_trained_weights reads them.
         if left_over := {name: tensor for name, tensor in trained.items() if name not in saved}:
             save_file(contiguous(left_over), draft / "model_training_only.safetensors", metadata={"format": "pt"})
         if is_lora(plain):
             plain.get_base_model().save_pretrained(draft, state_dict=contiguous(saved))
             plain.save_pretrained(draft / "adapter", state_dict=state, save_embedding_layers=False)
             with contextlib.suppress(FileNotFoundError):
-                (draft / "adapter" / "README.md").unlink()  # PEFT's template, all of it placeholders
+                (draft / "adapter" / "README.md").unlink()  # PEFT's template, which has only placeholders
         elif hasattr(plain, "save_pretrained"):
             plain.save_pretrained(draft, state_dict=contiguous(saved))
         else:
@@ -61,14 +61,14 @@ def save_model_folder(
 
     with main_process_writes(accelerator, f"model {folder}"):
         if accelerator.is_main_process:
-            # File by file: only the weights change between two saves, and a rename replaces them in one go.
+            # File by file: only the weights change between saves, and a rename replaces them atomically.
             with whole_folder(folder, file_by_file=True) as draft:
                 write(draft)
 
 
 @contextlib.contextmanager
 def main_process_writes(accelerator: Accelerator, what: str) -> Iterator[None]:
-    """An OSError on the main process becomes one UserError on all of them, instead of a hang of the others."""
+    """Turns an OSError on the main process into a UserError on all processes, which would otherwise hang."""
     from safetensors import SafetensorError
 
     problem = None
@@ -79,12 +79,12 @@ def main_process_writes(accelerator: Accelerator, what: str) -> Iterator[None]:
     problem = next((text for text in gather_objects(accelerator, problem) if text), None)
     if problem:
         raise UserError(
-            f"cannot write {what}: {problem}; what was saved before is intact: free space, then go on with --resume"
+            f"cannot write {what}: {problem}; everything saved before is intact: free some space, then use --resume"
         )
 
 
 def module_config(model: torch.nn.Module) -> dict[str, Any]:
-    """What ``config.json`` says of a plain torch module: its class, and its own ``config`` where that is a dict."""
+    """The ``config.json`` of a plain torch module: its class, and its own ``config`` if that is a dict."""
     own = getattr(model, "config", None)
     kind = type(model)
     return {
@@ -95,7 +95,7 @@ def module_config(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def model_state(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The whole state dict on the CPU under the plain model's names; where it is sharded, on the main process alone."""
+    """The full state dict on the CPU with the plain model's names; for a sharded model, only on the main process."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     plain = unwrapped(accelerator, model)
@@ -111,10 +111,10 @@ def set_model_state(
     source: str,
     partly: bool = False,
 ) -> None:
-    """Loads a whole state dict into a plain, DDP or FSDP2 model; ``partly`` allows for tensors not in ``state``.
+    """Loads a full state dict into a plain, DDP or FSDP2 model; ``partly``: ``state`` may lack some tensors.
 
     Raises:
-        UserError: names or shapes do not fit the model.
+        UserError: names or shapes do not match the model.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -129,13 +129,13 @@ def set_model_state(
         options = StateDictOptions(full_state_dict=True, strict=not partly)
         set_model_state_dict(plain, state, options=options)
     else:
-        versioned = type(whole)(state)  # some modules (MNASNet) ask for the version that a state dict carries
+        versioned = type(whole)(state)  # some modules (MNASNet) check the version in a state dict's metadata
         versioned._metadata = whole._metadata
         plain.load_state_dict(versioned, strict=not partly)
 
 
 def load_trained_weights(accelerator: Accelerator, model: torch.nn.Module, folder: Path) -> None:
-    """Loads what :func:`save_model_folder` wrote back into the model it came from."""
+    """Loads the weights that :func:`save_model_folder` wrote into the same model."""
     from safetensors.torch import load_file
 
     from accelerando.train.lora import adapter_name, is_lora, plain_name
@@ -149,25 +149,25 @@ def load_trained_weights(accelerator: Accelerator, model: torch.nn.Module, folde
         kept = load_file(folder / "adapter" / "adapter_model.safetensors")
         names = {adapter_name(name): name for name in own}
         state = {names[name]: tensor for name, tensor in kept.items()}
-        # What is trained beside the adapters (a logit scale) is in the merged weights alone.
+        # Parameters that are trained besides the adapters (a logit scale) are only in the merged weights.
         for name, parameter in plain.named_parameters():
             if parameter.requires_grad and name not in state and plain_name(name) in saved:
                 state[name] = saved[plain_name(name)]
     else:
-        if not saved.keys() <= own.keys():  # transformers saves some models under older names than they have
+        if not saved.keys() <= own.keys():  # transformers saves some models with older names
             opened, report = type(plain).from_pretrained(
                 folder, dtype="auto", ignore_mismatched_sizes=True, output_loading_info=True
             )
-            if not any(report.values()):  # otherwise it is another model's, which set_model_state says
+            if not any(report.values()):  # otherwise it is another model, which set_model_state reports
                 saved = opened.state_dict()
-        state = saved  # tied weights are stored once; the model shares them anyway
+        state = saved  # tied weights are stored once and shared in the model
     same_size = {name for name in state if name in own and own[name].numel() == state[name].numel()}
     state = {name: t.reshape(own[name].shape) if name in same_size else t for name, t in state.items()}
     set_model_state(accelerator, model, state, source=str(folder), partly=True)
 
 
 def contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What safetensors takes: contiguous CPU tensors that share no memory."""
+    """``state`` for safetensors: contiguous CPU tensors that share no memory."""
     seen: set[int] = set()
     result = {}
     for name, tensor in state.items():
