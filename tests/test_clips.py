@@ -89,7 +89,7 @@ def test_a_second_run_opens_no_clip_and_a_changed_one_is_noticed(sign_set: Path,
     ("kind", "words"),
     [
         ("missing", "no such file"), ("no archive", "not a readable NPZ"), ("cut off", "not a readable NPZ"),
-        ("pickled", "not a readable NPZ"), ("other key", "no 'X' in it, only Y"), ("flat", "expected numbers"),
+        ("pickled", "not a readable NPZ"), ("other key", "no 'X' , only Y"), ("flat", "expected numbers"),
         ("words", "expected numbers"), ("empty", "no frames"), ("nan", "not finite"), ("other width", "the others 156"),
         ("wide", "--normalisation standard"),
     ],

@@ -334,7 +334,7 @@ def test_unreadable_pictures_are_left_out_and_named(run, model, photos, capsys) 
     assert [line.split(": ")[:2] for line in printed.err.splitlines()] == [
         ["left out", "cut.jpg"], ["left out", "words.png"],
     ]  # fmt: skip
-    assert "its header is damaged" in printed.err and "0x" not in printed.err
+    assert "its header is corrupted" in printed.err and "0x" not in printed.err
     assert "5 rows, 2 left out" in printed.out
     for number in range(20):
         (photos / f"bad{number:02d}.webp").write_bytes(b"")
@@ -357,7 +357,7 @@ def test_nothing_that_can_be_read(run, model, tmp_path) -> None:
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.jpg").write_bytes(b"x")
     with pytest.raises(
-        UserError, match=r"bad: none of its 1 rows can be read, the first one is a.jpg: .*its header is damaged"
+        UserError, match=r"bad: none of its 1 rows can be read, the first one is a.jpg: .*its header is corrupted"
     ):
         run(model, "bad")
     assert not Path("out.parquet").exists() and not leftovers(tmp_path)

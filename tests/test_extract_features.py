@@ -390,7 +390,7 @@ def test_damaged_videos_are_named_and_the_others_done(stub, tmp_path, capsys) ->
         ]
         assert any(reason in lines[0] for reason in ("damaged at", "cut off", "Invalid data"))  # as FFmpeg sees it
         assert "cut off: 0.1 of 0.7 s" in lines[1] and "Invalid data" in lines[2]
-        assert "its header is damaged" in lines[4] and "a1.png and b0.png are not of one series" in lines[5]
+        assert "its header is corrupted" in lines[4] and "a1.png and b0.png are not of one series" in lines[5]
         assert [path.name for path in Path("out").iterdir()] == ["good.npz"]
 
 
@@ -428,7 +428,7 @@ def test_an_error_ends_the_threads(stub, tool, tmp_path, monkeypatch) -> None:
     write_frames(tmp_path / "clip", 40)
 
     def fail(*_: Any) -> None:
-        raise UserError("the model gives NaN; its weights are broken")
+        raise UserError("the model returns NaN; its weights are corrupted")
 
     monkeypatch.setattr(tool, "extract", fail)
     with pytest.raises(UserError, match="NaN"):

@@ -262,7 +262,7 @@ def test_derived_data_is_made_again_where_it_is_damaged(tmp_path: Path, caplog, 
     target.write_text("wh")
     assert derived(target, read, lambda target: write_text(target, "whole")) == "whole"
     lines = {record.message for record in caplog.records if record.levelname == "WARNING"}
-    assert lines == {f"{target} is damaged and made again: half of it is gone"}
+    assert lines == {f"{target} is corrupted and made again: half of it is gone"}
     assert names(target.parent) == ["x", "x.lock"]
 
 
@@ -270,7 +270,7 @@ def test_a_cache_that_cannot_be_made_is_one_line(tmp_path: Path, monkeypatch: py
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     monkeypatch.delenv("ACCELERANDO_CACHE", raising=False)
-    with pytest.raises(UserError, match=r"--cache_dir .*accelerando: Not a directory; name a folder to write to"):
+    with pytest.raises(UserError, match=r"--cache_dir .*accelerando: Not a directory; name a folder that is writable"):
         derived(cache_folder() / "kind" / "x", Path.read_text, lambda target: None)
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # a user whom the system does not know

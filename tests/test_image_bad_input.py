@@ -52,13 +52,13 @@ def pair(tmp_path: Path) -> Path:
 
 def empty_class(data: Path) -> str:
     (data / "train" / "wasps").mkdir()
-    return r"train/wasps: no picture in this class folder: fill it or move it away"
+    return r"train/wasps: no image in this class folder: add images or move it away"
 
 
 def nothing_but_notes(data: Path) -> str:
     (data / "train" / "wasps").mkdir()
     (data / "train" / "wasps" / "notes.txt").write_text("none found")
-    return r"train/wasps: no picture in this class folder.*notes.txt \(no picture by its name\)"
+    return r"train/wasps: no picture in this class folder.*notes.txt \(its name does not end like that of an image\)"
 
 
 def class_that_is_not_trained(data: Path) -> str:
@@ -124,8 +124,8 @@ def spoil_index(name: str, change) -> object:
         (spoil_index("fold_0_val.txt", lambda text: text.replace("raw/lamp/", "raw/wasps/", 1)),
          r"fold_0_val.txt: line \d+: class 'wasps' is not in classes.json, which has chair, lamp, table"),
         (spoil_index("test.txt", lambda text: text + "raw/chair/none.jpg\n"), r"none.jpg is not there"),
-        (spoil_index("test.txt", lambda text: text + text.splitlines()[0] + "\n"), r"is in line 1 already"),
-        (spoil_index("fold_0_train.txt", lambda text: ""), "fold_0_train.txt: no picture in it"),
+        (spoil_index("test.txt", lambda text: text + text.splitlines()[0] + "\n"), r"is already in line 1 already"),
+        (spoil_index("fold_0_train.txt", lambda text: ""), "fold_0_train.txt: no image in it"),
         (spoil_index("classes.json", lambda text: json.dumps({"chair": 0, "lamp": 0})), "each number once"),
     ],
     ids=["no splits", "another class", "missing picture", "named twice", "empty index", "broken class map"],
@@ -160,7 +160,7 @@ def test_a_bad_picture_is_left_out_and_named(content: bytes, reason: str, cache:
 def test_weights_of_another_architecture(pair: Path, image_here, tmp_path: Path) -> None:
     torch.save(make_net("squeezenet1_1", 2).state_dict(), tmp_path / "weights.pth")
     flags = ("--data_dir", str(pair), "--model_name", "None", "--architecture", "resnet18")
-    with pytest.raises(UserError, match=r"weights\.pth: of another architecture than resnet18") as error:
+    with pytest.raises(UserError, match=r"weights\.pth: not the weights of resnet18") as error:
         image_here(*flags, "--weights", str(tmp_path / "weights.pth"))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()
@@ -173,5 +173,5 @@ def test_a_batch_of_one_picture_is_explained(pair: Path, tmp_path: Path) -> None
     done = launch(IMAGE, *flags, "--epochs", "1", "--report_to", "none", cwd=tmp_path, check=False)
     assert done.code == 2
     assert done.err.strip() == (
-        "error: a batch of one sample, which batch norms cannot take: change --batch_size by one"
+        "error: a batch has a single sample, but batch norm needs at least two: change --batch_size by one"
     )

@@ -165,7 +165,7 @@ def test_a_damaged_cache_is_made_again(damage: str, files: ImageFiles, tmp_path:
     cached = make(files, tmp_path)
     assert cached.cache == cache
     assert same_evaluation(files, cached)
-    assert [record.message for record in caplog.records if "is damaged and made again" in record.message]
+    assert [record.message for record in caplog.records if "is corrupted and made again" in record.message]
     assert sorted(path.name for path in cache.iterdir()) == ["pixels.bin", "shapes.npy", "starts.npy"]
 
 

@@ -167,7 +167,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
     done = launch(task.script, *args, "--resume", cwd=tmp_path, processes=processes)
     (line,) = [line for line in done.out.splitlines() if "falling back" in line]
     assert newest.name in line
-    assert "optimizer.safetensors is damaged" in line
+    assert "optimizer.safetensors is corrupted" in line
     assert older.name in line
     assert weights(run / "last") == weights(reference / "last")
 

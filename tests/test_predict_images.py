@@ -195,7 +195,7 @@ def test_what_cannot_be_read_is_named(run_folder: Path, photos: Path, call, tmp_
     assert ["error" in result for result in found] == [False, *[True] * len(bad), False]
     assert_scores([found[0], found[-1]], expected(run_folder, sound), list(LABELS.values()))
     assert err.splitlines() == [f"cannot be read: {r['file']}: {r['error']}" for r in found[1:-1]]
-    assert "bomb" in found[1]["error"] and "its header is damaged" in found[3]["error"] and "BytesIO" not in err
+    assert "bomb" in found[1]["error"] and "its header is corrupted" in found[3]["error"] and "BytesIO" not in err
 
     output = tmp_path / "out" / "a.csv"
     code, out, _ = call(run_folder, *given, "--output", output)

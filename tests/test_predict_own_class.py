@@ -189,7 +189,7 @@ def test_mistakes_end_in_one_line(saved, image_set: Path, call, tmp_path: Path) 
     bare = variant("bare")
     (bare / "model.safetensors").unlink()
     cases: list[tuple[tuple, str]] = [
-        ((folder, image), "the model's class is MyNet of your module my_module: give --import my_module"),
+        ((folder, image), "the model's class is MyNet of your module my_module: use --import my_module"),
         ((folder, image, "--import", "my_registered"), "MyNet, which my_registered (--import) does not have"),
         ((folder, image, "--import", "my_modul"), "--import my_modul: no such module"),
         ((folder, image, "--import", "my_broken"), "--import my_broken: No module named 'nowhere_at_all'"),

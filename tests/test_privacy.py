@@ -310,7 +310,7 @@ def test_two_processes_train_as_one_does(image_args, tiny_vit, tmp_path: Path) -
         (("--balanced",), "--balanced cannot go with"), (("--class_weights",), "--class_weights cannot go with"),
         (("--strategy", "gradual"), "full or head"), (("--amp", "bf16"), "float32"),
         (("--report_on_train",), "without noise"), (("--compile_model",), "not compiled"), (("--target_epsilon", "None"), "needs a budget"),
-        (("--batch_size", "500"), "500 samples a step on average, but there are 66"),
+        (("--batch_size", "500"), "500 samples per step on average, but only 66"),
         (("--target_epsilon", "0.001"), "leaves nothing to learn"),
         (("--noise_multiplier", "0.3", "--target_epsilon", "0.1"), "the first step would already spend more"),
         (("--model_name", "None", "--architecture", "vit_b_16", "--image_size", "224"), "MultiheadAttention"),

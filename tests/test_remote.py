@@ -37,7 +37,7 @@ from accelerando.data.remote import (
 )
 from accelerando.data.shards import ShardPairs, list_shards
 from accelerando.train import remote_checkpoints
-from accelerando.train.checkpoint import what_is_wrong
+from accelerando.train.checkpoint import find_damage
 from accelerando.train.remote_checkpoints import (
     fetch_checkpoint,
     newest_remote_checkpoint,
@@ -250,10 +250,10 @@ def names_of(*numbers: str) -> list[str]:
         ("s3://nobucket/set/*.tar", "no bucket nobucket"),
         ("s3://nobucket/{00..01}.tar", "no bucket nobucket"),
         ("s3://nobucket/set/1.tar", "no bucket nobucket"),
-        ("s3://bucket/empty", "nothing found there"),
-        ("s3://bucket/set/*.zip", "nothing found there"),
+        ("s3://bucket/empty", "nothing found"),
+        ("s3://bucket/set/*.zip", "nothing found"),
         ("s3://bucket/set/{00..01}.tar", "01.tar"),
-        ("s3://bucket/set/7.tar", "nothing found there"),
+        ("s3://bucket/set/7.tar", "nothing found"),
         (f"s3://{KEY}:{SECRET}@bucket/set", "AWS_ACCESS_KEY_ID"),
         ("gs://bucket/set", "pip install gcsfs"),
         ("foo://bucket/set", "s3:// or https://"),
@@ -327,7 +327,7 @@ def test_a_fault_that_stays_is_one_line_and_leaves_nothing(proxy: Proxy, s3: Ser
 
 def test_missing_and_refused_are_not_tried_again(proxy: Proxy, s3: Server, tmp_path: Path, monkeypatch) -> None:
     s3.put("x.bin", b"x")
-    with pytest.raises(UserError, match="nothing found there"):
+    with pytest.raises(UserError, match="nothing found"):
         fetch_file("s3://bucket/y.bin", tmp_path / "y.bin")
     assert len(proxy.gets) == 1
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-one")
@@ -408,7 +408,7 @@ def test_https_with_a_signature_that_is_never_shown(tmp_path: Path) -> None:
     path = FileCache(tmp_path / "cache", 10_000).get(file)
     assert path.read_bytes() == content and Pages.cuts == 0
     assert "wordsJKLM" not in str(path)
-    for url, words in ((f"{base}/x.tar?sig=bad", "refused"), (f"{base}/y.tar?sig=wordsJKLM", "nothing found there")):
+    for url, words in ((f"{base}/x.tar?sig=bad", "refused"), (f"{base}/y.tar?sig=wordsJKLM", "nothing found")):
         with pytest.raises(UserError, match=words) as error:
             list_remote(url)
         assert "sig=" not in one_line(error)
@@ -608,7 +608,7 @@ def test_what_prefetch_cannot_bring_is_raised_by_the_get(s3: Server, tmp_path: P
     cache.prefetch(files)
     assert until(lambda: cached(cache.folder) == {"01.tar", "02.tar"})
     assert capfd.readouterr() == ("", "")
-    with pytest.raises(UserError, match="nothing found there"):
+    with pytest.raises(UserError, match="nothing found"):
         cache.get(files[0])
     assert cache.get(files[1]).is_file()
 
@@ -631,7 +631,7 @@ def make_checkpoint(folder: Path, step: int, size: int = 3001) -> Path:
         (path / name).write_bytes(content)
     facts = {name: {"bytes": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in files.items()}
     (path / "manifest.json").write_text(json.dumps(facts))
-    assert what_is_wrong(path) is None
+    assert find_damage(path) is None
     return path
 
 
@@ -646,7 +646,7 @@ def test_checkpoint_goes_up_and_comes_back(s3: Server, tmp_path: Path, monkeypat
     assert newest_remote_checkpoint(URL) == newest_remote_checkpoint(f"{URL}/") == "step_000500"
     warnings: list[str] = []
     back = fetch_checkpoint(URL, "step_000500", tmp_path / "back", warnings.append)
-    assert back == tmp_path / "back" / "step_000500" and what_is_wrong(back) is None and not warnings
+    assert back == tmp_path / "back" / "step_000500" and find_damage(back) is None and not warnings
     for file in path.rglob("*"):
         assert file.is_dir() or (back / file.relative_to(path)).read_bytes() == file.read_bytes()
     assert [one.name for one in (tmp_path / "back").iterdir()] == ["step_000500"]
@@ -654,7 +654,7 @@ def test_checkpoint_goes_up_and_comes_back(s3: Server, tmp_path: Path, monkeypat
     inode = back.stat().st_ino
     assert fetch_checkpoint(URL, "step_000500", tmp_path / "back", warnings.append).stat().st_ino == inode
     (back / "best" / "config.json").write_text("[]")
-    assert what_is_wrong(fetch_checkpoint(URL, "step_000500", tmp_path / "back", warnings.append)) is None
+    assert find_damage(fetch_checkpoint(URL, "step_000500", tmp_path / "back", warnings.append)) is None
 
 
 def test_an_upload_cut_off_does_not_count_and_is_replaced(s3: Server, tmp_path: Path, monkeypatch) -> None:
@@ -679,7 +679,7 @@ def test_an_upload_cut_off_does_not_count_and_is_replaced(s3: Server, tmp_path: 
     upload_checkpoint(path, URL)
     assert newest_remote_checkpoint(URL) == "step_000200"
     there = s3.root / "bucket/runs/a/step_000200"
-    assert what_is_wrong(there) is None and not (there / "left_over.bin").exists()
+    assert find_damage(there) is None and not (there / "left_over.bin").exists()
 
 
 def test_an_upload_is_tried_again_and_ends_in_one_line(proxy: Proxy, s3: Server, tmp_path: Path, monkeypatch) -> None:
@@ -699,7 +699,7 @@ def test_an_upload_is_tried_again_and_ends_in_one_line(proxy: Proxy, s3: Server,
         patch.setattr(server, "put_file", shaky)
         upload_checkpoint(path, URL)
     assert len(calls) == 6
-    assert what_is_wrong(s3.root / "bucket/runs/a/step_000100") is None
+    assert find_damage(s3.root / "bucket/runs/a/step_000100") is None
     for url, words in (("s3://nobucket/a", "no bucket nobucket"), (f"s3://{KEY}:{SECRET}@bucket/a", "keys belong in")):
         with pytest.raises(UserError, match=words) as error:
             upload_checkpoint(path, url)
@@ -733,7 +733,7 @@ def test_a_damaged_remote_checkpoint_falls_back(s3: Server, tmp_path: Path) -> N
     s3.settle()
     warnings: list[str] = []
     good = fetch_checkpoint(URL, "step_000500", tmp_path / "back", warnings.append)
-    assert good.name == "step_000100" and what_is_wrong(good) is None
+    assert good.name == "step_000100" and find_damage(good) is None
     for line, words in zip(warnings, ("checksum differs", "3,000 bytes", "is missing", "outside"), strict=True):
         assert words in line
     assert [one.name for one in (tmp_path / "back").iterdir()] == ["step_000100"]

@@ -119,7 +119,7 @@ def test_every_number_is_in_the_table() -> None:
     assert len(page.of("i", "bar")) == 2
     assert {"12345.0", "0.125", "831.9"} <= {cell.get("data-v") for cell in page.of("td")}
     assert Page(report.table(["a"], [])).of("th") and Page(report.table(["a"], [[1]] * 31)).of("div", "tall")
-    with pytest.raises(ValueError, match="row 0 of the table has 1 cells under 2 headings"):
+    with pytest.raises(ValueError, match="row 0 of the table has 1 cells, but there are 2 headings"):
         report.table(["a", "b"], [(1,)])
 
 
@@ -246,7 +246,7 @@ def test_mistakes_with_heat_stand_in_pairs_under_a_legend() -> None:
     rows = [{"image": png, "heat": png, "true": "a", "predicted": NASTY}, {"image": png, "true": 1, "predicted": 2}]
     page = Page(report.mistakes(rows))
     assert [item.get("class") for item in page.of("li")] == ["pair", None] and len(page.of("img")) == 3
-    assert page.of("img")[1]["alt"] == f"where the model saw {NASTY}"
+    assert page.of("img")[1]["alt"] == f"saliency map for {NASTY}"
     [bar] = page.of("i", "scale")
     assert "#000004" in bar["style"] and "#fcffa4" in bar["style"], "from the first colour to the last"
     assert page.of("ol", "cards") and not Page(report.mistakes(rows[1:])).of("i", "scale")

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from accelerando.report.saliency import SIDE, add_pictures, heat_maps, overlay
+from accelerando.report.saliency import SIDE, add_images, heat_maps, overlay
 
 
 class Net(nn.Module):
@@ -353,7 +353,7 @@ def test_mistakes_get_their_pictures_and_the_first_their_heat(tmp_path: Path) ->
     torch.manual_seed(0)
     model = vit()
     half = (0.5,) * 3
-    add_pictures(mistakes, score, images, model, half, half, looked_at=6)
+    add_images(mistakes, score, images, model, half, half, looked_at=6)
     assert ["heat" in mistake for mistake in mistakes] == [True] * 6 + [False] * 4
     for mistake in mistakes:
         assert max(opened(mistake["image"]).shape[:2]) <= SIDE and len(mistake["image"]) < 40_000
@@ -366,7 +366,7 @@ def test_mistakes_get_their_pictures_and_the_first_their_heat(tmp_path: Path) ->
 def test_mistakes_without_a_model_or_a_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images, score, mistakes = set_of(tmp_path)
     (tmp_path / images.files.names[9].as_py()).unlink()
-    add_pictures(mistakes, score, images, None, (0.5,) * 3, (0.5,) * 3)
+    add_images(mistakes, score, images, None, (0.5,) * 3, (0.5,) * 3)
     assert ["image" in mistake for mistake in mistakes] == [False] + [True] * 9
     assert not any("heat" in mistake for mistake in mistakes)
 
@@ -375,7 +375,7 @@ def test_mistakes_without_a_model_or_a_file(tmp_path: Path, caplog: pytest.LogCa
 
     model = Net(nn.Conv2d(3, 3, 4, 4), nn.Flatten(), nn.Linear(192, 3))
     model.layers[1].register_forward_pre_hook(lambda module, inputs: fail(*inputs))
-    add_pictures(mistakes, score, images, model, (0.5,) * 3, (0.5,) * 3)
+    add_images(mistakes, score, images, model, (0.5,) * 3, (0.5,) * 3)
     assert not any("heat" in mistake for mistake in mistakes)
     assert [record.getMessage() for record in caplog.records] == [
         "No heat maps in the report: CUDA out of memory. Tried to allocate 2.00 GiB"

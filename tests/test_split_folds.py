@@ -332,7 +332,7 @@ def test_what_is_no_picture_is_left_out_and_named(split, tmp_path: Path, monkeyp
     lines = (tmp_path / "splits" / "skipped.txt").read_text().splitlines()
     for name, why in {
         "raw/ants/imageNotFound.gif": "a GIF", "raw/ants/cut.jpg": "Truncated", "raw/ants/empty.png": "is empty",
-        "raw/ants/page.jpg": "its header is damaged", "raw/bees/Thumbs.db": "no picture", "raw/bees/.hidden.png": "hidden",
+        "raw/ants/page.jpg": "its header is corrupted", "raw/bees/Thumbs.db": "no picture", "raw/bees/.hidden.png": "hidden",
         "raw/notes.txt": "beside the class folders", "raw/.ipynb_checkpoints": "hidden", "raw/bees/bomb.png": "exceeds",
     }.items():  # fmt: skip
         assert [why in line for line in lines if line.startswith(f"{name}: ")] == [True], name
@@ -391,7 +391,7 @@ def test_bad_use_is_one_line_and_writes_nothing(raw, flags, parts, split, tmp_pa
 def test_unreadable_images_do_not_count(split, tmp_path: Path) -> None:
     raw = make_raw(tmp_path, {"ants": 9, "bees": 6})
     (raw / "bees" / "002 – ü.webp").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"raw/bees: 5 images.*too few.*1 left out, such as raw/bees/002.*cannot be"):
+    with pytest.raises(UserError, match=r"raw/bees: 5 images.*too few.*1 left outfiles were left out, such as raw/bees/002.*cannot be"):
         split()
     assert not (tmp_path / "splits").exists()
 
@@ -460,12 +460,12 @@ def test_two_interrupts_at_once_end_it_and_its_workers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (b"", ["fold_0_val.txt: no picture in it"]),
+        (b"", ["fold_0_val.txt: no image in it"]),
         (b"raw/ants/1.png\nraw/ants/no.png\n", ["line 2", "raw/ants/no.png is not there"]),
         (b"raw/ants/1.png\nraw/wasps/1.png\n", ["line 2: class 'wasps' is not in classes.json, which has ants, bees"]),
         (b"ants/1.png\n", ["line 1: 'ants/1.png' is not of the form raw/<class>/<file>"]),
         (b"raw/ants/../bees/1.png\n", ["line 1", "form"]),
-        (b"raw/ants/1.png\nraw/bees/1.png\nraw/ants/1.png\n", ["line 3: raw/ants/1.png is in line 1 already"]),
+        (b"raw/ants/1.png\nraw/bees/1.png\nraw/ants/1.png\n", ["line 3: raw/ants/1.png is already in line 1 already"]),
         (b"raw/ants/\xff.png\n", ["fold_0_val.txt: not UTF-8"]),
     ],
 )
