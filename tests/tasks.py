@@ -195,7 +195,7 @@ TASKS = {
         whole=(), parts=("--micro_batch_size", "7"), steps=4, tolerance=1e-3, unsettled=("k_proj.bias",),
         sharded=(*CLIP_RANDOM, "--scenario", "full"),
         opened=open_clip,
-        promised=("best/tokenizer.json", "best/preprocessor_config.json"),
+        promised=("best/tokenizer.json", "best/processor_config.json"),
         broken=(("--train_data", "nowhere"), "nowhere"),
         before={"recall_mean": ("validation", "test")},
     ),

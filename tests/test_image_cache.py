@@ -69,12 +69,12 @@ def test_evaluation_is_the_same_bit_for_bit(files: ImageFiles, tmp_path: Path) -
     cached = make(files, tmp_path)
     assert same_evaluation(files, cached)
     assert [EvaluationImages(cached, SIZE)[row]["label"] for row in range(10)] == files.classes.tolist()
-    shapes = {name: cached.picture(row).pixels.shape for row, name in enumerate(files.names.to_pylist())}
+    shapes = {name: cached.decoded(row).pixels.shape for row, name in enumerate(files.names.to_pylist())}
     assert shapes["a.jpg"] == (37, 48, 3)
     assert shapes["d.jpg"] == (20, 24, 3)  # a smaller one takes no more room than it needs
     # Mapped, not copied; and neither a shared mapping nor its copies go to a worker.
-    assert np.shares_memory(cached.picture(3).pixels, cached.picture(3).pixels)
-    assert not cached.picture(3).pixels.flags.writeable
+    assert np.shares_memory(cached.decoded(3).pixels, cached.decoded(3).pixels)
+    assert not cached.decoded(3).pixels.flags.writeable
     assert len(pickle.dumps(cached)) < 5000
     assert same_evaluation(files, pickle.loads(pickle.dumps(cached)))
     # Nobody decodes: the files could be away.
@@ -185,7 +185,7 @@ def test_of_several_at_once_one_makes_it(files: ImageFiles, tmp_path: Path, monk
 def test_a_killed_one_leaves_nothing_that_is_taken_for_whole(files: ImageFiles, tmp_path: Path, monkeypatch) -> None:
     child = os.fork()
     if not child:
-        picture = accelerando.data.decode.Picture(np.ones((37, 50, 3), np.uint8), (74, 100))
+        picture = accelerando.data.decode.DecodedImage(np.ones((37, 50, 3), np.uint8), (74, 100))
         calls = iter([picture, picture])
         accelerando.data.image_cache._shrink = lambda side, path: (
             next(calls, None) or os.kill(os.getpid(), signal.SIGKILL)
@@ -212,7 +212,7 @@ def test_unreadable_pictures_are_those_without_a_cache(files: ImageFiles, tmp_pa
         assert str(files.path(row)) in kept.problem(row)
         assert TrainingImages(cached, ImageAugmentation(), (SIZE,)).at(row, 0)["valid"] == 0
     none = ImageFiles(files.folder, files.names.take(pa.array([0, 9])), files.classes[:2])
-    assert make(none, tmp_path).picture(1) is None
+    assert make(none, tmp_path).decoded(1) is None
 
 
 def test_several_processes_make_the_same(files: ImageFiles, tmp_path: Path, monkeypatch) -> None:

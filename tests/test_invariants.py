@@ -104,7 +104,7 @@ def test_terminated_saves_at_once_and_goes_on(task: Task, processes: int, unbrok
     (checkpoint,) = (run / "checkpoints").iterdir()
     assert (checkpoint / "manifest.json").is_file()
     assert not (run / "results.json").exists()
-    assert "the same command with --resume goes on" in (tmp_path / "stdout.txt").read_text()
+    assert "the same command with --resume continues" in (tmp_path / "stdout.txt").read_text()
     launch(task.script, *args, "--resume", cwd=tmp_path, processes=processes)
     same_end(run, unbroken(request, task, name))
 
@@ -120,7 +120,7 @@ def test_a_signal_to_the_whole_group_lets_it_save(task: Task, number: signal.Sig
     wait_for_step(run, 9, process)
     os.killpg(process.pid, number)
     assert process.wait(timeout=60) == 128 + number
-    assert "the same command with --resume goes on" in (tmp_path / "stdout.txt").read_text()
+    assert "the same command with --resume continues" in (tmp_path / "stdout.txt").read_text()
     assert not (tmp_path / "stderr.txt").read_text()
     newest = max((run / "checkpoints").glob("step_*"))
     assert int(newest.name[5:]) == last_step(run)
