@@ -147,9 +147,7 @@ class Args:
     warmup_steps: float = 100.0  # optimizer steps of warm-up; below 1, a share of all steps
     grad_clip: float | None = 1.0  # largest gradient norm; None: not clipped
     ema_decay: float | None = None  # moving average of the weights, which is evaluated instead: 0.999, say
-    amp: Literal["auto", "no", "bf16", "fp16"] | None = (
-        None  # precision; auto: bf16 where fast (default: launch config's)
-    )
+    amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 where fast (default: launch's)
     compile_model: bool = False  # torch.compile
     deterministic: bool = False  # GPU: only kernels that give the same bits each time; slows convolutions
     activation_checkpointing: bool = False  # recompute activations to save memory

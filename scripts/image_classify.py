@@ -130,9 +130,7 @@ class Args:
     target_delta: float = 1e-5  # dp: probability that the budget does not hold, less than 1 over the training images
     noise_seed: int | None = None  # dp: for tests; who knows it can subtract the noise (default: drawn, kept secret)
     ema_decay: float | None = None  # moving average of the weights, which is evaluated instead: 0.999, say
-    amp: Literal["auto", "no", "bf16", "fp16"] | None = (
-        None  # precision; auto: bf16 where fast (default: launch config's)
-    )
+    amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 where fast (default: launch's)
     compile_model: bool = False  # torch.compile
     deterministic: bool = False  # GPU: only kernels that give the same bits each time; slows convolutions
     channels_last: bool = True  # memory layout in which convolutions are fastest

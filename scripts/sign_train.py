@@ -137,9 +137,7 @@ class Args:
     warmup_steps: float = 0.0  # optimizer steps of linear warm-up; below 1, a share of all steps
     grad_clip: float | None = None  # largest gradient norm; None: not clipped
     ema_decay: float | None = None  # moving average of the weights, which is evaluated instead: 0.999, say
-    amp: Literal["auto", "no", "bf16", "fp16"] | None = (
-        None  # precision; auto: bf16 where fast (default: launch config's)
-    )
+    amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 where fast (default: launch's)
     compile_model: bool = False  # torch.compile
     deterministic: bool = False  # GPU: only kernels that give the same bits each time; slows convolutions
     best_metric: Literal["gloss_accuracy", "cat_accuracy", "gloss_f1_macro", "loss"] = "gloss_accuracy"  # of the best

@@ -157,7 +157,7 @@ def workshop(
     environment = {
         **ENVIRONMENT,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(ROOT / "lib"),
     }
     return tmp_path, {**environment, "ACCELERANDO_CACHE": str(tmp_path / "cache")}
 

@@ -187,7 +187,9 @@ def test_a_finished_run_is_resumed_to_the_same_end_and_can_be_prolonged(
     launch(task.script, *args, "--resume", str(run), "--epochs", str(epochs + 2), cwd=tmp_path)
     each_epoch = results(reference)["samples"] // epochs
     assert results(run)["samples"] == (epochs + 2) * each_epoch
-    assert f"Resumed with another epochs: {epochs + 2} instead of {epochs}" in (run / "logs" / "train.log").read_text()
+    assert (
+        f"Resumed with a different epochs: {epochs + 2} instead of {epochs}" in (run / "logs" / "train.log").read_text()
+    )
 
 
 @pytest.mark.launch
@@ -206,7 +208,7 @@ def test_a_run_has_one_owner_at_a_time(task: Task, processes: int, request, tmp_
             assert done.code == (2 if processes == 1 else 1)
             (line,) = [line for line in done.err.splitlines() if line.startswith("error:")]
             assert re.fullmatch(
-                r"error: runs/run is in use by process \d+ on .+, since .+ or give another --run_name", line
+                r"error: runs/run is in use by process \d+ on .+, since .+ or choose another --run_name", line
             )
         step = last_step(run)
         wait_for_step(run, step + 4, process)
