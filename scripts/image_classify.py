@@ -94,9 +94,7 @@ class Args:
     weights: str | None = None  # of the net: a file, or DEFAULT for ImageNet's, downloaded; None: random
     model_name: str | None = None  # instead of architecture: folder or Hub name of a classifier of transformers
     num_classes: int | None = None  # checked against the data
-    strategy: Literal["full", "head", "gradual"] = (
-        "full"  # what is trained: all, the head, or first the head and then more
-    )
+    strategy: Literal["full", "head", "gradual"] = "full"  # what is trained: all, the head, or the head and then more
     unfreeze_every: int = 1  # gradual: epochs until the next layer below is trained too
     layer_decay: float = 1.0  # learning rate of a layer relative to the next one above: 0.75, say
     # -- loss --
@@ -123,9 +121,7 @@ class Args:
     scheduler_factor: float = 0.5  # plateau, step: factor of each drop of the learning rate
     warmup_steps: float = 0.0  # optimizer steps of linear warm-up; below 1, a share of all steps
     grad_clip: float | None = None  # largest gradient norm, with dp of each image; None: not clipped (dp: 1)
-    noise_multiplier: float | None = (
-        None  # dp: standard deviation of the noise over grad_clip (default: from target_epsilon)
-    )
+    noise_multiplier: float | None = None  # dp: noise standard deviation over grad_clip (default: from target_epsilon)
     target_epsilon: float | None = None  # dp: privacy budget, at which training stops: 3, say
     target_delta: float = 1e-5  # dp: probability that the budget does not hold, less than 1 over the training images
     noise_seed: int | None = None  # dp: for tests; who knows it can subtract the noise (default: drawn, kept secret)

@@ -109,9 +109,7 @@ class Args:
     alpha: float = 0.5  # weight of the gloss loss
     beta: float = 0.5  # weight of the category loss
     learned_weights: bool = False  # the weights are learned from the losses' uncertainty (Kendall et al. 2018)
-    curriculum: Literal["none", "gloss_first", "category_first", "dynamic"] = (
-        "none"  # how the weights of the losses change
-    )
+    curriculum: Literal["none", "gloss_first", "category_first", "dynamic"] = "none"  # how the loss weights change
     curriculum_share: float = 0.3  # share of the steps in which the first head is trained alone
     loss: Literal["cross_entropy", "focal"] = "cross_entropy"  # of each head
     focal_gamma: float = 2.0  # focal: how strongly confident answers are discounted
