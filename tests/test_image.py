@@ -41,7 +41,7 @@ def test_it_learns_and_leaves_what_it_promises(image_here, image_set: Path) -> N
     code = (run / "best" / "README.md").read_text().split("```python\n")[1].split("```")[0]
     right = 0
     for line in (image_set / "splits" / "test.txt").read_text().splitlines():
-        Image.open(image_set / line).convert("RGB").save("picture.jpg", quality=95)
+        Image.open(image_set / line).convert("RGB").save("image.jpg", quality=95)
         printed: list[str] = []
         exec(compile(code, "card", "exec"), {"print": printed.append})
         right += printed[0] == line.split("/")[1]
@@ -194,7 +194,7 @@ def test_unreadable_pictures_are_left_out_and_named(image_here, image_set: Path,
     run = image_here("--data_dir", str(data), "--mixup", "0.5")
     log = (run / "logs" / "train.log").read_text()
     for name, split in (("fold_0_train", "training"), ("fold_0_val", "validation"), ("test", "test")):
-        assert f"{split} pictures cannot be read and were left out" in log
+        assert f"{split} images cannot be read and were skipped" in log
         assert str(broken[name]) in log
     counts = {split: len((data / "splits" / f"{name}.txt").read_text().splitlines())
               for split, name in (("validation", "fold_0_val"), ("test", "test"))}  # fmt: skip
@@ -222,7 +222,7 @@ def test_folders_that_come_split_need_no_index(image_here, image_set: Path, tmp_
         (("--fold", "7"), "there are folds 0 to 2"),
         (("--num_classes", "5"), "--num_classes 5, but .* has 3 classes"),
         (("--model_name", "None", "--architecture", "resnet81"), "did you mean resnet18"),
-        (("--model_name", "nowhere"), "--model_name nowhere cannot be opened"),
+        (("--model_name", "nowhere"), "--model_name nowhere cannot be loaded"),
         (("--model_name", "x", "--weights", "y"), "drop one"),
         (("--model_name", "None", "--weights", "nowhere.pth"), "no such file"),
         (("--progressive_sizes", "64"), "up to --image_size 32"),

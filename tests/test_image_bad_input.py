@@ -152,7 +152,7 @@ def test_a_bad_picture_is_left_out_and_named(content: bytes, reason: str, cache:
     bad.write_bytes(content)
     run = image_here("--data_dir", str(pair), "--epochs", "1", *(["--cache", "--cache_dir", "c"] if cache else []))
     log = (run / "logs" / "train.log").read_text()
-    assert "1 of 9 training pictures cannot be read and were left out" in log
+    assert "1 of 9 training images cannot be read and were skipped" in log
     (line,) = [line for line in log.splitlines() if str(bad) in line]
     assert re.search(reason, line, re.IGNORECASE)
 

@@ -225,7 +225,7 @@ def test_nothing_held_out(sign_here, sign_set: Path) -> None:
     assert "validation" not in results(run)
     assert weights(run / "best") == weights(run / "last")
     assert "Validation" not in (run / "best" / "README.md").read_text()
-    for more, words in (((), "nothing would be scored"), (("--log_csv", "log.csv"), "--log_csv")):
+    for more, words in (((), "nothing would be evaluated"), (("--log_csv", "log.csv"), "--log_csv")):
         with pytest.raises(UserError, match=words):
             sign_here(*more, base=base, name="wrong")
     run = sign_here("--report_on_train", base=base, name="train")

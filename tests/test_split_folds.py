@@ -392,7 +392,7 @@ def test_unreadable_images_do_not_count(split, tmp_path: Path) -> None:
     raw = make_raw(tmp_path, {"ants": 9, "bees": 6})
     (raw / "bees" / "002 – ü.webp").write_bytes(b"x")
     with pytest.raises(
-        UserError, match=r"raw/bees: 5 images.*too few.*1 left outfiles were left out, such as raw/bees/002.*cannot be"
+        UserError, match=r"raw/bees: 5 images.*too few.*1 files were left out, such as raw/bees/002.*cannot be"
     ):
         split()
     assert not (tmp_path / "splits").exists()
@@ -467,7 +467,7 @@ def test_two_interrupts_at_once_end_it_and_its_workers(tmp_path: Path) -> None:
         (b"raw/ants/1.png\nraw/wasps/1.png\n", ["line 2: class 'wasps' is not in classes.json, which has ants, bees"]),
         (b"ants/1.png\n", ["line 1: 'ants/1.png' is not of the form raw/<class>/<file>"]),
         (b"raw/ants/../bees/1.png\n", ["line 1", "form"]),
-        (b"raw/ants/1.png\nraw/bees/1.png\nraw/ants/1.png\n", ["line 3: raw/ants/1.png is already in line 1 already"]),
+        (b"raw/ants/1.png\nraw/bees/1.png\nraw/ants/1.png\n", ["line 3: raw/ants/1.png is already in line 1"]),
         (b"raw/ants/\xff.png\n", ["fold_0_val.txt: not UTF-8"]),
     ],
 )

@@ -125,7 +125,7 @@ def _log_step(run: Run, lr: float, grad_norm: float) -> None:
     state.log_loss_sum, state.log_loss_count = 0.0, 0
     record(run, "train", {"loss": loss, "lr": lr, "grad_norm": grad_norm})
     if loss != loss:
-        log.warning("The loss is nan: use a lower --lr, --warmup_steps and --grad_clip")
+        log.warning("The loss is nan: lower --lr, set --warmup_steps, keep --grad_clip")
     run.bar.set_postfix_str(f"loss {loss:.4f}")
     log.info(
         "train step %d/%d  epoch %.2f  loss %.4f  lr %.3g  grad norm %.3f  %.0f samples/s",
