@@ -81,7 +81,7 @@ def test_a_label_that_training_never_saw(train_here, rows_of, tmp_path: Path) ->
         (["--cache_dir", "/dev/null/x"], ["--cache_dir", "/dev/null/x"]),
         (["--grad_clip", "-1"], ["--grad_clip"]),
         (["--push_to_hub"], ["--hub_repo_id"]),
-        (["--resume", "nowhere"], ["nowhere", "no run"]),
+        (["--resume", "nowhere"], ["nowhere", "not a run"]),
         (["--text_column", "body"], ["body", "text"]),
     ],
 )

@@ -374,3 +374,23 @@ def test_unreadable_pairs_are_left_out_and_named(clip_here, tmp_path: Path) -> N
     path = shard({3: b"other rubbish" * 9, 7: half[:-20], 11: " "}, "other")
     flags = ("--train_data", path, "--validation_data", path, "--augmentation", "none", "--max_steps", "4")
     assert weights(clip_here(*flags, name="other") / "last") == weights(run / "last")
+
+
+def test_without_validation_data_images_are_held_out(clip_here, pair_set: Path, tmp_path: Path) -> None:
+    """Each image and each caption is on one side; without a validation set the last weights are the best."""
+    from accelerando.data.pairs import hold_out_images, identity, open_pairs
+
+    source = open_pairs(str(pair_set / "train"), tmp_path, 1, None, "image", "caption")
+    rest, held = hold_out_images(source, 0.2, 3)
+    assert sorted([*rest.rows, *held.rows]) == list(range(75))
+    assert 10 <= len(held) <= 20
+    for part in (0, 1):
+        sides = [{identity(side.read(row)[part]) for row in range(len(side))} for side in (rest, held)]
+        assert not sides[0] & sides[1]
+    data = ("--data_dir", "None", "--train_data", str(pair_set / "train"), "--test_data", str(pair_set / "test"))
+    found = json.loads((clip_here(*data, "--max_steps", "2") / "results.json").read_text())
+    assert 0 < found["validation"]["count"] < 20 and found["test"]["count"] == 19
+    run = clip_here(*data, "--validation_fraction", "0", "--epochs", "1", "--ema_decay", "0.9", name="none")
+    found = json.loads((run / "results.json").read_text())
+    assert "validation" not in found and found["test"]["count"] == 19 and found["best_step"] == found["steps"]
+    assert (run / "best" / "model.safetensors").is_file()

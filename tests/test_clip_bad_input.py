@@ -45,7 +45,7 @@ def broken(tmp_path: Path, pair_set: Path) -> dict[str, str]:
         ("nowhere", ["nowhere", "no such"]),
         ("cut", ["00000.tar", "truncated"]),
         ("cut_late", ["00000.tar", "truncated"]),
-        ("rubbish", ["00000.tar", "damaged"]),
+        ("rubbish", ["00000.tar", "corrupted"]),
         ("zero", ["00000.tar"]),
         ("no_text", ["7.tar", "'b'", "caption"]),
         ("no_image", ["7.tar", "'b'", "image"]),

@@ -89,8 +89,8 @@ def test_a_second_run_opens_no_clip_and_a_changed_one_is_noticed(sign_set: Path,
     ("kind", "words"),
     [
         ("missing", "no such file"), ("no archive", "not a readable NPZ"), ("cut off", "not a readable NPZ"),
-        ("pickled", "not a readable NPZ"), ("other key", "no 'X' , only Y"), ("flat", "expected numbers"),
-        ("words", "expected numbers"), ("empty", "no frames"), ("nan", "not finite"), ("other width", "the others 156"),
+        ("pickled", "not a readable NPZ"), ("other key", "no array 'X', only Y"), ("flat", "expected numbers"),
+        ("words", "expected numbers"), ("empty", "no frames"), ("nan", "not finite"), ("other width", "the other clips 156"),
         ("wide", "--normalisation standard"),
     ],
 )  # fmt: skip

@@ -422,7 +422,7 @@ def test_runs_of_other_data_are_refused(tool, flags, image_set: Path) -> None:
     Path("runs/x_fold1/results.json").write_text('{"test": ')
     refused("x_fold1/results.json: invalid JSON .Expecting value")
     Path("runs/x_fold1/config.yaml").unlink()
-    refused("runs/x_fold1: no run .it lacks config.yaml")
+    refused("runs/x_fold1: not a run .no config.yaml in it")
     Path("runs/x_fold1").rename("runs/x")
     Path("runs/x_fold0").rename("runs/x_fold1")
     Path("runs/x").rename("runs/x_fold0")

@@ -316,7 +316,7 @@ def test_a_wrong_adapter_is_refused(run, model, photos, tmp_path) -> None:
         run(model, photos, "--adapter", "adapter")
     assert f"adapter is an adapter for another base model ({other}), not for {model}" in str(caught.value)
     assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="is an adapter itself"):
+    with pytest.raises(UserError, match="is itself an adapter"):
         run("adapter", photos, "--adapter", "adapter")
     with pytest.raises(UserError, match="no adapter"):
         run(model, photos, "--adapter", photos)

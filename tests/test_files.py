@@ -215,7 +215,7 @@ def test_a_run_folder_is_held_until_it_is_released_and_cleared_of_drafts(tmp_pat
     hold(tmp_path)
     assert names(tmp_path) == [".lock"]
     for _ in range(2):
-        assert re.fullmatch(rf"{tmp_path} is in use by process {os.getpid()} on .+, since .+: wait for .+", asked())
+        assert re.fullmatch(rf"{tmp_path} is in use by process {os.getpid()} on .+, since .+: wait until .+", asked())
     release(tmp_path)
     assert asked() == "free"
 
@@ -243,7 +243,7 @@ def test_of_processes_that_want_the_same_one_makes_it(tmp_path: Path) -> None:
     assert [answers.get(timeout=30) for _ in workers] == ["content"] * 3
     assert (tmp_path / "made").read_text() == "x"
     lines = (tmp_path / "made.log").read_text().splitlines()
-    assert lines == [f"Another run makes {tmp_path}/cache/kind/x: waiting for it"] * 2
+    assert lines == [f"Another run is making {tmp_path}/cache/kind/x: waiting for it"] * 2
 
 
 def test_derived_data_is_made_again_where_it_is_damaged(tmp_path: Path, caplog, monkeypatch) -> None:
@@ -262,7 +262,7 @@ def test_derived_data_is_made_again_where_it_is_damaged(tmp_path: Path, caplog, 
     target.write_text("wh")
     assert derived(target, read, lambda target: write_text(target, "whole")) == "whole"
     lines = {record.message for record in caplog.records if record.levelname == "WARNING"}
-    assert lines == {f"{target} is corrupted and made again: half of it is gone"}
+    assert lines == {f"{target} is corrupted and will be made again: half of it is gone"}
     assert names(target.parent) == ["x", "x.lock"]
 
 

@@ -58,7 +58,7 @@ def empty_class(data: Path) -> str:
 def nothing_but_notes(data: Path) -> str:
     (data / "train" / "wasps").mkdir()
     (data / "train" / "wasps" / "notes.txt").write_text("none found")
-    return r"train/wasps: no picture in this class folder.*notes.txt \(its name does not end like that of an image\)"
+    return r"train/wasps: no image in this class folder.*notes.txt \(its name does not end like that of an image\)"
 
 
 def class_that_is_not_trained(data: Path) -> str:
@@ -72,27 +72,22 @@ def one_class(data: Path) -> str:
     return "one class, ants; a classifier needs at least two"
 
 
-def no_validation(data: Path) -> str:
-    shutil.rmtree(data / "val")
-    return "val: no such folder"
-
-
 def pictures_in_no_class(data: Path) -> str:
     shutil.rmtree(data / "train")
     (data / "train").mkdir()
     (data / "train" / "1.jpg").write_bytes(picture())
-    return "lie in no class folder"
+    return "are not in class folders"
 
 
 def all_broken(data: Path) -> str:
     for path in (data / "val").rglob("*.jpg"):
         path.write_bytes(path.read_bytes()[:50])
-    return "no picture of validation can be read"
+    return "none of the images of validation can be read"
 
 
 @pytest.mark.parametrize(
     "spoil",
-    [empty_class, nothing_but_notes, class_that_is_not_trained, one_class, no_validation, pictures_in_no_class],
+    [empty_class, nothing_but_notes, class_that_is_not_trained, one_class, pictures_in_no_class],
     ids=lambda function: function.__name__,
 )
 def test_folders_that_make_no_set_are_one_line(spoil, pair: Path, image_here, tmp_path: Path) -> None:
@@ -101,6 +96,19 @@ def test_folders_that_make_no_set_are_one_line(spoil, pair: Path, image_here, tm
         image_here("--data_dir", str(pair))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "runs").exists()
+
+
+def test_without_val_a_share_of_train_is_held_out(pair: Path, image_here) -> None:
+    shutil.rmtree(pair / "val")
+    run = image_here("--data_dir", str(pair), "--epochs", "1", "--validation_fraction", "0.3", "--report_on_train")
+    found = json.loads((run / "results.json").read_text())
+    parts = [(run / f"predictions_{split}.csv").read_text().splitlines()[1:] for split in ("train", "validation")]
+    names = [{line.split(",")[0] for line in part} for part in parts]
+    assert not names[0] & names[1] and all(name.startswith("train/") for name in names[0] | names[1])
+    assert found["validation"]["count"] == len(names[1]) >= 2
+    assert found["train"]["count"] + found["validation"]["count"] == len(list((pair / "train").rglob("*.jpg")))
+    with pytest.raises(UserError, match="validation_fraction 0: nothing would be evaluated"):
+        image_here("--data_dir", str(pair), "--validation_fraction", "0", name="b")
 
 
 def test_no_picture_that_can_be_read(pair: Path, image_here) -> None:
@@ -123,8 +131,8 @@ def spoil_index(name: str, change) -> object:
         (lambda data: shutil.rmtree(data / "splits"), r"splits: no splits yet; python tools/split_folds.py --raw_data"),
         (spoil_index("fold_0_val.txt", lambda text: text.replace("raw/lamp/", "raw/wasps/", 1)),
          r"fold_0_val.txt: line \d+: class 'wasps' is not in classes.json, which has chair, lamp, table"),
-        (spoil_index("test.txt", lambda text: text + "raw/chair/none.jpg\n"), r"none.jpg is not there"),
-        (spoil_index("test.txt", lambda text: text + text.splitlines()[0] + "\n"), r"is already in line 1 already"),
+        (spoil_index("test.txt", lambda text: text + "raw/chair/none.jpg\n"), r"none.jpg does not exist"),
+        (spoil_index("test.txt", lambda text: text + text.splitlines()[0] + "\n"), r"is already in line 1"),
         (spoil_index("fold_0_train.txt", lambda text: ""), "fold_0_train.txt: no image in it"),
         (spoil_index("classes.json", lambda text: json.dumps({"chair": 0, "lamp": 0})), "each number once"),
     ],

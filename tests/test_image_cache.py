@@ -165,7 +165,7 @@ def test_a_damaged_cache_is_made_again(damage: str, files: ImageFiles, tmp_path:
     cached = make(files, tmp_path)
     assert cached.cache == cache
     assert same_evaluation(files, cached)
-    assert [record.message for record in caplog.records if "is corrupted and made again" in record.message]
+    assert [record.message for record in caplog.records if "is corrupted and will be made again" in record.message]
     assert sorted(path.name for path in cache.iterdir()) == ["pixels.bin", "shapes.npy", "starts.npy"]
 
 
@@ -227,7 +227,9 @@ def test_no_room_is_one_line(files: ImageFiles, tmp_path: Path, monkeypatch) -> 
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=50_000))
-        with pytest.raises(UserError, match=r"--cache_dir .*0\.0 GB are free.*free space, or name another") as error:
+        with pytest.raises(
+            UserError, match=r"--cache_dir .*0\.0 GB are free.*free some space or name another"
+        ) as error:
             make(files, tmp_path)
         assert "\n" not in str(error.value)
 
@@ -253,7 +255,7 @@ def test_what_will_be_large_is_said_beforehand(files: ImageFiles, tmp_path: Path
     cached = make(files, tmp_path)
     assert expected == pytest.approx((cached.cache / "pixels.bin").stat().st_size, rel=0.05)
     said = [record.message for record in caplog.records]
-    assert said[0].startswith("Decoded pictures take about")
+    assert said[0].startswith("The decoded images will take about")
     assert said[-1].startswith("Decoded pictures are kept in")
     buffer = io.BytesIO()
     photo(740, 740).save(buffer, "JPEG")

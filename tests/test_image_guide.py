@@ -80,7 +80,7 @@ def test_every_trainer_type(guide) -> None:
 
 
 def test_fp16_on_a_machine_without_a_gpu_is_one_line(guide) -> None:
-    with pytest.raises(UserError, match="fp16 needs a CUDA GPU: --amp bf16"):
+    with pytest.raises(UserError, match="fp16 needs a CUDA GPU: on a CPU use --amp bf16"):
         guide(trainer="mixed_precision", more="  amp_dtype: 'float16'\n")
 
 

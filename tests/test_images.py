@@ -319,7 +319,7 @@ def test_weights_from_a_file_all_but_the_head(tmp_path: Path) -> None:
     torch.save(source.state_dict(), tmp_path / "resnet18.pth")
     model = VisionNet(VisionNetConfig(architecture="resnet18", num_labels=3))
     before = model.net.fc.weight.clone()
-    assert "all but the head fc" in load_pretrained(model, str(tmp_path / "resnet18.pth"))
+    assert "all except the head fc" in load_pretrained(model, str(tmp_path / "resnet18.pth"))
     assert torch.equal(model.net.layer3[0].conv1.weight, source.layer3[0].conv1.weight)
     assert torch.equal(model.net.fc.weight, before)
     model.save_pretrained(tmp_path / "tuned")
@@ -350,8 +350,8 @@ def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("architecture", "content", "words"),
     [
-        ("resnet34", "resnet18", "of another architecture than resnet34"),
-        ("resnet18", "text", "not a file of weights"),
+        ("resnet34", "resnet18", "not the weights of resnet34"),
+        ("resnet18", "text", "not a weights file"),
         ("resnet18", "list", "no state dict in it"),
         ("resnet18", None, "no such file"),
     ],

@@ -364,7 +364,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_unasked(task: Task, here) -> Non
     assert weights(run / "last") == first
     with pytest.raises(UserError, match="another optimizer or schedule"):
         here("--resume", str(run), "--optimizer", "sgd", "--max_steps", "3", name="same")
-    with pytest.raises(UserError, match="nowhere: no run there"):
+    with pytest.raises(UserError, match="nowhere: not a run"):
         here("--resume", "nowhere")
     assert weights(run / "last") == first
     (run / "of_before.txt").write_text("x")

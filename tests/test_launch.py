@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT
+from harness import ENVIRONMENT
 
 from accelerando import launch
 from accelerando.base.errors import UserError

@@ -120,5 +120,5 @@ def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(UserError, match="sharded"):
         make_optimizer(net(), "adamw8bit", 1e-3, 0.0, sharded=True)
     frozen = net().requires_grad_(False)
-    with pytest.raises(UserError, match="nothing is trainable"):
+    with pytest.raises(UserError, match="no parameter is trainable"):
         make_optimizer(frozen, "adamw", 1e-3, 0.0)

@@ -160,7 +160,11 @@ def test_another_processor_is_used_as_it_is(run_folder: Path, photos: Path, tiny
     assert_scores(objects(out), probabilities, list(model.config.id2label.values()))
 
     code, out, err = call(tiny_vit, paths[0])  # its processor makes 224 pixels of 32
-    assert (code, out, len(err.splitlines())) == (2, "", 1) and "does not take what its image processor makes" in err
+    assert (code, out, len(err.splitlines())) == (
+        2,
+        "",
+        1,
+    ) and "does not accept the output of its image processor" in err
 
 
 def test_a_net_of_torchvision_is_known(photos: Path, call, tmp_path: Path) -> None:
@@ -317,8 +321,8 @@ def test_mistakes_end_in_one_line(run_folder: Path, photos: Path, call, tmp_path
     text.mkdir()
     (text / "config.json").write_text('{"architectures": ["BertForSequenceClassification"]}')
     cases: list[tuple[tuple, str]] = [
-        ((truncated, image), "does not load"),
-        ((weightless, image), "does not load"),
+        ((truncated, image), "cannot be loaded"),
+        ((weightless, image), "cannot be loaded"),
         ((bare, image), "no preprocessor_config.json"),
         ((broken, image), "NaN"),
         ((text, image), "a classifier of texts"),

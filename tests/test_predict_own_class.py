@@ -170,7 +170,7 @@ def test_a_class_that_is_registered_with_transformers(image_set: Path, call, tmp
         write_config(folder, model_type="own_net", architectures=[architecture])
         code, out, err = call(folder, image)
         assert (code, out, len(err.splitlines())) == (2, "", 1)
-        assert "'own_net'" in err and "give --import my_module" in err
+        assert "'own_net'" in err and "use --import my_module" in err
     write_config(folder, model_type="own_net", architectures=["OwnNet"])
     code, out, err = call(folder, image, "--import", "my_registered")
     assert (code, err) == (0, "")
@@ -194,12 +194,12 @@ def test_mistakes_end_in_one_line(saved, image_set: Path, call, tmp_path: Path) 
         ((folder, image, "--import", "my_modul"), "--import my_modul: no such module"),
         ((folder, image, "--import", "my_broken"), "--import my_broken: No module named 'nowhere_at_all'"),
         ((folder, image, "--import", "my_failing"), "--import my_failing: RuntimeError: no GPU"),
-        ((variant("wide", width=5), image, "--import", "my_module"), "do not load into MyNet"),
+        ((variant("wide", width=5), image, "--import", "my_module"), "cannot be loaded into MyNet"),
         ((variant("other", **{"class": "my_module:Wrong"}), image, "--import", "my_module"), "not those of Wrong"),
         ((variant("odd", width="x"), image, "--import", "my_module"), "MyNet cannot be built: TypeError"),
         ((variant("unnamed", **{"class": ""}), image, "--import", "my_module"), "names no class"),
         ((variant("few", id2label={"0": "a", "1": "b"}), image, "--import", "my_module"), "each of its 2 classes"),
-        ((bare, image, "--import", "my_module"), "do not load into MyNet"),
+        ((bare, image, "--import", "my_module"), "cannot be loaded into MyNet"),
     ]
     for arguments, message in cases:
         code, out, err = call(*arguments)

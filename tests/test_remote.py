@@ -335,7 +335,7 @@ def test_missing_and_refused_are_not_tried_again(proxy: Proxy, s3: Server, tmp_p
         fetch_file("s3://bucket/x.bin", tmp_path / "x.bin")
     assert len(proxy.gets) == 2
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    with pytest.raises(UserError, match="changed since it was listed"):
+    with pytest.raises(UserError, match="changed after it was listed"):
         fetch_file("s3://bucket/x.bin", tmp_path / "x.bin", 1, version="0" * 32)
     assert list(tmp_path.iterdir()) == []
 
@@ -486,7 +486,7 @@ def test_cache_fetches_once_and_anew_when_the_file_has_changed(proxy: Proxy, s3:
     (changed,) = list_remote("s3://bucket/set")
     assert cache.get(changed).read_bytes() == noise(1000, 50) and cache.get(changed) != path
     path.unlink()
-    with pytest.raises(UserError, match="changed since it was listed"):
+    with pytest.raises(UserError, match="changed after it was listed"):
         cache.get(file)
 
 
@@ -700,7 +700,7 @@ def test_an_upload_is_tried_again_and_ends_in_one_line(proxy: Proxy, s3: Server,
         upload_checkpoint(path, URL)
     assert len(calls) == 6
     assert find_damage(s3.root / "bucket/runs/a/step_000100") is None
-    for url, words in (("s3://nobucket/a", "no bucket nobucket"), (f"s3://{KEY}:{SECRET}@bucket/a", "keys belong in")):
+    for url, words in (("s3://nobucket/a", "no bucket nobucket"), (f"s3://{KEY}:{SECRET}@bucket/a", "put keys in")):
         with pytest.raises(UserError, match=words) as error:
             upload_checkpoint(path, url)
         one_line(error)

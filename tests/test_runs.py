@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SCRIPTS
+from harness import SCRIPTS
 
 from accelerando.base.config import parse_args, to_yaml
 from accelerando.base.errors import UserError

@@ -143,8 +143,8 @@ def test_learned_weights_get_a_gradient() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"hidden_size": 30}, "give a multiple of"),
-        ({"conv_kernel": 4}, "give an odd number"),
+        ({"hidden_size": 30}, "use a multiple of"),
+        ({"conv_kernel": 4}, "use an odd number"),
         ({"use_mask": True, "input_width": 24}, "needs frames of 78 points"),
     ],
 )

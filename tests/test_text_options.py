@@ -232,7 +232,10 @@ def test_nothing_held_out(train_here, text_set: Path) -> None:
     assert weights(train_here(*flags, name="plain") / "best") == weights(Path("runs/plain/last"))
     assert "Validation" not in (run / "best" / "README.md").read_text()
     assert "test" in (run / "summary.txt").read_text()
-    for more, words in ((("--early_stop", "2"), "--early_stop"), (("--test_file", "None"), "nothing would be evaluated")):
+    for more, words in (
+        (("--early_stop", "2"), "--early_stop"),
+        (("--test_file", "None"), "nothing would be evaluated"),
+    ):
         with pytest.raises(UserError, match=words):
             train_here(*flags, *more, name="wrong")
     train_here(*flags, "--test_file", "None", "--report_on_train", name="train")

@@ -52,7 +52,7 @@ for kind in KINDS:
 def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
     seen = []
     for run, threads in enumerate(("true", "false")):
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": threads}
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'lib'}:{ROOT}", "TOKENIZERS_PARALLELISM": threads}
         environment["PYTHONHASHSEED"] = str(run)
         command = [sys.executable, "-c", HASHES, str(tmp_path / str(run))]
         seen.append(subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True))
@@ -114,7 +114,7 @@ def test_it_opens_beside_a_text_cnn(tmp_path: Path) -> None:
         (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": "text_cnn"}))
         expected.append(str(tokenizer("one two")))
     command = [sys.executable, "-c", OPENED, *(str(tmp_path / kind) for kind in KINDS)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == expected * 2
 

@@ -387,7 +387,7 @@ def test_names_that_nearly_match_are_suggested_and_subfolders_work(tmp_path: Pat
     assert [problem.file for problem in found if problem.kind == "missing_file"] == [
         "clip 1.npz", "data/signer1/clip_2.npz", "../x.npz", "/etc/x.npz",
     ]  # fmt: skip
-    assert "meant 'Clip_1'?" in found[0].text
+    assert "did you mean 'Clip_1'?" in found[0].text
     assert [problem.file for problem in found if problem.kind == "unlisted_file"] == ["Clip_1.npz"]
 
 
