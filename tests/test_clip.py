@@ -365,7 +365,7 @@ def test_unreadable_pairs_are_left_out_and_named(clip_here, tmp_path: Path) -> N
     run = clip_here(*flags, name="broken")
     log = (run / "logs" / "train.log").read_text()
     assert "3 of 30 training pairs cannot be read and were skipped" in log
-    for name, reason in (("3.jpg", "not a picture"), ("7.jpg", "truncated"), ("11.jpg", "caption is empty")):
+    for name, reason in (("3.jpg", "not an image"), ("7.jpg", "truncated"), ("11.jpg", "caption is empty")):
         assert any(f"0.tar: {name}" in line and reason in line for line in log.splitlines()), name
     assert "3 of 30 validation pairs cannot be read" in log
     results = json.loads((run / "results.json").read_text())

@@ -150,7 +150,7 @@ def test_splits_that_are_wrong_are_one_line(spoil, words: str, image_set: Path, 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"", "not a picture"), (b"no picture", "not a picture"), (picture()[:200], "truncated|premature|broken"),
+    [(b"", "not an image"), (b"no picture", "not an image"), (picture()[:200], "truncated|premature|broken"),
      (bomb(), "exceeds limit|far too large|decompression bomb")],
     ids=["empty", "text", "cut off", "bomb"],
 )  # fmt: skip

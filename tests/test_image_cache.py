@@ -242,7 +242,7 @@ def test_no_room_is_one_line(files: ImageFiles, tmp_path: Path, monkeypatch) -> 
             make(files, tmp_path)
     assert [path.suffix for path in (tmp_path / "cache" / "images").iterdir()] == [".lock"]
     (tmp_path / "taken").write_text("a file")
-    with pytest.raises(UserError, match=r"--cache_dir .*taken: .*name a folder to write to"):
+    with pytest.raises(UserError, match=r"--cache_dir .*taken: .*name a folder that is writable"):
         cached_images({"train": files}, SIDE, tmp_path / "taken")
 
 
@@ -256,7 +256,7 @@ def test_what_will_be_large_is_said_beforehand(files: ImageFiles, tmp_path: Path
     assert expected == pytest.approx((cached.cache / "pixels.bin").stat().st_size, rel=0.05)
     said = [record.message for record in caplog.records]
     assert said[0].startswith("The decoded images will take about")
-    assert said[-1].startswith("Decoded pictures are kept in")
+    assert said[-1].startswith("Decoded images are cached in")
     buffer = io.BytesIO()
     photo(740, 740).save(buffer, "JPEG")
     files.path(0).write_bytes(buffer.getvalue())

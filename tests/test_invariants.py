@@ -374,7 +374,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_unasked(task: Task, here) -> Non
     precious = run.parent / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="left alone"):
+    with pytest.raises(UserError, match="is not removed"):
         here("--overwrite", name="precious")
     assert (precious / "thesis.txt").read_text() == "mine"
 

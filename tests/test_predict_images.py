@@ -254,7 +254,7 @@ def test_lists_and_urls(run_folder: Path, photos: Path, server: str, call, tmp_p
     for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     lines = {
-        f"{server}/a b.gif": None, f"{server}/moved": None, f"{server}/none": "404", f"{server}/cut": "cut off",
+        f"{server}/a b.gif": None, f"{server}/moved": None, f"{server}/none": "404", f"{server}/cut": "truncated",
         f"{server}/large": "larger than 100 MB", f"{server}/ftp": "unknown url type", f"{server}/round": "redirect",
         f"{server}/silent": "timed out", "http://127.0.0.1:1/x": "refused", "ftp://localhost/x": "only http",
         str(photos / "a.gif"): None, str(photos / "gone.png"): "No such file", str(photos): "directory",

@@ -198,7 +198,7 @@ def test_mistakes_end_in_one_line(saved, image_set: Path, call, tmp_path: Path) 
         ((variant("other", **{"class": "my_module:Wrong"}), image, "--import", "my_module"), "not those of Wrong"),
         ((variant("odd", width="x"), image, "--import", "my_module"), "MyNet cannot be built: TypeError"),
         ((variant("unnamed", **{"class": ""}), image, "--import", "my_module"), "names no class"),
-        ((variant("few", id2label={"0": "a", "1": "b"}), image, "--import", "my_module"), "each of its 2 classes"),
+        ((variant("few", id2label={"0": "a", "1": "b"}), image, "--import", "my_module"), "each of 2 classes"),
         ((bare, image, "--import", "my_module"), "cannot be loaded into MyNet"),
     ]
     for arguments, message in cases:

@@ -130,7 +130,7 @@ def load_text_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise UserError(f"{folder}: the tokenizer does not load ({first_line(error)[:200]})") from None
+        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)[:200]})") from None
     model = open_saved(AutoModelForSequenceClassification, folder, module)
     names = model.config.id2label
     return TextModel(
