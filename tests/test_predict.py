@@ -212,7 +212,7 @@ def test_mistakes_end_in_one_line(run_folder: Path, call, tmp_path: Path) -> Non
         ((variant("list", config="[]"), "x"), "expected an object"),
         ((variant("unweighted", ("model.safetensors",)), "x"), "model cannot be loaded"),
         ((damaged, "x"), "model cannot be loaded"),
-        ((encoder, "x"), "needed is a classifier of texts, signs or images"),
+        ((encoder, "x"), "a classifier of texts, signs or images is needed"),
         ((headless, "x"), "weights are missing"),
         ((broken, "x"), "NaN"),
         ((best,), "standard input: no text"),
