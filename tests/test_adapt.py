@@ -11,10 +11,8 @@ import pytest
 from harness import ROOT, TEXT, kill, launch, start, weights
 
 DOCUMENT = (ROOT / "docs" / "adapt.md").read_text()
-CHANGES = {
-    re.search(r"\+\+\+ my_(\w+)\.py", block)[1]: block
-    for block in re.findall(r"```diff\n(.*?)```", DOCUMENT, flags=re.DOTALL)
-}
+DIFFS = re.findall(r"```diff\n(.*?)```", DOCUMENT, flags=re.DOTALL)
+CHANGES = dict(zip(("loss", "model", "reader", "metric", "head"), DIFFS, strict=True))  # in the document's order
 FLAGS = {
     "loss": ("--focal_gamma", "1.5"),
     "model": ("--architecture", "bag", "--tokenizer_name", "MODEL"),
@@ -36,7 +34,7 @@ def changed_script(folder: Path, name: str) -> Path:
     diff = CHANGES[name]
     changed = [line for line in diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
     assert len(changed) <= 20
-    script, source = folder / f"my_{name}.py", TEXT.read_text()
+    script, source = folder / "my_experiment.py", TEXT.read_text()
     for hunk in re.split(r"^@@.*@@.*\n", diff, flags=re.MULTILINE)[1:]:
         lines = hunk.splitlines(keepends=True)
         old, new = ("".join(line[1:] for line in lines if line[0] in kept) for kept in (" -", " +"))
@@ -110,7 +108,7 @@ def test_a_plain_module_answers_with_import(grouped_args: list[str], tmp_path: P
     model = grouped_args[grouped_args.index("--model_name") + 1]
     flags = ("--architecture", "bag", "--tokenizer_name", model, "--run_name", "bag", "--max_steps", "4")
     done = launch(script, *grouped_args, *flags, cwd=tmp_path)
-    assert "BagOfWords has no save_pretrained: best/ and last/ hold model.safetensors" in done.out
+    assert "BagOfWords has no save_pretrained: best/ and last/ will have model.safetensors" in done.out
     run = tmp_path / "runs" / "bag"
     answer = launch(ROOT / "tools" / "predict.py", str(run), "goal match team", "--import", "my_model", cwd=tmp_path)
     found = json.loads(answer.out.splitlines()[0])

@@ -444,7 +444,7 @@ from pathlib import Path
 
 from accelerando.base.config import parse_args, to_yaml
 from accelerando.base.processes import command_line
-from accelerando.train.stop import StopSignal
+from accelerando.train import stop
 
 
 @dataclass
@@ -467,15 +467,15 @@ if __name__ == "__main__":
     folder = Path(args.output_dir) / args.run_name
     if args.resume:
         sys.exit(5 if (folder / "saved.txt").exists() else 1)
-    stop = StopSignal()
+    stop.listen_for_signals()
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(to_yaml(args))
     print("training:", command_line(), flush=True)
-    while stop.received is None:
+    while not stop.stop_noted():
         time.sleep(0.05)
     time.sleep(1)
-    (folder / "saved.txt").write_text(str(stop.received))
-    sys.exit(stop.exit_code)
+    (folder / "saved.txt").write_text(str(int(stop._received)))
+    sys.exit(128 + stop._received)
 """
 
 

@@ -68,7 +68,7 @@ def test_exit_codes_and_outputs_are_pythons(code: str, exit_code: int, words: st
 
 RANKS = """
 import os, sys, time
-from accelerando.base.config import launcher_command
+from accelerando.base.processes import launcher_command
 import torch, torch.distributed as dist
 assert launcher_command()[0] == "torch.distributed.run"
 dist.init_process_group("gloo")

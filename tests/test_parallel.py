@@ -39,7 +39,7 @@ with errors_in_one_line():
 @pytest.mark.launch
 def test_eight_bit_optimizers_are_refused_under_fsdp(text_args, tmp_path: Path) -> None:
     done = launch(TEXT, *text_args, "--optimizer", "adamw8bit", cwd=tmp_path, processes=2, fsdp=True, check=False)
-    assert "error: --optimizer adamw8bit does not know sharded parameters (FSDP)" in done.err
+    assert "error: --optimizer adamw8bit does not support sharded parameters (FSDP)" in done.err
     assert done.code != 0
 
 

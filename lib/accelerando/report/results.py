@@ -104,6 +104,11 @@ def training_curves(title: str, lines: Mapping[str, str]) -> list[Curve]:
     ]
 
 
+def as_floats(values: Mapping[str, float]) -> dict[str, float]:
+    """Metrics as plain numbers; numpy's are no JSON."""
+    return {name: float(value) for name, value in values.items()}
+
+
 def write_results(
     run: Run,
     model: torch.nn.Module,
@@ -120,7 +125,7 @@ def write_results(
     results = {
         "run": run.directory.name,
         "best_step": state.best_step,
-        **{split: {**values, "count": counts[split]} for split, values in splits.items()},
+        **{split: {**as_floats(values), "count": counts[split]} for split, values in splits.items()},
         "steps": state.step,
         "epochs": round(state.epochs_done, 4),
         "samples": state.samples,

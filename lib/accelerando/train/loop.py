@@ -153,6 +153,7 @@ def record_evaluation(run: Run, metrics: dict[str, float], schedule: Schedule, *
     set) the weights of the last step are the best.
     """
     state, args = run.state, run.args
+    metrics = {name: float(value) for name, value in metrics.items()}  # numpy's numbers are no JSON
     state.metrics = metrics
     if not metrics:
         state.evaluated_step = state.best_step = state.step
