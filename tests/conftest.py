@@ -11,7 +11,7 @@ import pytest
 from harness import CLIP, IMAGE, SIGN, TEXT, close_fork_server, run_in_this_process
 
 Run = Iterator[Callable[..., Path]]
-# Groups of tests (see tests/tasks.py for those of the invariants) that take longest, as measured.
+# Groups of tests (see tests/tasks.py for those of the invariants) that take long: they start first.
 LONGEST = (
     "text-resume", "clip-parallel", "test_docs", "clip-resume", "image-resume", "sign-resume", "test_text_options",
     "test_image", "test_sign", "test_clip", "text-parallel", "test_cross_validate", "test_remote",

@@ -72,7 +72,7 @@ def test_a_run_goes_on_from_the_bucket_on_another_machine(bucket_args, s3: Serve
     # A new run of this name would mix two courses.
     refused = launch(CLIP, *bucket_args, "--output_dir", "elsewhere", cwd=tmp_path, check=False)
     assert refused.code == 2
-    assert "has checkpoints of a run of this name" in refused.err
+    assert "has checkpoints of a run with this name" in refused.err
 
 
 @pytest.mark.launch

@@ -225,8 +225,8 @@ def reshard(accelerator: Accelerator, model: torch.nn.Module) -> None:
     if is_sharded(accelerator):
         from torch.distributed.fsdp import FSDPModule
 
-        for module in accelerator.unwrap_model(model, keep_torch_compile=False).modules():
-            if isinstance(module, FSDPModule):  # a compiled model's root is its wrapper
+        for module in model.modules():  # not of the unwrapped model: a compiled model's sharded root is its wrapper
+            if isinstance(module, FSDPModule):
                 module.reshard()
 
 
