@@ -13,7 +13,7 @@ from harness import CLIP, IMAGE, SIGN, TEXT, close_fork_server, run_in_this_proc
 Run = Iterator[Callable[..., Path]]
 # Groups of tests (see tests/tasks.py for those of the invariants) that take long: they start first.
 LONGEST = (
-    "text-resume", "clip-parallel", "test_docs", "clip-resume", "image-resume", "sign-resume", "test_text_options",
+    "text-resume", "clip-parallel", "test_parallel", "test_privacy", "test_docs", "clip-resume", "image-resume", "sign-resume", "test_text_options",
     "test_image", "test_sign", "test_clip", "text-parallel", "test_cross_validate", "test_remote",
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,8 @@ class Finished:
 
 def fork_server() -> ForkServer:
     """This process's fork server, started on first use."""
+    if _server and _server[0].process.poll() is not None:  # its end has failed one test, and must not fail the rest
+        _server.pop().close()
     if not _server:
         _server.append(ForkServer(AS_STARTED))
     return _server[0]
@@ -117,7 +120,13 @@ def begin(
             stderr=stderr,
         )  # fmt: skip
     argv = [str(word) for word in (*([FSDP_ON_CPU] if fsdp else []), script, *args)]
-    return fork_server().start(argv, cwd, variables, stdout.fileno(), stderr.fileno(), processes)
+    try:
+        return fork_server().start(argv, cwd, variables, stdout.fileno(), stderr.fileno(), processes)
+    except (OSError, RuntimeError) as error:  # the server has ended, before it ran anything of this request
+        warnings.warn(f"a fork server was replaced: {error}", stacklevel=2)
+        fork_server().process.kill()
+        fork_server().process.wait()
+        return fork_server().start(argv, cwd, variables, stdout.fileno(), stderr.fileno(), processes)
 
 
 def launch(

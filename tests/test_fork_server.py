@@ -151,3 +151,11 @@ def test_what_is_read_at_import_is_launched_for_real() -> None:
     assert server.takes({**server.environment, "PYTHONPATH": "x", "ACCELERATE_USE_CPU": "true"})
     assert not server.takes({**server.environment, "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert not server.takes({**server.environment, "PYTHONHASHSEED": "0"})
+
+
+def test_a_server_that_has_ended_is_replaced(run) -> None:
+    before = fork_server()
+    before.process.kill()
+    before.process.wait()
+    assert run("print(1)").out == "1\n"
+    assert fork_server() is not before
