@@ -159,3 +159,23 @@ def test_a_server_that_has_ended_is_replaced(run) -> None:
     before.process.wait()
     assert run("print(1)").out == "1\n"
     assert fork_server() is not before
+
+
+WORKERS = """
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+@dataclass
+class Square:
+    value: int
+def square(value):
+    return Square(value**2)
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        print(pool.submit(square, 3).result())
+"""
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_workers_return_classes_of_the_script(real: bool, run) -> None:
+    assert run(WORKERS, real=real).out == "Square(value=9)\n"
