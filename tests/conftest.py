@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import BinaryIO
 
 import made_data
@@ -11,6 +14,7 @@ import pytest
 from harness import CLIP, IMAGE, SIGN, TEXT, close_fork_server, run_in_this_process
 
 Run = Iterator[Callable[..., Path]]
+CallTool = Callable[..., tuple[int, str, str]]
 # Groups of tests (see tests/tasks.py for those of the invariants) that take long: they start first.
 LONGEST = (
     "text-resume", "clip-parallel", "test_parallel", "test_privacy", "test_docs", "clip-resume", "image-resume", "sign-resume", "test_text_options",
@@ -176,3 +180,23 @@ def image_args(image_set: Path, tiny_resnet: Path) -> list[str]:
 def image_here(image_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     """image_classify.py in this process; see :func:`harness.run_in_this_process`."""
     yield from run_in_this_process(IMAGE, image_args, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def call_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CallTool:
+    """``call_tool(tool, *arguments, stdin=b"")``: its ``main`` in this process; gives exit code and both outputs."""
+    from accelerando.base.errors import errors_in_one_line
+
+    def call(tool: ModuleType, *arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [f"tools/{Path(str(tool.__file__)).name}", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False))
+        code = 0
+        capsys.readouterr()
+        try:
+            with errors_in_one_line():
+                tool.main()
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return call

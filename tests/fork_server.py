@@ -402,7 +402,9 @@ def prepare() -> types.CodeType:
     become(request, environment)
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=script, __builtins__=__builtins__, __annotations__={}, __cached__=None)
-    sys.modules["__main__"] = sys.modules["__mp_main__"] = main  # the latter is where classes of spawned workers are from
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = (
+        main  # the latter is where classes of spawned workers are from
+    )
     sys.excepthook = without_our_frames
     with io.open_code(script) as file:
         return compile(file.read(), script, "exec")

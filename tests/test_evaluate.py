@@ -5,15 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from harness import IMAGE, ROOT, launch, run_in_this_process
 from tools import evaluate, predict
-
-from accelerando.base.errors import errors_in_one_line
 
 METRICS = ("accuracy", "f1_macro", "f1_weighted", "precision_macro", "recall_weighted")
 
@@ -32,19 +29,11 @@ def runs(image_args: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs a tool in this process: ``call(*arguments)`` gives exit code and both outputs."""
+def call(call_tool):
+    """``call(*arguments, tool=evaluate)``: a tool's exit code and both outputs."""
 
     def run(*arguments: object, tool=evaluate) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tools/evaluate.py", *map(str, arguments)])
-        code = 0
-        capsys.readouterr()
-        try:
-            with errors_in_one_line():
-                tool.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        return call_tool(tool, *arguments)
 
     return run
 

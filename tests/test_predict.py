@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 import shutil
@@ -10,14 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tools import predict
 from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification, BertModel
 
-from accelerando.base.errors import errors_in_one_line
 from accelerando.data.tokenizer import train_tokenizer
 from accelerando.models.text_cnn import TextCnnConfig, TextCnnForSequenceClassification
 
@@ -51,20 +48,11 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs predict.py in this process: ``call(*arguments, stdin=b"...")`` gives exit code, results, standard error."""
+def call(call_tool):
+    """``call(*arguments, stdin=b"...")``: predict.py's exit code, results and standard error."""
 
     def run(*arguments: object, stdin: bytes = b"") -> tuple[int, list[dict], str]:
-        monkeypatch.setattr(sys, "argv", ["tools/predict.py", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False))
-        code = 0
-        capsys.readouterr()
-        try:
-            with errors_in_one_line():
-                predict.main()
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
+        code, out, err = call_tool(predict, *arguments, stdin=stdin)
         return code, [json.loads(line) for line in out.splitlines()], err
 
     return run

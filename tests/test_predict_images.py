@@ -7,12 +7,11 @@ import csv
 import io
 import json
 import struct
-import sys
 import threading
 import zlib
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +26,6 @@ from transformers import (
 )
 
 from accelerando.base import processes
-from accelerando.base.errors import errors_in_one_line
 from accelerando.data.decode import decode_for_evaluation
 from accelerando.data.images import write_image_processor
 from accelerando.data.transforms import normalise
@@ -73,22 +71,9 @@ def photos(image_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs predict.py in this process: ``call(*arguments, stdin=b"...")`` gives exit code, both outputs."""
-
-    def run(*arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tools/predict.py", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False))
-        code = 0
-        capsys.readouterr()
-        try:
-            with errors_in_one_line():
-                predict.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+def call(call_tool):
+    """``call(*arguments, stdin=b"...")``: predict.py's exit code and both outputs."""
+    return partial(call_tool, predict)
 
 
 def objects(out: str) -> list[dict]:

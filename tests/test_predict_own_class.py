@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from tools import evaluate, predict
 
-from accelerando.base.errors import errors_in_one_line
 from accelerando.data.decode import decode_for_evaluation
 from accelerando.data.images import write_image_processor
 from accelerando.data.tokenizer import train_tokenizer
@@ -80,7 +79,7 @@ AutoModelForImageClassification.register(OwnConfig, OwnNet, exist_ok=True)
 
 
 @pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call_tool):
     """Runs a tool in ``tmp_path``, where the modules are; gives exit code and both outputs."""
     (tmp_path / "my_module.py").write_text(PLAIN)
     (tmp_path / "my_registered.py").write_text(REGISTERED)
@@ -90,15 +89,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     path = sys.path[:]
 
     def run(*arguments: object, tool=predict) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tools/predict.py", *map(str, arguments)])
-        code = 0
-        capsys.readouterr()
-        try:
-            with errors_in_one_line():
-                tool.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        return call_tool(tool, *arguments)
 
     yield run
     sys.path[:] = path
