@@ -49,7 +49,7 @@ demo_sign: setup
 	@echo; $(BIN)/python data/make_sign_demo.py --output_dir data/demo_sign  # says how far logistic regression gets
 	@echo "Reports: $(CURDIR)/runs/demo_sign_transformer/report.html $(CURDIR)/runs/demo_sign_iv3_gru/report.html"
 
-# Five folds, all scored on the same test pictures. A net of many small layers is faster on one thread than on two.
+# Five folds, all scored on the same test images. A net of many small layers is faster on one thread than on two.
 demo_image: setup
 	$(BIN)/python data/make_image_demo.py --output_dir data/demo_image --no_baseline
 	test -f data/demo_image/splits/test.txt || \
@@ -85,7 +85,7 @@ bench_text: setup
 bench_sign: setup
 	$(BIN)/python benchmarks/sign.py
 
-# DATA=folder with train/ and val/: other pictures than those that are made.
+# DATA=folder with train/ and val/: other images than those that are made.
 bench_image: setup
 	$(BIN)/python benchmarks/image.py $(if $(DATA),--data "$(DATA)")
 

@@ -97,7 +97,7 @@ class Args:
     cache_gb: float = 50.0  # cached remote shards, in GB; 0: none, each pair is read remotely
     mini_train: bool = False  # 256 training and 128 validation pairs, for a quick look
     augmentation: AugmentationName = "simple"  # of training images: none, simple (flip, crop), advanced
-    class_field: str | None = None  # zero-shot classification: field of the .json with a image's class
+    class_field: str | None = None  # zero-shot classification: field of the .json with an image's class
     class_names: tuple[str, ...] = ()  # zero-shot classification: the classes (default: those of the validation set)
     class_templates: tuple[str, ...] = ("a photo of a {}.",)  # zero-shot classification: captions of a class
     max_length: int | None = None  # tokens kept of a caption (default: what the model can take)
@@ -161,7 +161,7 @@ class Args:
     seed: int = 42  # of weights, order, augmentation and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
-    run_name: str | None = None  # name of this one (default: data set, model, scenario, batch and seed)
+    run_name: str | None = None  # name of this one (default: data set, model, scenario, batch, lr and seed)
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # continue a run: its folder, or no value for the one this command made
     enable_s3_checkpoints: bool = False  # store checkpoints in the bucket too, and resume from there
@@ -240,9 +240,13 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         if args.mini_train:
             limits = {split: min(len(pairs), 256 if split == "train" else 128) for split, pairs in splits.items()}
             splits = {split: PairSubset(pairs, np.arange(limits[split])) for split, pairs in splits.items()}
+        if args.scenario != "zero_shot":
+            check_validation(args, splits, args.report_on_train)
         if "validation" not in splits and args.validation_fraction:
-            train, held_out = hold_out_images(splits["train"], args.validation_fraction, args.seed)
-            splits = {"train": train, "validation": held_out, **{k: v for k, v in splits.items() if k != "train"}}
+            train, held_out = hold_out_images(splits.pop("train"), args.validation_fraction, args.seed)
+            splits = {"train": train, "validation": held_out, **splits}
+        if args.wise_ft and "validation" not in splits:
+            raise UserError("--wise_ft scores mixtures on validation data, but --validation_fraction 0 leaves none")
         scored = [split for split in splits if split != "train" or args.report_on_train]
         galleries = {split: make_gallery(splits[split], split) for split in scored}
         if args.from_scratch:
@@ -250,7 +254,6 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
             preprocessing = clip.make_preprocessing(texts, args.vocab_size, args.image_size, args.max_length or 77)
         else:
             preprocessing = clip.open_preprocessing(args.model_name, args.max_length)
-    check_validation(args, splits, args.report_on_train)
     classes, names = {}, list(args.class_names)
     if args.class_field:
         images = {split: gallery.image_rows for split, gallery in galleries.items()}
@@ -458,7 +461,7 @@ def score_split(model: torch.nn.Module, data: Data, split: str, run: Run, args: 
     """The metrics of a split; examples are kept under ``name`` (base, tuned) for the report."""
     found = evaluate(model, data, split, run, args)
     keep_examples(run, name, split, retrieval_examples(found, data.galleries[split]))
-    return score(found, data, split, args)
+    return results.as_floats(score(found, data, split, args))
 
 
 def score_base_model(model: torch.nn.Module, data: Data, run: Run, args: Args) -> dict[str, dict[str, float]]:
@@ -466,9 +469,9 @@ def score_base_model(model: torch.nn.Module, data: Data, run: Run, args: Args) -
 
     They are recorded, so that a resumed run has them.
     """
-    names = [metric.name for metric in METRICS]
     rows = {row["split"]: row for row in run.history if row["kind"] == "base"}
-    base = {split: {name: row[name] for name in names if name in row} for split, row in rows.items()}
+    others = ("kind", "split", "step", "epoch")
+    base = {split: {name: row[name] for name in row if name not in others} for split, row in rows.items()}
     for split in [split for split in data.galleries if split not in base]:
         base[split] = score_split(model, data, split, run, args, "base")
         record(run, "base", {"split": split, **base[split]})
@@ -542,10 +545,10 @@ def write_report(
     tiles += [("gallery", f"{galleries[last]['images']:,}", f"images, {galleries[last]['captions']:,} captions")]
     blocks = []
     if mixtures:
-        names = results.metric_names(run, {"": mixtures[0]})
-        rows = [tuple(mixture[name] for name in ("alpha", *names[:-1])) for mixture in mixtures]
+        names = [name for name in results.metric_names(run, {"": mixtures[0]}) if name != "alpha"]
+        rows = [tuple(mixture[name] for name in ("alpha", *names)) for mixture in mixtures]
         title = "WiSE-FT: mixtures of old and new weights, validation"
-        blocks.append(page.table(["share of new weights", *names[:-1]], rows, title=title))
+        blocks.append(page.table(["share of new weights", *names], rows, title=title))
     titles = {"base": "before", "tuned": "after"} if tuned else {"base": "base model"}
     examples = example_rows(run, data.splits[last], last, titles)
     blocks.append(page.retrieval(examples, title=f"Examples, {last}"))
@@ -620,8 +623,8 @@ def main() -> None:
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda", tables=tables):
         log.warning("%s", line)
 
-    # What an optimizer step trains on: the same samples on any number of processes.
-    if args.scenario == "zero_shot":  # the base model is all there is to score
+    # Nothing is trained: the base model is all there is to score.
+    if args.scenario == "zero_shot":
         model.to(accelerator.device)
         with stoppable(run, on_stop=lambda: None):
             base = score_base_model(model, data, run, args)

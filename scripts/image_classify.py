@@ -78,7 +78,7 @@ class Args:
     fold: int = 0  # which fold is validated on; the others are trained on
     validation_fraction: float = 0.1  # share of train/ held out, stratified, where there is no val/; 0: none
     image_size: int = 224  # side of the images in pixels
-    crop_scale: float = 0.08  # augmentation: the smallest share of a image that is cut out; 1: the middle, as it is
+    crop_scale: float = 0.08  # augmentation: the smallest share of an image that is cut out; 1: the middle, as it is
     flip: float = 0.5  # augmentation: probability of a left-right mirror
     augmentation: Literal["none", "randaugment", "trivialaugment"] = "none"  # further changes of geometry and colour
     erasing: float = 0.0  # augmentation: probability that a rectangle is erased
@@ -100,7 +100,7 @@ class Args:
     # -- loss --
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
     class_weights: bool = False  # weight each class by the inverse of its frequency
-    tta: bool = False  # evaluation averages a image and its mirror image
+    tta: bool = False  # evaluation averages an image and its mirror image
     # -- training --
     trainer_type: Literal["standard", "accelerate", "mixed_precision", "dp"] = "standard"  # dp: private (Opacus)
     epochs: int = 20  # passes over the training images
@@ -124,7 +124,7 @@ class Args:
     noise_multiplier: float | None = None  # dp: noise standard deviation over grad_clip (default: from target_epsilon)
     target_epsilon: float | None = None  # dp: privacy budget, at which training stops: 3, say
     target_delta: float = 1e-5  # dp: probability that the budget does not hold, less than 1 over the training images
-    noise_seed: int | None = None  # dp: for tests; who knows it can subtract the noise (default: drawn, kept secret)
+    noise_seed: int | None = None  # dp: for tests; whoever knows it can subtract the noise (default: random, secret)
     ema_decay: float | None = None  # moving average of the weights, which is evaluated instead: 0.999, say
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 where fast (default: launch's)
     compile_model: bool = False  # torch.compile
@@ -139,7 +139,7 @@ class Args:
     seed: int = 42  # of weights, order, augmentation and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
-    run_name: str | None = None  # name of this one (default: data set, model, strategy, batch, fold and seed)
+    run_name: str | None = None  # name of this one (default: data set, model, strategy, batch, lr, fold and seed)
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # continue a run: its folder, or no value for the one this command made
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
@@ -216,15 +216,16 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         raise UserError(f"{folder}: one class, {next(iter(classes))}; a classifier needs at least two")
     if args.num_classes not in (None, len(classes)):
         raise UserError(f"--num_classes {args.num_classes}, but {folder} has {len(classes)} classes")
+    check_validation(args, splits, args.report_on_train)
     if "validation" not in splits and args.validation_fraction:
-        kept, held_out = stratified_split(splits["train"].classes, args.validation_fraction, args.seed)
-        splits = {"validation": splits["train"].take(held_out), **splits, "train": splits["train"].take(kept)}
+        images = splits.pop("train")
+        kept, held_out = stratified_split(images.classes, args.validation_fraction, args.seed)
+        splits = {"train": images.take(kept), "validation": images.take(held_out), **splits}
     names, counts = list(classes), ", ".join(f"{split} {len(found):,}" for split, found in splits.items())
     log.info("Images: %s; %d classes: %s", counts, len(names), ", ".join(names[:12]) + " ..." * (len(names) > 12))
     if args.cache:
         side = args.cache_side or evaluation_side(args.image_size)
         splits = cached_images(splits, side, cache_folder(args.cache_dir), args.num_workers)
-    check_validation(args, splits, args.report_on_train)
     counts = np.bincount(splits["train"].classes, minlength=len(names))
     weights = torch.from_numpy(counts.sum() / (len(counts) * np.maximum(counts, 1))).float()
     mean, std = colour_statistics(args.model_name, args.architecture)
@@ -366,13 +367,14 @@ def write_report(
     add_images(worst, found[last], EvaluationImages(data.splits[last], args.image_size), net, data.mean, data.std)
     counts = {split: len(rows["labels"]) for split, rows in found.items()}
     details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist()}
-    details |= privacy_results(run.state, args.target_delta)
+    privacy = privacy_results(run.state, args.target_delta)
+    details |= privacy
     results.write_results(run, model, metrics, counts, details)
     shown = args.best_metric if args.best_metric != "loss" else "accuracy"  # the loss has curves of its own
     tiles = [
         (f"{last} accuracy", f"{100 * metrics[last]['accuracy']:.2f} %", f"{counts[last]:,} images"),
         (f"{last} F1 (macro)", f"{metrics[last]['f1_macro']:.4f}", f"{len(data.label_names)} classes"),
-        *[(name, text, "") for name, text in privacy_notes(run.state, args.target_delta).items()],
+        *([("epsilon spent", f"{privacy['epsilon']:.3f}", f"at delta {privacy['delta']:g}")] if privacy else []),
     ]
     blocks = [
         *results.class_blocks(matrices[last], data.label_names, last),
@@ -393,10 +395,9 @@ def check_args(args: Args) -> None:
     check_push(args.push_to_hub, args.hub_repo_id)
     check_ranges(
         args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9), fold=(0, 9999), image_size=(8, 4096),
-        crop_scale=(0.001, 1), flip=(0, 1),
-        erasing=(0, 1), cache_side=(8, 16384), mixup=(0, 100), cutmix=(0, 100), label_smoothing=(0, 0.999),
-        num_classes=(2, 2**20), unfreeze_every=(1, 2**20), layer_decay=(0.001, 1), noise_multiplier=(0, 1000),
-        target_epsilon=(1e-6, 1e6), target_delta=(1e-30, 0.999), noise_seed=(0, 2**62),
+        crop_scale=(0.001, 1), flip=(0, 1), erasing=(0, 1), cache_side=(8, 16384), mixup=(0, 100), cutmix=(0, 100),
+        label_smoothing=(0, 0.999), num_classes=(2, 2**20), unfreeze_every=(1, 2**20), layer_decay=(0.001, 1),
+        noise_multiplier=(0, 1000), target_epsilon=(1e-6, 1e6), target_delta=(1e-30, 0.999), noise_seed=(0, 2**62),
     )  # fmt: skip
     if any(not 8 <= size <= args.image_size for size in args.progressive_sizes):
         raise UserError(f"--progressive_sizes: sides from 8 up to --image_size {args.image_size}")
@@ -414,10 +415,9 @@ def check_args(args: Args) -> None:
 
 def check_private(args: Args) -> None:
     """What cannot go with differential privacy, and what it needs."""
-
     require_opacus()
     others = {
-        "mixup and --cutmix": (args.mixup or args.cutmix, "a image would be in the gradient of others too"),
+        "mixup and --cutmix": (args.mixup or args.cutmix, "an image would be in the gradient of others too"),
         "balanced": (args.balanced, "the accounting needs each image drawn with the same probability"),
         "class_weights": (args.class_weights, "they tell the numbers of images without noise"),
         "strategy gradual": (args.strategy == "gradual", "what is trained has to stay the same: full or head"),
@@ -474,9 +474,9 @@ def main() -> None:
     changing = args.strategy == "gradual"  # which parameters are trained changes with the epochs
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic, changing)
     data = load_data(args, accelerator)
-    model = build_model(args, data, accelerator)
     if private:
         check_private_data(args, data, accelerator)
+    model = build_model(args, data, accelerator)
     run = start_run(accelerator, args, directory, METRICS, model_title(args))
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda"):
         log.warning("%s", line)

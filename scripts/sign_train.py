@@ -88,7 +88,7 @@ class Args:
     frame_drop: float = 0.0  # augmentation: probability that a frame is left out
     mirror: float = 0.0  # augmentation: probability that left and right change places
     cache_dir: str | None = None  # where packed clips are kept (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
-    smoke_test: bool = False  # two epochs on generated clips: no data is needed
+    smoke_test: bool = False  # train on generated clips: no data is needed
     # -- model --
     model: Literal["transformer", "iv3_gru"] = "transformer"  # of keypoints, or of Inception features
     normalisation: Literal["body", "standard", "none"] | None = None  # transformer: default body; iv3_gru: none
@@ -138,7 +138,7 @@ class Args:
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 where fast (default: launch's)
     compile_model: bool = False  # torch.compile
     deterministic: bool = False  # GPU: only kernels that give the same bits each time; slows convolutions
-    best_metric: Literal["gloss_accuracy", "cat_accuracy", "gloss_f1_macro", "loss"] = "gloss_accuracy"  # of the best
+    best_metric: Literal["gloss_accuracy", "cat_accuracy", "gloss_f1_macro", "loss"] = "gloss_accuracy"  # for best/
     early_stop: int | None = None  # evaluations without improvement before the run ends
     early_stop_min_delta: float = 0.0  # what counts as an improvement
     eval_every: int = 0  # optimizer steps between evaluations; 0: every epoch
@@ -148,7 +148,7 @@ class Args:
     seed: int = 42  # of weights, order, augmentation and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
-    run_name: str | None = None  # name of this one (default: data set, model, batch and seed)
+    run_name: str | None = None  # name of this one (default: data set, model, batch, lr and seed)
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # continue a run: its folder, or no value for the one this command made
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
@@ -191,11 +191,13 @@ ONLY_WITH = {
 
 # What is measured, in the order in which it is shown; a metric that `score` adds is shown after these.
 METRICS = (
-    Metric("loss", in_log=True, higher_is_better=False), Metric("gloss_accuracy", in_log=True), Metric("gloss_top5"),
-    Metric("cat_accuracy", in_log=True), *(Metric(f"gloss_{name}_{mean}") for name in ("f1", "precision", "recall")
-    for mean in ("macro", "weighted")), *map(Metric, ("cat_f1_macro", "cat_f1_weighted", "occluded_accuracy",
-    "visible_accuracy")),
-)  # fmt: skip
+    Metric("loss", in_log=True, higher_is_better=False),
+    Metric("gloss_accuracy", in_log=True),
+    Metric("gloss_top5"),
+    Metric("cat_accuracy", in_log=True),
+    *(Metric(f"gloss_{name}_{mean}") for name in ("f1", "precision", "recall") for mean in ("macro", "weighted")),
+    *map(Metric, ("cat_f1_macro", "cat_f1_weighted", "occluded_accuracy", "visible_accuracy")),
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -222,6 +224,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         names = class_names(splits, Path(), None, args.num_gloss or 105, args.num_cat or 10)
         return Data(splits, names, key, "none" if normalisation == "body" else normalisation, collate)
 
+    check_validation(args, folders(args), args.report_on_train)
     labels = {split: read_labels(csv) for split, (_, csv) in folders(args).items()}
     for split, (folder, _) in folders(args).items():
         train = (None, None) if split == "train" else (labels["train"], folders(args)["train"][0])
@@ -233,10 +236,9 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
             for split, (folder, _) in folders(args).items()
         }
     if "validation" not in splits and args.validation_fraction:
-        clips = splits["train"]
+        clips = splits.pop("train")
         kept, held_out = stratified_split(clips.gloss, args.validation_fraction, args.seed)
-        splits = {**splits, "train": clips.take(kept), "validation": clips.take(held_out)}
-    check_validation(args, splits, args.report_on_train)
+        splits = {"train": clips.take(kept), "validation": clips.take(held_out), **splits}
     names = class_names(splits, folders(args)["train"][0], args.names_csv, args.num_gloss, args.num_cat)
     counts = ", ".join(f"{split} {len(clips):,}" for split, clips in splits.items())
     log.info("Clips: %s; %d glosses, %d categories", counts, len(names["gloss"]), len(names["cat"]))
@@ -472,7 +474,7 @@ def check_args(args: Args) -> None:
         validation_fraction=(0, 0.9), num_gloss=(2, 2**20), num_cat=(1, 2**20), hidden_size=(2, 2**16),
         num_layers=(1, 1000), conv_kernel=(0, 999), num_attention_heads=(1, 1000), intermediate_size=(1, 2**20),
     )  # fmt: skip
-    if args.log_csv and args.validation_fraction == 0 and "validation" not in folders(args):
+    if args.log_csv and not (args.smoke_test or args.validation_fraction or "validation" in folders(args)):
         raise UserError("--log_csv: a row for each evaluation, but --validation_fraction 0 leaves none")
     if not args.alpha and not args.beta:
         raise UserError("--alpha 0 --beta 0: neither head would learn anything")

@@ -121,7 +121,7 @@ class Args:
     seed: int = 42  # of weights, order and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
-    run_name: str | None = None  # name of this one (default: data set, model, strategy, batch and seed)
+    run_name: str | None = None  # name of this one (default: data set, model, strategy, batch, lr and seed)
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # continue a run: its folder, or no value for the one this command made
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
@@ -189,6 +189,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     columns = {name: getattr(args, name) for name in ("text_column", "text_pair_column", "label_column")}
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
     tables = {split: read_text_table(file, split=split, **columns) for split, file in files.items() if file}
+    check_validation(args, tables, args.report_on_train)
     names = label_names(tables["train"])
     if len(names) < 2:
         raise UserError(f"{args.train_file}: every row has the label {names[0]!r}; a classifier needs at least two")
@@ -197,8 +198,9 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     labels = {split: encode_labels(table, names) for split, table in tables.items()}
     if "validation" not in tables and args.validation_fraction:
         kept, held_out = stratified_split(labels["train"], args.validation_fraction, args.seed)
-        tables = {"validation": tables["train"].take(held_out), **tables, "train": tables["train"].take(kept)}
-        labels = {"validation": labels["train"][held_out], **labels, "train": labels["train"][kept]}
+        rows, codes = tables.pop("train"), labels.pop("train")
+        tables = {"train": rows.take(kept), "validation": rows.take(held_out), **tables}
+        labels = {"train": codes[kept], "validation": codes[held_out], **labels}
 
     with main_process_first(accelerator):
         name = args.tokenizer_name or (args.model_name if args.architecture == "transformer" else None)
@@ -209,11 +211,9 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
             tokenizer = train_tokenizer(texts, args.tokenizer_type, args.vocab_size, max_length=args.max_length)
         cache = cache_folder(args.cache_dir)
         splits = {
-            split: tokenize_table(tables[split], tokenizer, args.max_length, labels[split], cache)
-            for split in ("train", "validation", "test")
-            if split in tables
+            split: tokenize_table(table, tokenizer, args.max_length, labels[split], cache)
+            for split, table in tables.items()
         }
-    check_validation(args, splits, args.report_on_train)
     counts = ", ".join(f"{split} {len(table):,}" for split, table in splits.items())
     log.info("Rows: %s; %d labels: %s", counts, len(names), ", ".join(names[:12]) + (" ..." * (len(names) > 12)))
     collate = TextCollate(tokenizer.pad_token_id or 0, multiple_of=8 if args.compile_model else 1)

@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 # Variables that Python or a library reads once, when it starts: a run that wants others cannot be forked.
 READ_AT_IMPORT = ("PYTHON", "HF_", "TRANSFORMERS_", "TORCH", "MPL", "LD_", "LC_", "LANG", "HOME", "XDG_", "GOMP_")
 READ_LATER = ("PYTHONPATH", "PYTHONUNBUFFERED")
-# As lib and its log set them before torch and transformers are imported.
+# As the package and its log module set them before torch and transformers are imported.
 SET_BEFORE_IMPORTS = {
     "GOMP_SPINCOUNT": "1000", "TRANSFORMERS_VERBOSITY": "error", "TF_CPP_MIN_LOG_LEVEL": "3", "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -66,6 +66,7 @@ class ForkServer:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         ours, theirs = socket.socketpair()
+        ours.settimeout(None)
         self.environment = {**environment, **SET_BEFORE_IMPORTS}
         self.environment.pop("PYTHONPATH", None)
         self.control, self.lock, self.log = ours, threading.Lock(), tempfile.TemporaryFile()  # noqa: SIM115
@@ -101,6 +102,7 @@ class ForkServer:
                    "umask": umask}  # fmt: skip
         content = json.dumps(request).encode()
         ours, theirs = socket.socketpair()
+        ours.settimeout(None)
         with self.lock:
             socket.send_fds(self.control, [b"r"], [theirs.fileno(), stdout, stderr])
         theirs.close()
@@ -160,14 +162,6 @@ class Forked:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
-    def terminate(self) -> None:
-        """SIGTERM."""
-        self.send_signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self.send_signal(signal.SIGKILL)
-
 
 # ----------------------------------------------------------------------------------------------- the server's side
 
@@ -191,6 +185,7 @@ class Request:
 
     def __init__(self, connection: socket.socket, stdout: int, stderr: int) -> None:
         self.connection, self.stdout, self.stderr = connection, stdout, stderr
+        connection.setblocking(True)  # it is not, if a default timeout was set in the tests' process
         with connection.makefile("rb") as file:
             fields = json.loads(file.read(int.from_bytes(file.read(4), "little")))
         self.argv: list[str] = fields["argv"]
@@ -402,9 +397,8 @@ def prepare() -> types.CodeType:
     become(request, environment)
     main = types.ModuleType("__main__")
     main.__dict__.update(__file__=script, __builtins__=__builtins__, __annotations__={}, __cached__=None)
-    sys.modules["__main__"] = sys.modules["__mp_main__"] = (
-        main  # the latter is where classes of spawned workers are from
-    )
+    # Spawned workers pickle the classes of the script as those of __mp_main__.
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main
     sys.excepthook = without_our_frames
     with io.open_code(script) as file:
         return compile(file.read(), script, "exec")

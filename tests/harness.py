@@ -283,9 +283,8 @@ def wait_for_draft(run: Path, process: Process, timeout: float = 60) -> None:
     """Until a checkpoint or a folder of weights is being written."""
 
     def writing() -> bool:
-        if any(run.glob("*.draft")):
-            return True
-        return (run / "checkpoints").is_dir() and any((run / "checkpoints").glob(".step_*"))
+        drafts = (*run.glob(".best.*.draft"), *run.glob(".last.*.draft"), *run.glob("checkpoints/.step_*"))
+        return bool(drafts)
 
     wait_until(writing, process, timeout, every=0.0002)
 

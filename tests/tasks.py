@@ -100,7 +100,8 @@ def open_clip(folder: Path, run: Path) -> None:
 
     config = json.loads((run / "results.json").read_text())["config"]
     scenario = next(section["scenario"] for section in config.values() if "scenario" in section)
-    for place in (folder, *([run / "wise_ft"] if (run / "wise_ft").is_dir() else [])):
+    mixed = next(section["wise_ft"] for section in config.values() if "wise_ft" in section)
+    for place in (folder, *([run / "wise_ft"] if mixed else [])):
         model, report = CLIPModel.from_pretrained(place, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         assert model.logit_scale.shape == ()

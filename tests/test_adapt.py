@@ -8,7 +8,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from harness import ROOT, TEXT, kill, launch, start, weights
+from harness import ROOT, TEXT, kill, launch, start, wait_until, weights
 
 DOCUMENT = (ROOT / "docs" / "adapt.md").read_text()
 DIFFS = re.findall(r"```diff\n(.*?)```", DOCUMENT, flags=re.DOTALL)
@@ -83,8 +83,7 @@ def test_a_change_of_the_document_trains_and_resumes_exactly(
         assert EXPECTED[name] in (whole / file).read_text(), file
     process = start(script, *args, "--run_name", "killed", cwd=tmp_path)
     killed = tmp_path / "runs" / "killed"
-    while not list(killed.glob("checkpoints/step_0*")):
-        assert process.poll() is None
+    assert wait_until(lambda: any(killed.glob("checkpoints/step_0*")), process)
     kill(process)
     launch(script, *args, "--run_name", "killed", "--resume", cwd=tmp_path)
     for folder in ("best", "last"):

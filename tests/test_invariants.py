@@ -186,6 +186,8 @@ def test_a_finished_run_is_resumed_to_the_same_end_and_can_be_prolonged(
     epochs = int(results(reference)["epochs"])
     launch(task.script, *args, "--resume", str(run), "--epochs", str(epochs + 2), cwd=tmp_path)
     each_epoch = results(reference)["samples"] // epochs
+    if "--balanced" not in args:  # which draws as many of each class
+        assert each_epoch == task.counts["train"]
     assert results(run)["samples"] == (epochs + 2) * each_epoch
     assert (
         f"Resumed with a different epochs: {epochs + 2} instead of {epochs}" in (run / "logs" / "train.log").read_text()

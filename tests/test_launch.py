@@ -113,6 +113,7 @@ os.kill(os.getpid(), 9)
     assert not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z"
 
 
+@pytest.mark.launch
 def test_the_launcher_of_several_ends_with_the_scripts_code_and_without_a_traceback(tmp_path: Path) -> None:
     path = script(tmp_path, "import os, sys\nprint(os.environ['WORLD_SIZE'])\nsys.exit(int(sys.argv[1]))\n")
     flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()

@@ -154,7 +154,10 @@ HEAVY = (
 )
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+PROGRAMS = sorted([*SCRIPTS, *ROOT.glob("tools/*.py"), *ROOT.glob("data/*.py")])
+
+
+@pytest.mark.parametrize("script", PROGRAMS, ids=lambda path: path.stem)
 def test_a_script_imports_nothing_heavy_before_it_is_needed(script: Path) -> None:
     code = f"import runpy, sys; runpy.run_path({str(script)!r}); print([m for m in {HEAVY} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""lib/models/text_cnn.py: padding, short texts, save and load, autocast, compile, DDP and FSDP2."""
+"""accelerando.models.text_cnn: padding, short texts, save and load, autocast, compile, DDP and FSDP2."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ dist.destroy_process_group()
 
 @pytest.mark.launch
 def test_ddp_and_fsdp2_on_two_ranks_give_the_gradients_of_one(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib"), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", RANKS, str(tmp_path / "rendezvous"), str(rank)],

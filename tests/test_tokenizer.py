@@ -1,4 +1,4 @@
-"""lib/tokenizer.py: the same file in every process, round trips, pairs, odd texts, small sets."""
+"""accelerando.data.tokenizer: the same file in every process, round trips, pairs, odd texts, small sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/validate_npz.py and lib/sign_labels.py: every fault is found, alone, and named; a sound set passes."""
+"""tools/validate_npz.py and accelerando.data.sign_labels: every fault is found, alone, and named; a sound set passes."""
 
 from __future__ import annotations
 

@@ -355,12 +355,15 @@ def find_weights(args: Args) -> Path:
     if path.is_file():
         return path
     print(f"downloading {url} to {path}", flush=True)
-    socket.setdefaulttimeout(30)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(30)  # of each read, so that a server that does not answer ends the tool
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), path.stem.rpartition("-")[2], progress=sys.stderr.isatty())
     except (OSError, RuntimeError) as error:  # RuntimeError: another file than was published
         raise UserError(f"the weights cannot be downloaded ({first_line(error)}): name a copy with --weights") from None
+    finally:
+        socket.setdefaulttimeout(before)
     return path
 
 

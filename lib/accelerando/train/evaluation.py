@@ -104,10 +104,15 @@ class EvaluationRows:
 
 
 def check_validation(args: RunArgs, splits: Collection[str], report_on_train: bool = False) -> None:
-    """UserError if there is no validation set, but a setting needs one or no split would be evaluated."""
-    if "validation" in splits:
+    """UserError if there is no validation set and none will be held out, but one is needed or nothing is evaluated."""
+    if "validation" in splits or args.validation_fraction:
         return
-    if args.early_stop or args.scheduler == "plateau":
-        raise UserError("--validation_fraction 0: --early_stop and --scheduler plateau need validation data")
+    if args.early_stop:
+        raise UserError(
+            f"--early_stop {args.early_stop} needs validation data, but --validation_fraction 0 leaves none: "
+            "add --early_stop None"
+        )
+    if args.scheduler == "plateau":
+        raise UserError("--scheduler plateau needs validation data, but --validation_fraction 0 leaves none")
     if "test" not in splits and not report_on_train:
         raise UserError("--validation_fraction 0: nothing would be evaluated; name test data or use --report_on_train")

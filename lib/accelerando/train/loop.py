@@ -167,7 +167,7 @@ def record_evaluation(run: Run, metrics: dict[str, float], schedule: Schedule, *
     numbers = "  ".join(f"{name} {text}" for name, text in run.written(metrics, log_only=True))
     log.info("validation %s  (step %d, train loss %.4f)", numbers, state.step, train_loss)
     if best:
-        success("New best %s %.4f, saved in %s", args.best_metric, value, run.directory / "best")
+        success("New best %s %.4f: saving it in %s", args.best_metric, value, run.directory / "best")
     return best
 
 

@@ -51,7 +51,7 @@ class Privacy:
 
 def spent(state: TrainState) -> list[list[float]]:
     """The accountant's history: a list of (noise multiplier, sample rate, steps)."""
-    return state.extra.setdefault("spent", [])
+    return state.extra.get("spent", [])
 
 
 def require_opacus() -> None:
@@ -352,7 +352,8 @@ def clip_and_add(privacy: Privacy, last: bool) -> None:
         optimizer.reduce_gradients()
     for parameter in optimizer.params:  # free the per-sample gradients
         parameter.grad_sample = parameter.summed_grad = None
-    history, part = spent(state), [privacy.noise_multiplier, privacy.sample_rate]
+    history = state.extra.setdefault("spent", [])
+    part = [privacy.noise_multiplier, privacy.sample_rate]
     if history and list(history[-1][:2]) == part:
         history[-1][2] += 1
     else:
