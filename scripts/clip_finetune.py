@@ -67,7 +67,7 @@ from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer
 from accelerando.train.run import choose_directory, finish_run, join_name, restore, save, short_name, start_run
 from accelerando.train.state import Metric, Run
 from accelerando.train.stop import stoppable
-from accelerando.train.tracking import check_trackers, record
+from accelerando.train.tracking import as_floats, check_trackers, record
 from accelerando.train.weights import load_trained_weights, save_model_folder
 
 if TYPE_CHECKING:
@@ -461,7 +461,7 @@ def score_split(model: torch.nn.Module, data: Data, split: str, run: Run, args: 
     """The metrics of a split; examples are kept under ``name`` (base, tuned) for the report."""
     found = evaluate(model, data, split, run, args)
     keep_examples(run, name, split, retrieval_examples(found, data.galleries[split]))
-    return results.as_floats(score(found, data, split, args))
+    return as_floats(score(found, data, split, args))
 
 
 def score_base_model(model: torch.nn.Module, data: Data, run: Run, args: Args) -> dict[str, dict[str, float]]:
@@ -682,6 +682,8 @@ def main() -> None:
         base = score_base_model(model, data, run, args)
         if evaluation_is_due(run):
             validate()
+            if run.is_over:
+                checkpoint()
         for window in training_steps(run, batches):
             model.train()
             loss = backward_contrastive(

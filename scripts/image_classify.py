@@ -534,6 +534,8 @@ def main() -> None:
     with stoppable(run, on_stop=checkpoint):
         if evaluation_is_due(run):
             validate()
+            if run.is_over:
+                checkpoint()
         for window in training_steps(run, batches):
             if changing and window.starts_epoch:
                 unfreeze(plain, args, run.state.epoch)

@@ -562,6 +562,8 @@ def main() -> None:
     with stoppable(run, on_stop=checkpoint):
         if evaluation_is_due(run):
             validate()
+            if run.is_over:
+                checkpoint()
         for window in training_steps(run, batches):
             model.train()
             for batch in window:  # the micro-batches of one optimizer step

@@ -13,7 +13,15 @@ from PIL import Image
 from transformers import AutoModelForImageClassification
 
 from accelerando.base.errors import UserError
-from accelerando.data.decode import decode, decode_crop, decode_for_evaluation, decode_image, resize, upper_part
+from accelerando.data.decode import (
+    decode_crop,
+    decode_for_evaluation,
+    decode_image,
+    pixels_of,
+    resize,
+    to_tensor,
+    upper_part,
+)
 from accelerando.data.folders import ImageFiles, read_class_map, read_index
 from accelerando.data.images import (
     EvaluationImages,
@@ -49,22 +57,22 @@ def files(image_set: Path):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 def test_two_decoders_agree(mode: str) -> None:
     file = jpeg(70, 90, mode=mode)
-    found, expected = decode(file, 64), decode_image(file)
+    found, expected = to_tensor(pixels_of(file, 64)), decode_image(file)
     assert found.shape == expected.shape == (3, 70, 90)
     assert (found.float() - expected.float()).abs().mean() < 1
 
 
 def test_a_large_jpeg_is_decoded_at_a_smaller_scale() -> None:
     file = jpeg(800, 1200)
-    assert decode(file, 90).shape == (3, 100, 150)
-    assert decode(file, 101).shape == (3, 200, 300)
-    assert decode(file, 400).shape == (3, 400, 600)
-    assert decode(file, 401).shape == (3, 800, 1200)
+    assert pixels_of(file, 90).shape == (100, 150, 3)
+    assert pixels_of(file, 101).shape == (200, 300, 3)
+    assert pixels_of(file, 400).shape == (400, 600, 3)
+    assert pixels_of(file, 401).shape == (800, 1200, 3)
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 def test_resizing_keeps_the_order_in_memory_and_gives_the_same_pixels(mode: str) -> None:
-    pixels = decode(jpeg(300, 400), 300)
+    pixels = to_tensor(pixels_of(jpeg(300, 400), 300))
     for part in (pixels, pixels[:, 20:250, 31:344], pixels.flip(-1)):
         expected = torch.nn.functional.interpolate(part.contiguous()[None], (96, 64), mode=mode, antialias=True)[0]
         found = resize(part, (96, 64), mode)
@@ -114,7 +122,7 @@ def test_evaluation_does_what_the_saved_processor_does(size: tuple[int, int], tm
 @pytest.mark.parametrize("cut", [0, 10, 400, -2])
 def test_what_is_no_picture_is_an_error(cut: int) -> None:
     file = jpeg(100, 100)[:cut]
-    for read in (lambda: decode(file, 64), lambda: ImageAugmentation()(file, 32, (0, 0, 0))):
+    for read in (lambda: to_tensor(pixels_of(file, 64)), lambda: ImageAugmentation()(file, 32, (0, 0, 0))):
         with pytest.raises((ValueError, OSError)):
             read()
 
@@ -157,7 +165,7 @@ def test_the_upper_part_of_a_jpeg_is_that_of_the_whole(mode: str, subsampling: i
     noise = Image.fromarray(np.random.default_rng(1).integers(0, 256, (150, 90, 3), np.uint8)).convert(mode)
     file = io.BytesIO()
     noise.save(file, "JPEG", quality=92, subsampling=subsampling)
-    whole = decode(file.getvalue(), 90).permute(1, 2, 0).numpy()
+    whole = pixels_of(file.getvalue(), 90)
     for rows in (1, 14, 15, 16, 17, 64, 100, 126):
         found = upper_part(file.getvalue(), 150, 90, rows)
         assert found.shape == whole.shape
@@ -341,8 +349,8 @@ def test_auxiliary_heads_in_a_file_are_left_out(tmp_path: Path) -> None:
 
 def test_a_bomb_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
-    assert decode(jpeg(80, 90), 80).shape == (3, 80, 90)
-    for read in (lambda file: decode(file, 64), lambda file: ImageAugmentation()(file, 32, (0, 0, 0))):
+    assert to_tensor(pixels_of(jpeg(80, 90), 80)).shape == (3, 80, 90)
+    for read in (lambda file: to_tensor(pixels_of(file, 64)), lambda file: ImageAugmentation()(file, 32, (0, 0, 0))):
         with pytest.raises(ValueError, match="far too large"):
             read(jpeg(100, 90))
 

@@ -16,7 +16,12 @@ from harness import ENVIRONMENT
 
 from accelerando import launch
 from accelerando.base.errors import UserError
-from accelerando.launch import Signals, accelerate_command, plain_command, run_script
+from accelerando.launch import Signals, accelerate_command, run_script
+
+
+def plain_command(script: Path, flags: list[str]) -> list[str]:
+    return [sys.executable, str(script), *flags]
+
 
 # Says that it began, and leaves with 3 at SIGTERM and with 4 at SIGINT after it.
 STOPPABLE = """

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import SCRIPTS
 
-from accelerando.base.config import parse_args, to_yaml
 from accelerando.base.errors import UserError
 from accelerando.inference import runs
 
@@ -32,7 +28,6 @@ def test_an_unfinished_run(run: Path) -> None:
     assert runs.run_of(run) == runs.run_of(run / "best") == run
     assert runs.run_of(run.parent) is None
     assert runs.read_settings(run) == {"train_file": "a.json", "lr": 0.1, "layers": [1, 2]}
-    assert runs.task_of_run(run) == "text"
     assert [row["step"] for row in runs.read_history(run)] == [1, 1]
     assert [row["accuracy"] for row in runs.read_history(run, "validation")] == [0.5]
     (run / "metrics.jsonl").unlink()
@@ -70,21 +65,10 @@ def test_what_is_wrong_is_one_line(run: Path) -> None:
     refused("results.json: expected an object, found a list", runs.read_results, run)
     (run / "results.json").write_text("{")
     refused("results.json: invalid JSON", runs.read_results, run)
-    refused("no run (it lacks config.yaml)", runs.read_settings, run.parent)
+    refused("not a run (no config.yaml in it)", runs.read_settings, run.parent)
     refused("predictions_test.csv: no such file", runs.read_predictions, run, "test", ["a"])
     (run / "predictions_test.csv").write_text("file,label,p_a\nx.jpg,b,0.5\n")
     refused("an unknown label, or no number", runs.read_predictions, run, "test", ["a"])
     (run / "metrics.jsonl").write_text('{"kind": "tr\n{"kind": "train"}\n')
     refused("metrics.jsonl, line 1: invalid JSON", runs.read_history, run)
-    (run / "config.yaml").write_text("lr: 0.1\n")
-    refused("config.yaml: not the settings of text_classify.py", runs.task_of_run, run)
     refused("no model here", runs.model_folder, run)
-
-
-@pytest.mark.parametrize(("task", "script"), list(runs.SCRIPTS.items()))
-def test_the_settings_of_each_script_say_its_task(task: str, script: str, run: Path) -> None:
-    spec = importlib.util.spec_from_file_location(f"of_{task}", SCRIPTS / script)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    (run / "config.yaml").write_text(to_yaml(parse_args(module.Args, getattr(module, "ALIASES", {}), [])))
-    assert runs.task_of_run(run) == task

@@ -46,11 +46,6 @@ PATIENCE = 60.0  # seconds more for what it left running to save and leave
 # --------------------------------------------------------------------------------------------------------- commands
 
 
-def plain_command(script: Path, flags: Sequence[str]) -> list[str]:
-    """The command that runs ``script`` as plain Python; should this process be killed, the script goes on alone."""
-    return [sys.executable, str(script), *flags]
-
-
 def accelerate_command(script: Path, flags: Sequence[str], launcher: Sequence[str]) -> list[str]:
     """The command that runs ``script`` under `accelerate launch`; ``launcher``: flags of the launcher's own."""
     return [*LAUNCHER, "accelerate", "launch", *launcher, str(script), *flags]

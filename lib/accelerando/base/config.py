@@ -156,6 +156,14 @@ def flat(args: DataclassInstance) -> dict[str, object]:
     return {name: value for group in grouped(args).values() for name, value in group.items()}
 
 
+def flat_settings(groups: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by name, from the sections of ``config.yaml`` or of the ``config`` in ``results.json``."""
+    settings: dict[str, Any] = {}
+    for key, value in groups.items():
+        settings.update(value if isinstance(value, dict) else {key: value})
+    return settings
+
+
 # The smallest and largest value of settings that the scripts share; None is always valid.
 RANGES: dict[str, tuple[float, float]] = {
     "adam_beta1": (0, 0.999999),

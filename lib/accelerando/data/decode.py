@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 
@@ -54,19 +53,13 @@ def evaluation_side(size: int) -> int:
     return round(size * MARGIN)
 
 
-def decode(file: bytes, min_side: int) -> torch.Tensor:
-    """An image file as uint8 RGB [3, H, W], a JPEG at 1/2, 1/4 or 1/8 of its size with no side below ``min_side``.
+def pixels_of(source: Source, min_side: int, rows: int | None = None) -> np.ndarray:
+    """An image as uint8 RGB [H, W, 3], a JPEG at 1/2, 1/4 or 1/8 of its size with no side below ``min_side``.
+
+    An image from a cache is returned unchanged. With ``rows``, only the first ``rows`` rows of the image are defined.
 
     Raises:
         ValueError, OSError: it is not an image, truncated, or far too large.
-    """
-    return to_tensor(pixels_of(file, min_side))
-
-
-def pixels_of(source: Source, min_side: int, rows: int | None = None) -> np.ndarray:
-    """:func:`decode` as uint8 [H, W, 3]; an image from a cache is returned unchanged.
-
-    With ``rows``, only the first ``rows`` rows of the image are defined.
     """
     import simplejpeg
 
@@ -199,7 +192,6 @@ def decode_pixels(file: bytes, min_side: int | None = None) -> np.ndarray:
     Raises:
         ValueError, OSError: it is not an image, truncated, or far too large.
     """
-    import numpy as np
     from PIL import Image, ImageFile, UnidentifiedImageError
 
     ImageFile.LOAD_TRUNCATED_IMAGES = False

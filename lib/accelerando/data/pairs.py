@@ -193,8 +193,11 @@ class PairSubset:
         return self.source.where(int(self.rows[row]))
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """The order of rows in an epoch, int64 [n], shuffled."""
-        return epoch_order(len(self), seed, epoch)
+        """The order of rows in an epoch, int64 [n]: the source's, which keeps the rows of a shard together."""
+        place = np.full(len(self.source), -1)
+        place[self.rows] = np.arange(len(self.rows))
+        order = place[self.source.epoch_order(seed, epoch)]
+        return order[order >= 0]
 
     def prefetch(self, rows: np.ndarray) -> None:
         """Starts to fetch remote data of ``rows`` in advance, in this order."""
@@ -314,7 +317,7 @@ def class_names_of(source: PairSource, rows: np.ndarray, field: str) -> list[str
     """
     values = {source.metadata(int(row)).get(field) for row in rows} - {None}
     if len(values) < 2:
-        raise UserError(f"--class_field {field}: the .json of the validation pairs has {len(values)} classes in it")
+        raise UserError(f"--class_field {field}: {len(values)} classes found in the metadata; at least two are needed")
     return sorted(map(str, values))
 
 
@@ -327,5 +330,5 @@ def image_classes(source: PairSource, rows: np.ndarray, field: str, names: Seque
     numbers = {name: number for number, name in enumerate(names)}
     labels = np.array([numbers.get(str(source.metadata(int(row)).get(field)), -1) for row in rows], np.int64)
     if (labels < 0).all():
-        raise UserError(f"--class_field {field}: no image has one of the class names in its .json metadata")
+        raise UserError(f"--class_field {field}: no image has one of the class names in its metadata")
     return labels

@@ -12,21 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from accelerando.base.config import read_yaml
+from accelerando.base.config import flat_settings, read_yaml
 from accelerando.base.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
 
 TORCH_MODULE = "torch_module"  # the model_type of a plain torch module that the library saved
-SCRIPTS = {  # task -> its training script
-    "text": "text_classify.py",
-    "image": "image_classify.py",
-    "sign": "sign_train.py",
-    "clip": "clip_finetune.py",
-}
-# A setting that only one task's script has -> the task.
-OWN_SETTINGS = {"train_file": "text", "fold": "image", "keypoints_train": "sign", "train_data": "clip"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -68,14 +60,6 @@ def run_of(path: Path) -> Path | None:
     return next((folder for folder in (path, path.parent) if is_run(folder)), None)
 
 
-def flat_settings(groups: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by name, from the sections of ``config.yaml`` or of the ``config`` in ``results.json``."""
-    settings: dict[str, Any] = {}
-    for key, value in groups.items():
-        settings.update(value if isinstance(value, dict) else {key: value})
-    return settings
-
-
 def read_settings(run: Path) -> dict[str, Any]:
     """The settings in a run's ``config.yaml``, by name.
 
@@ -114,19 +98,6 @@ def read_history(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise UserError(f"{path}, line {number}: invalid JSON") from None
     return [row for row in rows if kind in (None, row["kind"])]
-
-
-def task_of_run(run: Path) -> str:
-    """The task of a run: text, image, sign or clip; see ``SCRIPTS``.
-
-    Raises:
-        UserError: its settings are missing or not those of one of the scripts.
-    """
-    settings = read_settings(run)
-    for name, task in OWN_SETTINGS.items():
-        if name in settings:
-            return task
-    raise UserError(f"{run / 'config.yaml'}: not the settings of {', '.join(SCRIPTS.values())}")
 
 
 # ------------------------------------------------------------------------------------------------------- predictions

@@ -21,7 +21,7 @@ from accelerando.report.metrics import confusion_matrix, per_class, report_text
 from accelerando.report.plots import Curve, plot_confusion, plot_curves
 from accelerando.train.accelerator import count_parameters, peak_memory_mb
 from accelerando.train.state import Run
-from accelerando.train.tracking import evaluations
+from accelerando.train.tracking import as_floats, evaluations
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ def write_summary(run: Run, columns: Columns, notes: Mapping[str, str] | None = 
     ``notes``: additional lines by name.
     """
     state = run.state
-    progress = "finished" if state.step >= run.total_steps else "training"
+    progress = "finished" if run.is_over else "training"
     rows = {
         "run": str(run.directory),
         "model": run.model_title,
@@ -104,11 +104,6 @@ def training_curves(title: str, lines: Mapping[str, str]) -> list[Curve]:
     ]
 
 
-def as_floats(values: Mapping[str, float]) -> dict[str, float]:
-    """Metrics as plain numbers; numpy's are no JSON."""
-    return {name: float(value) for name, value in values.items()}
-
-
 def write_results(
     run: Run,
     model: torch.nn.Module,
@@ -122,10 +117,11 @@ def write_results(
     """
     trainable, parameters = count_parameters(model)
     state = run.state
+    splits = {split: as_floats(values) for split, values in splits.items()}
     results = {
         "run": run.directory.name,
         "best_step": state.best_step,
-        **{split: {**as_floats(values), "count": counts[split]} for split, values in splits.items()},
+        **{split: {**values, "count": counts[split]} for split, values in splits.items()},
         "steps": state.step,
         "epochs": round(state.epochs_done, 4),
         "samples": state.samples,

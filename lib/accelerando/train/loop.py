@@ -22,7 +22,7 @@ from accelerando.train.accelerator import memory_use, peak_memory_mb
 from accelerando.train.batches import TrainBatches, Window, report_unreadable
 from accelerando.train.state import Run, TrainState
 from accelerando.train.stop import StopRequested, stop_noted
-from accelerando.train.tracking import record
+from accelerando.train.tracking import as_floats, record
 
 if TYPE_CHECKING:
     import torch
@@ -63,7 +63,10 @@ def training_steps(run: Run, batches: TrainBatches) -> Iterator[Window]:
                     raise RuntimeError("finish_step was not called for the last window")
                 if run.is_over:
                     break
-                run.step_started = time.perf_counter()  # the time for evaluating and saving is not counted
+                run.step_started = time.perf_counter()  # the time for logging, evaluating and saving is not counted
+    report_unreadable(
+        run.accelerator, batches.dataset, "training", batches.take_unreadable()
+    )  # of a last, partial epoch
     if run.out_of_patience:
         log.info("Stopped early: no better %s in %d evaluations", run.args.best_metric, run.args.early_stop)
 
@@ -111,7 +114,7 @@ def finish_step(run: Run, window: Window, grad_norm: torch.Tensor | float, lr: f
     ends_epoch, last = state.position == state.epoch_size, state.step >= run.total_steps
     if ends_epoch:
         state.epoch, state.position = state.epoch + 1, 0
-    if ends_epoch or last or stop:
+    if ends_epoch or stop:
         report_unreadable(run.accelerator, window.batches.dataset, "training", window.batches.take_unreadable())
     if stop:
         raise StopRequested
@@ -153,8 +156,7 @@ def record_evaluation(run: Run, metrics: dict[str, float], schedule: Schedule, *
     set) the weights of the last step are the best.
     """
     state, args = run.state, run.args
-    metrics = {name: float(value) for name, value in metrics.items()}  # numpy's numbers are no JSON
-    state.metrics = metrics
+    state.metrics = metrics = as_floats(metrics)
     if not metrics:
         state.evaluated_step = state.best_step = state.step
         return run.is_over

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from accelerando.base.config import flat, read_yaml, to_yaml
+from accelerando.base.config import flat, flat_settings, read_yaml, to_yaml
 from accelerando.base.errors import UserError
 from accelerando.base.files import LOCK, hold, is_unused, release, write_text
 from accelerando.base.log import attach_log_file, log, on_terminal
@@ -52,12 +52,16 @@ def choose_directory(args: RunArgs, default_name: str, hint: str = "") -> Path:
         raise UserError(f"{directory} is a file: choose another --output_dir or --run_name")
     if not is_unused(directory) and not args.resume:
         if not args.overwrite:
-            raise UserError(
-                f"{directory} exists: --resume continues it, --overwrite starts it again, --run_name names another"
-            )
+            raise _exists(directory)
         if not (directory / "config.yaml").is_file():
             raise UserError(f"--overwrite {directory}: not a run (no config.yaml in it), so it is not removed")
     return directory
+
+
+def _exists(directory: Path) -> UserError:
+    return UserError(
+        f"{directory} exists: --resume continues it, --overwrite starts it again, --run_name names another"
+    )
 
 
 def short_name(model_name: str) -> str:
@@ -93,13 +97,17 @@ def start_run(
     run.remote = remote and f"{remote}/{directory.name}"
     fetched = None
     if accelerator.is_main_process:
-        newer = _newer_remote_checkpoint(run) if remote else None
+        if remote and not (args.resume or args.overwrite):
+            _check_no_remote_checkpoints(run)
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create {directory}: {error.strerror}") from None
         hold(directory)
-        fetched = _fetch(run, newer) if newer else None
+        if not (args.resume or args.overwrite or is_unused(directory)):  # created while this run was loading its data
+            raise _exists(directory)
+        if remote and args.resume:
+            fetched = _fetch_newer(run)
     accelerator.wait_for_everyone()
     if args.resume:
         _find_checkpoint_to_resume(run, fetched)
@@ -120,34 +128,26 @@ def start_run(
     return run
 
 
-def _newer_remote_checkpoint(run: Run) -> str | None:
-    """The newest remote checkpoint of a run to be resumed, if it is newer than the local ones.
+def _check_no_remote_checkpoints(run: Run) -> None:
+    from accelerando.train.remote_checkpoints import newest_remote_checkpoint
 
-    Raises:
-        UserError: there are checkpoints, but neither resume nor overwrite is set; the bucket cannot be reached.
-    """
-    from accelerando.train.remote_checkpoints import newest_remote_checkpoint, remove_remote_after
-
-    newest = newest_remote_checkpoint(run.remote)
-    if newest is None:
-        return None
-    if run.args.resume:
-        here = [int(path.name[5:]) for path in step_folders(run.checkpoints)]
-        return newest if int(newest[5:]) > max(here, default=-1) else None
-    if not run.args.overwrite:
+    if newest_remote_checkpoint(run.remote):
         raise UserError(
             f"{run.remote} has checkpoints of a run with this name: --resume continues it, --overwrite starts it "
             "again, --run_name names another"
         )
-    remove_remote_after(run.remote, -1)
-    return None
 
 
-def _fetch(run: Run, name: str) -> Path:
-    from accelerando.train.remote_checkpoints import fetch_checkpoint
+def _fetch_newer(run: Run) -> Path | None:
+    """Fetches the newest remote checkpoint if it is newer than the local ones."""
+    from accelerando.train.remote_checkpoints import fetch_checkpoint, newest_remote_checkpoint
 
+    newest = newest_remote_checkpoint(run.remote)
+    here = [int(path.name[5:]) for path in step_folders(run.checkpoints)]
+    if newest is None or int(newest[5:]) <= max(here, default=-1):
+        return None
     run.checkpoints.mkdir(parents=True, exist_ok=True)
-    path = fetch_checkpoint(run.remote, name, run.checkpoints, log.warning)
+    path = fetch_checkpoint(run.remote, newest, run.checkpoints, log.warning)
     log.info("Fetched %s from %s", path.name, run.remote)
     return path
 
@@ -174,22 +174,26 @@ def _prepare_directory(run: Run) -> None:
                 shutil.rmtree(path)
             elif path.name != LOCK:
                 path.unlink()
+        _remove_remote_after(run, -1)
     for name in ("checkpoints", "logs", "plots"):
         (directory / name).mkdir(exist_ok=True)
     config = directory / "config.yaml"
     if run.resumed:
-        saved = read_yaml(config) if config.is_file() else {}
-        before = {key: value for group in saved.values() for key, value in group.items()}
+        before = flat_settings(read_yaml(config)) if config.is_file() else {}
         for key, value in flat(args).items():
             if key in before and before[key] != value:
                 log.warning("Resumed with a different %s: %s instead of %s", key, value, before[key])
         remove_later_checkpoints(run.resumed.path, log.warning)
-        if run.remote:
-            from accelerando.train.remote_checkpoints import remove_remote_after
-
-            remove_remote_after(run.remote, run.resumed.step)
+        _remove_remote_after(run, run.resumed.step)
         restore_best(run.resumed.path, directory / "best")
     write_text(config, to_yaml(args))
+
+
+def _remove_remote_after(run: Run, step: int) -> None:
+    if run.remote:
+        from accelerando.train.remote_checkpoints import remove_remote_after
+
+        remove_remote_after(run.remote, step)
 
 
 def save(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, ema: Ema) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,11 @@ def record(run: Run, kind: str, values: dict[str, Any]) -> None:
     numbers = {f"{group}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
     for tracker in run.trackers:
         tracker.log(numbers, step=run.state.step)
+
+
+def as_floats(values: Mapping[str, float]) -> dict[str, float]:
+    """Metrics as Python's numbers: JSON and some trackers cannot represent numpy's."""
+    return {name: float(value) for name, value in values.items()}
 
 
 def evaluations(run: Run) -> list[dict[str, Any]]:
