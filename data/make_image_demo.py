@@ -101,7 +101,7 @@ def check_images(folder: Path) -> int:
                 same = np.array_equal(np.asarray(found), np.asarray(image))
         except (OSError, SyntaxError, ValueError) as error:
             same = False
-            what = "is missing" if isinstance(error, FileNotFoundError) else "is damaged"
+            what = "is missing" if isinstance(error, FileNotFoundError) else "is corrupted"
         else:
             what = "was changed"
         if not same:

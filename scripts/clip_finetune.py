@@ -238,8 +238,9 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         table = (args.image_folder, args.image_column, args.caption_column)
         splits = {split: open_pairs(where, cache, args.cache_gb, *table) for split, where in locations(args).items()}
         if args.mini_train:
-            limits = {split: min(len(pairs), 256 if split == "train" else 128) for split, pairs in splits.items()}
-            splits = {split: PairSubset(pairs, np.arange(limits[split])) for split, pairs in splits.items()}
+            most = {"train": 256, "validation": 128, "test": 128}
+            rows = {split: np.arange(min(len(pairs), most[split])) for split, pairs in splits.items()}
+            splits = {split: PairSubset(pairs, rows[split]) for split, pairs in splits.items()}
         if args.scenario != "zero_shot":
             check_validation(args, splits, args.report_on_train)
         if "validation" not in splits and args.validation_fraction:

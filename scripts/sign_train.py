@@ -185,6 +185,7 @@ ONLY_WITH = {
     ),
     "model iv3_gru": ("features_train", "features_val", "features_test", "feature_key", "gru_sizes"),
     "loss focal": ("focal_gamma",),
+    "curriculum gloss_first category_first dynamic": ("curriculum_share",),
     "tools/extract_features.py": ("pretrained_backbone",),  # old commands name a backbone, which runs there alone
     "GPU": ("deterministic", "pin_memory"),
 }  # fmt: skip

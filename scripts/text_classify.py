@@ -152,8 +152,7 @@ ALIASES = {
 # Settings that matter only together with another one.
 ONLY_WITH = {
     "architecture transformer": (
-        "model_name", "from_scratch", "hidden_size", "num_layers", "num_attention_heads", "intermediate_size",
-        "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
+        "model_name", "from_scratch", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
     ),
     "from_scratch": ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size"),
     "architecture cnn": ("vocab_size", "embed_size", "num_filters", "filter_sizes", "dropout_prob"),

@@ -231,7 +231,7 @@ def test_only_what_is_missing_is_trained(tool, flags, capsys) -> None:
     for line in (
         "Fold 1 of 3: runs/x_fold0 starts",
         "Fold 2 of 3: runs/x_fold1 is finished",
-        "Fold 3 of 3: runs/x_fold2 goes on",
+        "Fold 3 of 3: runs/x_fold2 is resumed",
     ):
         assert line in out
     assert "Resumed from runs/x_fold2/checkpoints/step_000010" in out
@@ -255,7 +255,7 @@ def test_a_fold_that_fails_ends_it_with_its_code(tool, flags) -> None:
     shutil.rmtree("runs/x_fold1")
     shutil.rmtree("runs/x_cv")
     for code, words in ((2, "Fold 2 of 3 ended with the error above"), (137, "Fold 2 of 3 was killed by signal 9"),
-                        (143, "Fold 2 of 3 was stopped: the same command goes on")):  # fmt: skip
+                        (143, "Fold 2 of 3 was stopped: the same command resumes")):  # fmt: skip
         tool.code = code
         with pytest.raises(Stopped, match=words) as stopped:
             tool(*flags)
@@ -271,7 +271,7 @@ def test_overwrite_starts_all_again(tool, flags) -> None:
     assert [command[-1] for command in tool.commands] == ["--overwrite"] * 3
     shutil.rmtree("runs/x_fold0")
     tool.code = 143
-    with pytest.raises(Stopped, match="the same command without --overwrite goes on"):
+    with pytest.raises(Stopped, match="the same command without --overwrite resumes"):
         tool(*flags, "--overwrite")
     assert tool.commands[0][-4:] == ["--fold", "0", "--run_name", "x_fold0"]
 
@@ -334,7 +334,7 @@ def test_a_config_of_the_users_own_comes_first(tool, monkeypatch: pytest.MonkeyP
         (("--progressive_sizes", "24"), "--progressive_sizes was empty there and is 24 now"),
         (("--fold", "1"), "--fold: all folds are trained; --folds 0 2, before"),
         (("--folds", "1"), "--folds: all folds are trained; --folds 0 2, before"),
-        (("--resume", "runs/x_fold0"), "is one run's"),
+        (("--resume", "runs/x_fold0"), "names one run"),
         (("--push_to_hub",), "each fold would overwrite the one before it"),
         (("--data_dir", "nowhere"), "tools/split_folds.py --raw_data nowhere/raw"),
         (("--data_dir", ""), "--data_dir is missing"),
@@ -504,7 +504,7 @@ def test_it_stops_at_a_signal_and_the_same_command_goes_on(
     if number == signal.SIGINT:
         assert process.wait(60) == 130
         last = (tmp_path / "stderr.txt").read_text().splitlines()[-1]
-        assert last == "Fold 1 of 3 was stopped: the same command goes on"
+        assert last == "Fold 1 of 3 was stopped: the same command resumes"
     else:
         process.wait(60)
         while not saved.exists():
@@ -517,10 +517,10 @@ def test_it_stops_at_a_signal_and_the_same_command_goes_on(
     if number == signal.SIGINT:
         done = launch(TOOL, *words, cwd=tmp_path, check=False)
         assert done.code == 5
-        assert done.out.splitlines() == ["Fold 1 of 3: runs/x_fold0 goes on"]
+        assert done.out.splitlines() == ["Fold 1 of 3: runs/x_fold0 is resumed"]
         assert (
             done.err.splitlines()[-1]
-            == "Fold 1 of 3 ended with the error above: once that is mended, the same command goes on"
+            == "Fold 1 of 3 ended with the error above: once that is fixed, the same command resumes"
         )
 
 

@@ -68,7 +68,7 @@ def test_what_is_wrong_is_one_line(run: Path) -> None:
     refused("not a run (no config.yaml in it)", runs.read_settings, run.parent)
     refused("predictions_test.csv: no such file", runs.read_predictions, run, "test", ["a"])
     (run / "predictions_test.csv").write_text("file,label,p_a\nx.jpg,b,0.5\n")
-    refused("an unknown label, or no number", runs.read_predictions, run, "test", ["a"])
+    refused("unknown label or not a number", runs.read_predictions, run, "test", ["a"])
     (run / "metrics.jsonl").write_text('{"kind": "tr\n{"kind": "train"}\n')
     refused("metrics.jsonl, line 1: invalid JSON", runs.read_history, run)
     refused("no model here", runs.model_folder, run)

@@ -59,7 +59,7 @@ IGNORED = {"num_workers", "pin_memory"}  # settings that may change between a ru
 STATES = {  # of a fold: what is said of it, and the flag that its run gets
     "new": ("starts", []),
     "restart": ("starts again", ["--overwrite"]),
-    "stopped": ("goes on", ["--resume"]),
+    "stopped": ("is resumed", ["--resume"]),
     "finished": ("is finished", []),
 }
 SMALLEST = 5e-7  # probabilities are written with six digits: the most that 0.000000 can stand for
@@ -269,7 +269,7 @@ def train_all(folds: list[Fold], states: list[str], commands: list[list[str]], o
     Raises:
         Stopped: a fold failed, with its exit code, or this process got a signal to stop.
     """
-    again = "the same command without --overwrite goes on" if overwrite else "the same command goes on"
+    again = "the same command without --overwrite resumes" if overwrite else "the same command resumes"
     with Signals() as signals:
         for position, (fold, state, command) in enumerate(zip(folds, states, commands, strict=True), start=1):
             title = f"Fold {position} of {len(folds)}"
@@ -280,7 +280,7 @@ def train_all(folds: list[Fold], states: list[str], commands: list[list[str]], o
             if signals.received or was_stopped(code):
                 raise Stopped(f"{title} was stopped: {again}", 128 + signals.received[0] if signals.received else code)
             if code:
-                raise Stopped(f"{title} {how_it_ended(code)}: once that is mended, {again}", code)
+                raise Stopped(f"{title} {how_it_ended(code)}: once that is fixed, {again}", code)
 
 
 # ----------------------------------------------------------------------------------------------------------- result
@@ -313,7 +313,7 @@ def fold_results(fold: Fold) -> dict[str, Any]:
 
 
 def retrain(fold: Fold) -> str:
-    """The way out where a file of a finished fold is broken."""
+    """The way out where a file of a finished fold is damaged."""
     return f"remove {fold.directory}, and the same command trains this fold again"
 
 
@@ -489,7 +489,7 @@ def rows_of(folds: list[Fold]) -> tuple[list[dict[str, Any]], list[str]]:
         other += ["classes"] if results["label_names"] != names else []
         if other:
             raise UserError(
-                f"{fold.directory}: its {other[0]} are not those of now; --overwrite starts all folds again"
+                f"{fold.directory}: its {other[0]} differ from the current ones; --overwrite starts all folds again"
             )
         scores = {split: results[split] for split in fold.images}
         rows.append({"fold": fold.number, "run": str(fold.directory), **scores, "seconds": results["seconds"]})
@@ -519,7 +519,7 @@ def plan(script: Path, flags: list[str], wanted: tuple[int, ...]) -> tuple[list[
     aliases = getattr(module, "ALIASES", {})
     args = parse_args(module.Args, aliases, flags)
     if args.resume not in (None, "auto"):
-        raise UserError(f"--resume {args.resume}: is one run's; the same command goes on with all folds without it")
+        raise UserError(f"--resume {args.resume}: names one run; without it, the same command resumes all folds")
     if getattr(args, "push_to_hub", False):
         raise UserError("--push_to_hub: each fold would overwrite the one before it; drop it here")
     if not args.data_dir:

@@ -332,7 +332,7 @@ def embed(model: ClipModel, batch: dict[str, Any], processor: BaseImageProcessor
         output = model(**inputs)
     found = {name: output[name].float().cpu().numpy() for name in ("image", "text") if name in output}
     if not all(np.isfinite(values).all() for values in found.values()):
-        raise UserError("the model gives NaN; its weights are broken")
+        raise UserError("the model returns NaN: its weights are corrupted")
     return found
 
 

@@ -111,9 +111,9 @@ def read_classifier(name: str, module: ModuleType | None = None) -> Classifier:
     config = read_json(folder / "config.json")
     if (task := task_of_saved(folder, config, module)) != "image":
         what = {"text": "texts", "sign": "signs"}[task]
-        raise UserError(f"{name}: a classifier of {what}; scored here are runs of image_classify.py alone")
+        raise UserError(f"{name}: a classifier of {what}; only runs of image_classify.py are scored here")
     if config.get("problem_type") in ("multi_label_classification", "regression"):
-        raise UserError(f"{name}: its problem type is {config['problem_type']}; scored here is one class an image")
+        raise UserError(f"{name}: its problem type is {config['problem_type']}; only one class per image is supported")
     named = config.get("id2label")
     try:
         labels = [str(named[str(number)]) for number in range(len(named))]
@@ -155,7 +155,7 @@ def own_images(run: Classifier, split: str | None, data_dir: str | None) -> Labe
     if set(classes) != set(run.label_names):
         differ = sorted(set(classes) ^ set(run.label_names))[0]
         who = "the data" if differ in classes else "the model"
-        raise UserError(f"{folder}: its classes are not those of {run.name}: {who} alone has {differ!r}; split again?")
+        raise UserError(f"{folder}: its classes are not those of {run.name}: only {who} has {differ!r}; split again?")
     weights = None
     if weighted:
         counts = np.bincount(_renumbered(sides["train"], list(classes), run).classes, minlength=len(classes))

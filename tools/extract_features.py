@@ -434,7 +434,7 @@ def extract(model: torch.nn.Module, frames: torch.Tensor, device: torch.device, 
         pixels = normalise(frames.to(device), MEAN, STD).contiguous(memory_format=torch.channels_last)
         features = model(pixels).float().cpu().numpy()
     if not np.isfinite(features).all():
-        raise UserError("the model gives NaN; its weights are broken")
+        raise UserError("the model returns NaN: its weights are corrupted")
     return features
 
 

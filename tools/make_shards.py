@@ -357,7 +357,9 @@ def check_image(path: str, verify: bool) -> ImageFile:
                 Image.open(io.BytesIO(data)).load()
         except Exception as error:  # each of Pillow's decoders has errors of its own
             # Pillow names the buffer that it read from, which says nothing to the user.
-            reason = re.sub(r"cannot identify image file .*", "its header is damaged", first_line(error))
+            reason = re.sub(
+                r"cannot identify image file .*", "not an image, or its header is corrupted", first_line(error)
+            )
             return ImageFile(fault=f"broken image ({reason})")
     return ImageFile(hashlib.sha256(data).hexdigest(), len(data), kind)
 

@@ -238,7 +238,7 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any], module: Modu
                 scores = predict_chunk(loaded, texts, pairs, args.batch_size, bar.update)
                 if not np.isfinite(scores).all():
                     bad = row + int(np.flatnonzero(~np.isfinite(scores).all(axis=1))[0]) + 1
-                    raise UserError(f"{folder}: the model gives NaN for text {bad}; its weights are broken")
+                    raise UserError(f"{folder}: the model returns NaN for text {bad}: its weights are corrupted")
                 for index, text in enumerate(texts):
                     given = {"text": text} if pairs is None else {"text": text, "text_pair": pairs[index]}
                     write_json(stream, {**given, **ranked(scores[index], loaded.labels, args.top_k)})

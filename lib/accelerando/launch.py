@@ -1,4 +1,4 @@
-"""Scripts in processes of their own, for tools that start several: signals passed on, exit codes, no leftovers.
+"""Runs scripts in their own processes for tools that start several: passes signals on, returns exit codes, cleans up.
 
 A script runs under `accelerate launch` or as plain Python::
 
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
 
     import psutil
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # upon which a script saves and leaves
-# -P: a file in the current folder that is called like a package is not imported instead of it.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a script saves and exits when it receives one
+# -P: a file in the current folder with the name of a package does not shadow it.
 LAUNCHER = [sys.executable, "-P", "-m", "accelerando.launch"]
 POLL = 0.2  # seconds between looks at a running process
 GRACE = 2.0  # seconds for helpers of a script to end after it
-PATIENCE = 60.0  # seconds more for what it left running to save and leave
+PATIENCE = 60.0  # further seconds for processes it left running to save and exit
 
 
 # --------------------------------------------------------------------------------------------------------- commands
@@ -52,9 +52,9 @@ def accelerate_command(script: Path, flags: Sequence[str], launcher: Sequence[st
 
 
 def default_launcher(configs: Path) -> list[str]:
-    """Flags for `accelerate launch` where none are given: ``configs``/cpu.yaml if there is no GPU and no config of the
-    user's (`accelerate config`), else none."""
-    # Asked in another process: torch would stay in the memory of this one for as long as the scripts run.
+    """Flags for `accelerate launch` where none are given: ``configs``/cpu.yaml if there is neither a GPU nor a config
+    of the user's own (`accelerate config`), otherwise none."""
+    # In another process, because torch would otherwise stay in memory for as long as the scripts run.
     code = (
         "import os, torch; from accelerate.commands.config import default_config_file as file; "
         "print(os.path.isfile(file) or torch.accelerator.is_available())"

@@ -101,7 +101,8 @@ def _scan(file: IO[bytes], size: int, shown: str) -> np.ndarray:
         for part, name in (("image", "image (.jpg, .png or .webp)"), ("text", "caption (.txt)")):
             if part not in sample:
                 raise UserError(
-                    f"{shown}: sample {current!r} has no {name}: each needs both; pack it again, tools/make_shards.py"
+                    f"{shown}: sample {current!r} has no {name}: each needs both; "
+                    "pack it again with tools/make_shards.py"
                 )
         rows.append(tuple(number for part in ("image", "text", "json") for number in sample.get(part, (0, 0))))
 

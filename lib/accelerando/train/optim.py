@@ -144,7 +144,7 @@ def make_scheduler(
 def rate_factor(
     name: str, step: int, total_steps: int, warmup: int, peak: float, factor: float = 0.5, step_size: int = 1
 ) -> float:
-    """The learning rate of optimizer step ``step`` (from 0) over its ``peak``, as in transformers' schedules."""
+    """Learning rate of optimizer step ``step`` (from 0) as a fraction of ``peak``, as in transformers' schedules."""
     if step < warmup:
         return step / warmup
     if name == "step":
