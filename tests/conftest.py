@@ -7,10 +7,10 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import BinaryIO
 
 import made_data
 import pytest
+from fork_server import draw_nothing
 from harness import CLIP, IMAGE, SIGN, TEXT, close_fork_server, run_in_this_process
 
 Run = Iterator[Callable[..., Path]]
@@ -55,13 +55,10 @@ def fork_server() -> Iterator[None]:
 def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are saved as one white pixel, unless the test is marked ``figures``: drawing takes half of a short run."""
     from matplotlib.figure import Figure
-    from PIL import Image
-
-    def save(figure: Figure, target: BinaryIO, **_: object) -> None:
-        Image.new("RGB", (1, 1), "white").save(target, "PNG")
 
     if not request.node.get_closest_marker("figures"):
-        monkeypatch.setattr(Figure, "savefig", save)
+        monkeypatch.setattr(Figure, "savefig", Figure.savefig)  # back to it after the test
+        draw_nothing()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,8 @@
 The server is a process of its own with one thread, started by ``ForkServer()`` and ended with it. A run is a real
 process: it has its pid, session, signals and exit code as if ``python script.py`` had been called, and several ranks
 stand under an agent that behaves as torchrun does. What differs from a fresh interpreter: all runs of one server share
-one hash seed, and modules are imported already. Tests that are about either launch for real.
+one hash seed, modules are imported already, and a figure is saved as one white pixel, since drawing takes half of a
+short run. Tests that are about any of these launch for real.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import time
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 # Variables that Python or a library reads once, when it starts: a run that wants others cannot be forked.
 READ_AT_IMPORT = ("PYTHON", "HF_", "TRANSFORMERS_", "TORCH", "MPL", "LD_", "LC_", "LANG", "HOME", "XDG_", "GOMP_")
@@ -174,7 +175,9 @@ def import_libraries() -> None:
         if member:
             getattr(imported, member)  # transformers loads the class's module
     from matplotlib.figure import Figure
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+    get_checkpoint_conversion_mapping("bert")  # a thousand regular expressions are compiled on the first call
     axes = Figure().add_subplot()  # fonts are found and measured once
     axes.set_title("loss")
     axes.figure.savefig(io.BytesIO())
@@ -291,11 +294,23 @@ def become(request: Request, environment: Mapping[str, str]) -> None:
     for name in ("multiprocessing.process", "multiprocess.process"):
         if name in sys.modules:
             sys.modules[name].ORIGINAL_DIR = request.cwd
+    draw_nothing()
     import numpy as np
     import torch
 
     np.random.seed()  # as in each fresh process, not as in the server
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+
+
+def draw_nothing() -> None:
+    """Figures are saved as one white pixel from here on."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    def save(figure: Figure, target: BinaryIO, **_: object) -> None:
+        Image.new("RGB", (1, 1), "white").save(target, "PNG")
+
+    Figure.savefig = save
 
 
 def become_ranks(request: Request) -> dict[str, str]:
