@@ -407,7 +407,7 @@ def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Arg
     transform = ImageTransform(data.preprocessing.image_size, square=data.preprocessing.square)
     found: dict[str, np.ndarray] = {}
     for part, rows in (("image", gallery.image_rows), ("text", gallery.text_rows)):
-        dataset = PairDataset(data.splits[split], transform, parts=part, rows=rows)
+        dataset = PairDataset(PairSubset(data.splits[split], rows), transform, parts=part)
         columns = embed_all(model, dataset, part, data, run, args, f"{split} {part}s")
         found |= {part: columns[part], f"{part}_valid": columns["valid"] > 0, "scale": columns["scale"][0]}
         found["bias"] = columns["bias"][0] if "bias" in columns else None

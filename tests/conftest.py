@@ -24,7 +24,7 @@ LONGEST = (
 
 def pytest_configure(config: pytest.Config) -> None:
     """The markers of this suite."""
-    config.addinivalue_line("markers", "figures: draws its figures although its module does without")
+    config.addinivalue_line("markers", "figures: runs in this process draw their figures")
     config.addinivalue_line(
         "markers", "launch: starts training processes; the rest is the fast suite (-m 'not launch')"
     )
@@ -53,11 +53,12 @@ def fork_server() -> Iterator[None]:
 
 @pytest.fixture
 def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures are saved as one white pixel, unless the test is marked ``figures``: drawing takes half of a short run."""
-    from matplotlib.figure import Figure
+    """A report's figures are one white pixel, unless the test is marked ``figures``: drawing takes half of a short run."""
+    from accelerando.report import results
 
     if not request.node.get_closest_marker("figures"):
-        monkeypatch.setattr(Figure, "savefig", Figure.savefig)  # back to it after the test
+        for name in ("plot_curves", "plot_confusion"):
+            monkeypatch.setattr(results, name, getattr(results, name))  # back to it after the test
         draw_nothing()
 
 
@@ -85,7 +86,7 @@ def text_args(text_set: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def train_here(text_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def train_here(text_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None) -> Run:
     """text_classify.py in this process; see :func:`harness.run_in_this_process`."""
     yield from run_in_this_process(TEXT, text_args, tmp_path, monkeypatch)
 
@@ -115,7 +116,7 @@ def clip_args(pair_set: Path, tiny_clip_folder: Path, tmp_path_factory: pytest.T
 
 
 @pytest.fixture
-def clip_here(clip_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def clip_here(clip_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None) -> Run:
     """clip_finetune.py in this process; see :func:`harness.run_in_this_process`."""
     yield from run_in_this_process(CLIP, clip_args, tmp_path, monkeypatch)
 
@@ -140,7 +141,7 @@ def sign_args(sign_set: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
 
 
 @pytest.fixture
-def sign_here(sign_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def sign_here(sign_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None) -> Run:
     """sign_train.py in this process; see :func:`harness.run_in_this_process`."""
     yield from run_in_this_process(SIGN, sign_args, tmp_path, monkeypatch)
 
@@ -174,7 +175,7 @@ def image_args(image_set: Path, tiny_resnet: Path) -> list[str]:
 
 
 @pytest.fixture
-def image_here(image_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+def image_here(image_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None) -> Run:
     """image_classify.py in this process; see :func:`harness.run_in_this_process`."""
     yield from run_in_this_process(IMAGE, image_args, tmp_path, monkeypatch)
 

@@ -3,8 +3,8 @@
 The server is a process of its own with one thread, started by ``ForkServer()`` and ended with it. A run is a real
 process: it has its pid, session, signals and exit code as if ``python script.py`` had been called, and several ranks
 stand under an agent that behaves as torchrun does. What differs from a fresh interpreter: all runs of one server share
-one hash seed, modules are imported already, and a figure is saved as one white pixel, since drawing takes half of a
-short run. Tests that are about any of these launch for real.
+one hash seed, modules are imported already, and a report's figures are one white pixel each, since drawing takes half
+of a short run. Tests that are about any of these launch for real.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import time
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 # Variables that Python or a library reads once, when it starts: a run that wants others cannot be forked.
 READ_AT_IMPORT = ("PYTHON", "HF_", "TRANSFORMERS_", "TORCH", "MPL", "LD_", "LC_", "LANG", "HOME", "XDG_", "GOMP_")
@@ -303,14 +303,23 @@ def become(request: Request, environment: Mapping[str, str]) -> None:
 
 
 def draw_nothing() -> None:
-    """Figures are saved as one white pixel from here on."""
-    from matplotlib.figure import Figure
+    """From here on a report's figures are one white pixel each."""
+    import numpy as np
     from PIL import Image
 
-    def save(figure: Figure, target: BinaryIO, **_: object) -> None:
-        Image.new("RGB", (1, 1), "white").save(target, "PNG")
+    from accelerando.report import results
 
-    Figure.savefig = save
+    def write_pixel(path: str | Path) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (1, 1), "white").save(path)
+
+    def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path | None = None) -> np.ndarray:
+        if path is not None:
+            write_pixel(path)
+        return np.full((1, 1, 3), 255, np.uint8)
+
+    results.plot_curves = lambda history, series, path: write_pixel(path)
+    results.plot_confusion = plot_confusion
 
 
 def become_ranks(request: Request) -> dict[str, str]:

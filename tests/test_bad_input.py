@@ -13,8 +13,6 @@ from made_data import make_rows, write_json
 
 from accelerando.base.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("no_figures")
-
 
 @pytest.fixture
 def rows_of(tmp_path: Path):

@@ -11,8 +11,6 @@ import torch
 from harness import history, weights
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.usefixtures("no_figures")
-
 SCENARIOS = {
     "zero_shot": set(),
     "linear_probe": {"visual_projection.weight", "text_projection.weight"},

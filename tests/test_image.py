@@ -16,8 +16,6 @@ from safetensors.torch import load_file
 
 from accelerando.base.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("no_figures")
-
 
 def results(run: Path) -> dict:
     return json.loads((run / "results.json").read_text())

@@ -19,8 +19,6 @@ from PIL import Image
 from accelerando.base.errors import UserError
 from accelerando.models.vision import make_net
 
-pytestmark = pytest.mark.usefixtures("no_figures")
-
 
 def picture(seed: int = 0) -> bytes:
     file = io.BytesIO()

@@ -13,8 +13,6 @@ from accelerando.models.vision import VisionNet, VisionNetConfig
 from accelerando.train.layerwise import layers_of, train_from, train_mode
 from accelerando.train.optim import make_optimizer, make_scheduler, parameter_groups
 
-pytestmark = pytest.mark.usefixtures("no_figures")
-
 
 def net(architecture: str) -> VisionNet:
     with torch.device("meta"):

@@ -19,8 +19,6 @@ from accelerando.train.privacy import clip_and_add, epsilon_of, make_valid, nois
 from accelerando.train.state import Run as TrainingRun
 from accelerando.train.state import TrainState
 
-pytestmark = pytest.mark.usefixtures("no_figures")
-
 NET = ("--trainer_type", "dp", "--noise_seed", "5")
 
 

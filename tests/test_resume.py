@@ -10,8 +10,6 @@ from harness import history, weights
 
 from accelerando.base.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("no_figures")
-
 
 def test_to_overwrite_empties_the_folder_and_keeps_the_lock(train_here) -> None:
     """The lock is held meanwhile: nobody comes in between, and on a network's disk an open file cannot go away."""

@@ -10,6 +10,7 @@ import pytest
 
 from accelerando.base.errors import UserError
 from accelerando.inference import runs
+from accelerando.train.tracking import read_history
 
 
 @pytest.fixture
@@ -28,10 +29,10 @@ def test_an_unfinished_run(run: Path) -> None:
     assert runs.run_of(run) == runs.run_of(run / "best") == run
     assert runs.run_of(run.parent) is None
     assert runs.read_settings(run) == {"train_file": "a.json", "lr": 0.1, "layers": [1, 2]}
-    assert [row["step"] for row in runs.read_history(run)] == [1, 1]
-    assert [row["accuracy"] for row in runs.read_history(run, "validation")] == [0.5]
+    assert [row["step"] for row in read_history(run)] == [1, 1]
+    assert [row["accuracy"] for row in read_history(run, "validation")] == [0.5]
     (run / "metrics.jsonl").unlink()
-    assert runs.read_history(run) == []
+    assert read_history(run) == []
     assert runs.predicted_files(run, "test") is None
 
 
@@ -70,5 +71,5 @@ def test_what_is_wrong_is_one_line(run: Path) -> None:
     (run / "predictions_test.csv").write_text("file,label,p_a\nx.jpg,b,0.5\n")
     refused("unknown label or not a number", runs.read_predictions, run, "test", ["a"])
     (run / "metrics.jsonl").write_text('{"kind": "tr\n{"kind": "train"}\n')
-    refused("metrics.jsonl, line 1: invalid JSON", runs.read_history, run)
+    refused("metrics.jsonl, line 1: invalid JSON", read_history, run)
     refused("no model here", runs.model_folder, run)

@@ -15,8 +15,6 @@ from made_data import make_clip
 
 from accelerando.base.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("no_figures")
-
 GRU = ("--model", "iv3_gru")
 
 

@@ -15,8 +15,6 @@ from safetensors.torch import load_file
 
 from accelerando.base.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("no_figures")
-
 NO_DROPOUT = ("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0")
 CNN = ("--architecture", "cnn", "--vocab_size", "300", "--embed_size", "16", "--num_filters", "8", "--lr", "1e-2")
 

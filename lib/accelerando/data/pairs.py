@@ -47,23 +47,20 @@ class PairDataset:
     """Samples of ``source`` with ``pixel_values`` uint8 [3, S, S], ``caption``, ``image_id``, ``text_id``, ``valid``.
 
     A pair whose image or caption cannot be read has ``valid`` 0 and no weight. With ``parts`` image or text only that
-    part is read: evaluation uses this, since an image may have several captions. ``rows`` [n] selects rows of the
-    source.
+    part is read: evaluation uses this, since an image may have several captions.
     """
 
     source: PairSource
     transform: ImageTransform
     seed: int = 0
     parts: str = "both"  # both, image or text
-    rows: np.ndarray | None = None
     unit: ClassVar[str] = "pairs"
 
     def __len__(self) -> int:
-        return len(self.source if self.rows is None else self.rows)
+        return len(self.source)
 
     def at(self, row: int, epoch: int, draw: int = 0) -> dict[str, Any]:
         """The sample as augmented in ``epoch``; each ``draw`` of it is augmented differently."""
-        row = int(row if self.rows is None else self.rows[row])
         sample: dict[str, Any] = {"valid": 1.0, "image_id": 0, "text_id": 0}
         try:
             file, text = self.source.read(row)
@@ -86,17 +83,14 @@ class PairDataset:
 
     def prefetch(self, rows: np.ndarray) -> None:
         """Starts to fetch remote data of ``rows`` in advance, in this order."""
-        self.source.prefetch(rows if self.rows is None else self.rows[rows])
+        self.source.prefetch(rows)
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
-        """The order of rows in an epoch, int64 [n]; the source's own order if all rows are used."""
-        if self.rows is None:
-            return self.source.epoch_order(seed, epoch)
-        return epoch_order(len(self), seed, epoch)
+        """The order of rows in an epoch, int64 [n]: the source's own."""
+        return self.source.epoch_order(seed, epoch)
 
     def problem(self, row: int) -> str:
         """The location of the pair ``row`` and why it cannot be read."""
-        row = int(row if self.rows is None else self.rows[row])
         try:
             file, text = self.source.read(row)
             self.transform(file)

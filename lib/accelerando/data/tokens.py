@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from accelerando.base.files import cache_folder, derived, whole_folder
+from accelerando.base.log import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,14 +103,12 @@ def _fingerprint(table: TextTable, tokenizer: PreTrainedTokenizerBase, max_lengt
 
 
 def _write(target: Path, table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    from tqdm.auto import tqdm
-
     lengths: list[np.ndarray] = []
     with whole_folder(target) as draft:
         draft.mkdir()
         files = {name: draft / f"{name}.bin" for name in ("ids", "types")}
         with open(files["ids"], "wb") as ids_file, open(files["types"], "wb") as types_file:
-            progress = tqdm(total=len(table), desc="tokenizing", unit=" texts", delay=2, disable=None, leave=False)
+            progress = progress_bar(len(table), 0, " texts", "tokenizing")
             for texts, pairs in _chunks(table):
                 encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
                 lengths.append(np.array([len(row) for row in encoded["input_ids"]], dtype=np.int64))

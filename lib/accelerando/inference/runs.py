@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from accelerando.base.config import flat_settings, read_yaml
 from accelerando.base.errors import UserError
+from accelerando.train.weights import TORCH_MODULE
 
 if TYPE_CHECKING:
     import numpy as np
-
-TORCH_MODULE = "torch_module"  # the model_type of a plain torch module that the library saved
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -78,26 +77,6 @@ def read_results(run: Path) -> dict[str, Any]:
         UserError: it is missing, as in an unfinished run, or invalid.
     """
     return read_json(run / "results.json")
-
-
-def read_history(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a run's ``metrics.jsonl``: all, or those of one kind (train, validation, test).
-
-    Empty if nothing was recorded yet. A truncated last line of a killed run is ignored.
-
-    Raises:
-        UserError: another line is invalid.
-    """
-    path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number}: invalid JSON") from None
-    return [row for row in rows if kind in (None, row["kind"])]
 
 
 # ------------------------------------------------------------------------------------------------------- predictions

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from accelerando.base.errors import UserError, first_line
-from accelerando.inference.runs import TORCH_MODULE, read_json, task_of_model
+from accelerando.inference.runs import read_json, task_of_model
+from accelerando.train.weights import TORCH_MODULE
 
 if TYPE_CHECKING:
     from types import ModuleType

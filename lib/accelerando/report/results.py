@@ -41,8 +41,8 @@ def write_summary(run: Run, columns: Columns, notes: Mapping[str, str] | None = 
         "model": run.model_title,
         "progress": f"{progress}, step {state.step:,} of {run.total_steps:,}, epoch {state.epochs_done:.2f}",
         "best step": f"{state.best_step:,}",
-        "time": f"{state.seconds:,.1f} s of training, {samples_per_second(run):,.1f} samples/s",
-        "waiting for data": f"{100 * state.wait_seconds / max(state.seconds, 1e-9):.1f} % of the time",
+        "time": f"{state.seconds:,.1f} s of training, {state.samples_per_second:,.1f} samples/s",
+        "waiting for data": f"{100 * state.data_wait_share:.1f} % of the time",
         "peak memory": f"{peak_memory_mb(run.accelerator):,.0f} MB per process",
         **(notes or {}),
     }
@@ -55,11 +55,6 @@ def write_summary(run: Run, columns: Columns, notes: Mapping[str, str] | None = 
     if run.accelerator.is_main_process:
         write_text(run.directory / "summary.txt", text)
     return text
-
-
-def samples_per_second(run: Run) -> float:
-    """Samples per second over the whole training."""
-    return run.state.samples / max(run.state.seconds, 1e-9)
 
 
 def metric_names(run: Run, columns: Columns) -> list[str]:
@@ -126,8 +121,8 @@ def write_results(
         "epochs": round(state.epochs_done, 4),
         "samples": state.samples,
         "seconds": round(state.seconds, 3),
-        "samples_per_second": round(samples_per_second(run), 2),
-        "data_wait_share": round(state.wait_seconds / max(state.seconds, 1e-9), 4),
+        "samples_per_second": round(state.samples_per_second, 2),
+        "data_wait_share": round(state.data_wait_share, 4),
         "peak_memory_mb": round(peak_memory_mb(run.accelerator), 1),
         "num_processes": run.accelerator.num_processes,
         "precision": run.accelerator.mixed_precision,
@@ -164,7 +159,7 @@ def write_page(
     plot_curves(history, curves, run.directory / "plots" / "curves.png")
     common = [
         ("best step", f"{state.best_step:,}", f"of {state.step:,}"),
-        ("speed", f"{samples_per_second(run):,.0f}", "samples/s in training"),
+        ("speed", f"{run.state.samples_per_second:,.0f}", "samples/s in training"),
     ]
     rows = [(name, *(values.get(name) for values in columns.values())) for name in metric_names(run, columns)]
     parts = [

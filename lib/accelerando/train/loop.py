@@ -138,7 +138,7 @@ def _log_step(run: Run, lr: float, grad_norm: float) -> None:
         loss,
         lr,
         grad_norm,
-        state.samples / state.seconds,
+        state.samples_per_second,
     )
 
 
@@ -178,8 +178,8 @@ def speed(run: Run) -> dict[str, float]:
     state = run.state
     return {
         "seconds": state.seconds,
-        "samples_per_second": state.samples / state.seconds,
-        "data_wait_share": state.wait_seconds / state.seconds,
+        "samples_per_second": state.samples_per_second,
+        "data_wait_share": state.data_wait_share,
         "peak_memory_mb": peak_memory_mb(run.accelerator),
         **memory_use(run.accelerator),
     }

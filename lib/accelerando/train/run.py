@@ -162,7 +162,7 @@ def _find_checkpoint_to_resume(run: Run, fetched: Path | None) -> None:
     if found:
         run.resumed = open_checkpoint(found)
         run.state = TrainState.from_json(run.resumed.content["state"])
-        run.history = read_history(found / "metrics.jsonl")
+        run.history = read_history(found)
 
 
 def _prepare_directory(run: Run) -> None:

@@ -87,6 +87,16 @@ class TrainState:
         """Epochs including the fraction of the current one, for the log."""
         return self.epoch + (self.position / self.epoch_size if self.epoch_size else 0.0)
 
+    @property
+    def samples_per_second(self) -> float:
+        """Speed over the whole training."""
+        return self.samples / max(self.seconds, 1e-9)
+
+    @property
+    def data_wait_share(self) -> float:
+        """The fraction of the training time spent waiting for data."""
+        return self.wait_seconds / max(self.seconds, 1e-9)
+
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> TrainState:
         """The state of a checkpoint; entries of other versions are kept in ``extra``."""

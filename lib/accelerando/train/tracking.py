@@ -46,8 +46,24 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
     return [row for row in run.history if row["kind"] == "validation"]
 
 
-def read_history(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_history(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows of ``metrics.jsonl`` in a run or checkpoint: all, or those of one kind (train, validation, test).
+
+    Empty if nothing was recorded yet. A truncated last line of a killed run is ignored.
+
+    Raises:
+        UserError: another line is invalid.
+    """
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number}: invalid JSON") from None
+    return [row for row in rows if kind in (None, row["kind"])]
 
 
 def write_history(run: Run) -> None:

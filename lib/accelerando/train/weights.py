@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+TORCH_MODULE = "torch_module"  # the model_type of a plain torch module
+
+
 def save_model_folder(
     accelerator: Accelerator,
     model: torch.nn.Module,
@@ -88,7 +91,7 @@ def module_config(model: torch.nn.Module) -> dict[str, Any]:
     own = getattr(model, "config", None)
     kind = type(model)
     return {
-        "model_type": "torch_module",
+        "model_type": TORCH_MODULE,
         "class": f"{kind.__module__}:{kind.__qualname__}",
         **(own if isinstance(own, dict) else {}),
     }
