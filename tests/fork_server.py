@@ -4,11 +4,12 @@ The server is a process of its own with one thread, started by ``ForkServer()`` 
 process: it has its pid, session, signals and exit code as if ``python script.py`` had been called, and several ranks
 stand under an agent that behaves as torchrun does. What differs from a fresh interpreter: all runs of one server share
 one hash seed, modules are imported already, and a report's figures are one white pixel each, since drawing takes half
-of a short run. Tests that are about any of these launch for real.
+of a short run; the process leaves without freeing its objects. Tests that are about any of these launch for real.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -274,13 +275,14 @@ def become(request: Request, environment: Mapping[str, str]) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.umask(request.umask)
     os.chdir(request.cwd)
-    os.environ.clear()
-    os.environ.update(environment)
     script = Path(request.argv[0])
     sys.argv = list(request.argv)
     extra = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [str(script.resolve().parent), *extra, *sys.path[1:]]
     sys.path_importer_cache.clear()
+    draw_nothing()
+    os.environ.clear()  # after that import, which sets variables
+    os.environ.update(environment)
     unbuffered = bool(environment.get("PYTHONUNBUFFERED"))
     for number, name in ((1, "stdout"), (2, "stderr")):
         raw = io.FileIO(number, "wb", closefd=False)
@@ -294,7 +296,6 @@ def become(request: Request, environment: Mapping[str, str]) -> None:
     for name in ("multiprocessing.process", "multiprocess.process"):
         if name in sys.modules:
             sys.modules[name].ORIGINAL_DIR = request.cwd
-    draw_nothing()
     import numpy as np
     import torch
 
@@ -428,7 +429,28 @@ def prepare() -> types.CodeType:
         return compile(file.read(), script, "exec")
 
 
+def run_and_leave(code: types.CodeType) -> NoReturn:
+    """Runs the script and ends as the interpreter does, less the freeing of all its objects, which takes a second."""
+    number, interrupted = 0, False
+    try:
+        exec(code, sys.modules["__main__"].__dict__)
+    except SystemExit as end:
+        number = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if end.code is not None and not isinstance(end.code, int):
+            print(end.code, file=sys.stderr)
+    except BaseException as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+        number, interrupted = 1, isinstance(error, KeyboardInterrupt)
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    if interrupted:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    os._exit(number & 0xFF)
+
+
 if __name__ == "__main__":
-    code = prepare()
-    # Here, at the end of the module: the interpreter then ends as after any script.
-    exec(code, sys.modules["__main__"].__dict__)
+    run_and_leave(prepare())
