@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -60,6 +61,14 @@ def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         for name in ("plot_curves", "plot_confusion"):
             monkeypatch.setattr(results, name, getattr(results, name))  # back to it after the test
         draw_nothing()
+
+
+@pytest.fixture
+def quick_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile traces and wraps the model but generates no code, which takes half a minute."""
+    import torch
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
 
 
 @pytest.fixture(scope="session")

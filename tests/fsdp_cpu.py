@@ -4,6 +4,7 @@ Accelerate turns FSDP on only for the device types it lists, and the CPU is not 
 on gloo all the same. So the state's type is changed to FSDP as soon as it exists. For tests alone.
 """
 
+import functools
 import os
 import runpy
 import sys
@@ -35,6 +36,11 @@ def init_with_fsdp(self, *args, fsdp_plugin=None, **kwargs) -> None:
 
 
 AcceleratorState.__init__ = init_with_fsdp
+
+if backend := os.environ.get("TEST_COMPILE_BACKEND"):
+    import torch
+
+    torch.compile = functools.partial(torch.compile, backend=backend)
 
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import TEXT, launch, weights
+from harness import ENVIRONMENT, TEXT, launch, weights
 from safetensors.torch import load_file
 
 
@@ -44,8 +44,9 @@ def test_eight_bit_optimizers_are_refused_under_fsdp(text_args, tmp_path: Path) 
 
 
 @pytest.mark.launch
-def test_compiled_and_sharded(text_args, tmp_path: Path) -> None:
+def test_compiled_and_sharded(text_args, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile wraps the sharded root: saving, evaluating and resuming still find the plain model."""
+    monkeypatch.setitem(ENVIRONMENT, "TEST_COMPILE_BACKEND", "eager")
     flags = [*text_args, "--compile_model", "--batch_size", "12", "--max_steps", "4", "--eval_every", "2"]
     launch(TEXT, *flags, "--run_name", "run", "--save_every", "2", cwd=tmp_path, processes=2, fsdp=True)
     run = tmp_path / "runs" / "run"

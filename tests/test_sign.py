@@ -190,7 +190,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_guide_s_commands_run(name: str, sign_here, sign_set: Path, tmp_path: Path) -> None:
+def test_the_guide_s_commands_run(name: str, sign_here, sign_set: Path, tmp_path: Path, quick_compile) -> None:
     model, flags = COMMANDS[name]
     kind = {"transformer": "keypoints", "iv3_gru": "features"}[model]
     data = [word.format(kind=kind, set=sign_set) for word in DATA]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import io
 import math
@@ -125,6 +126,7 @@ def parse_args(cls: type[T], aliases: dict[str, Alias] | None = None, argv: list
     raise UserError(message if alone == message or not from_yaml else f"{_values_of(argv, '--config')[-1]}: {message}")
 
 
+@functools.cache
 def sections(cls: type) -> dict[str, list[tuple[str, str]]]:
     """Section heading -> [(field, help), ...], from the comments in the source of ``cls`` and its parents."""
     found: dict[str, dict[str, str]] = {"": {}}
