@@ -164,6 +164,7 @@ class Args:
     run_name: str | None = None  # name of this one (default: data set, model, scenario, batch, lr and seed)
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # continue a run: its folder, or no value for the one this command made
+    allow_changed_data: bool = False  # resume although the data is not what the checkpoint was made with
     enable_s3_checkpoints: bool = False  # store checkpoints in the bucket too, and resume from there
     s3_checkpoint_prefix: str = "checkpoints"  # s3: where in the bucket
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
@@ -619,7 +620,7 @@ def main() -> None:
     data = load_data(args, accelerator)
     model = build_model(args, data, accelerator)
     remote = f"s3://{args.s3_bucket}/{args.s3_checkpoint_prefix.strip('/')}" if args.enable_s3_checkpoints else None
-    run = start_run(accelerator, args, directory, METRICS, model_title(args), remote)
+    run = start_run(accelerator, args, directory, METRICS, model_title(args), data.splits, {}, remote)
     tables = any(Path(where).suffix.lower() in SUFFIXES for where in locations(args).values())
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda", tables=tables):
         log.warning("%s", line)
@@ -654,6 +655,8 @@ def main() -> None:
     )  # fmt: skip
     initial = trained_weights(unwrapped(accelerator, model), copy=True) if args.wise_ft else {}
     ema = Ema(optimizer, args.ema_decay)
+    with stoppable(run):
+        base = score_base_model(model, data, run, args)  # before a resumed run's weights are loaded
     restore(run, model, optimizer, schedule, ema)
     logit_scale = unwrapped(accelerator, model).logit_scale
     clamps = logit_scale.requires_grad and args.loss == "clip"
@@ -680,7 +683,6 @@ def main() -> None:
         results.write_summary(run, {"base": base.get("validation", {}), "validation": metrics})
 
     with stoppable(run, on_stop=checkpoint):
-        base = score_base_model(model, data, run, args)
         if evaluation_is_due(run):
             validate()
             if run.is_over:

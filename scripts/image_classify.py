@@ -142,6 +142,7 @@ class Args:
     run_name: str | None = None  # name of this one (default: data set, model, strategy, batch, lr, fold and seed)
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # continue a run: its folder, or no value for the one this command made
+    allow_changed_data: bool = False  # resume although the data is not what the checkpoint was made with
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
     keep_checkpoints: int = 2  # checkpoints to keep
     log_every: int = 50  # optimizer steps between log lines
@@ -424,6 +425,7 @@ def check_private(args: Args) -> None:
         "amp": (args.amp not in (None, "no"), "gradients of single images are computed in float32"),
         "compile_model": (args.compile_model, "the hooks for gradients of single images are not compiled"),
         "progressive_sizes": (args.progressive_sizes, "one size was checked"),
+        "allow_changed_data": (args.allow_changed_data, "the budget was spent on the images of before"),
         "report_on_train": (args.report_on_train, "it tells of the training images without noise"),
         f"resume {args.resume}": (Path(args.resume or "").name.startswith("step_"),
                                   "steps that are given up would not be counted; it goes on from the newest"),
@@ -477,7 +479,7 @@ def main() -> None:
     if private:
         check_private_data(args, data, accelerator)
     model = build_model(args, data, accelerator)
-    run = start_run(accelerator, args, directory, METRICS, model_title(args))
+    run = start_run(accelerator, args, directory, METRICS, model_title(args), data.splits, {"label": data.label_names})
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda"):
         log.warning("%s", line)
 

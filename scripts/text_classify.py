@@ -124,6 +124,7 @@ class Args:
     run_name: str | None = None  # name of this one (default: data set, model, strategy, batch, lr and seed)
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # continue a run: its folder, or no value for the one this command made
+    allow_changed_data: bool = False  # resume although the data is not what the checkpoint was made with
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
     keep_checkpoints: int = 2  # checkpoints to keep
     log_every: int = 50  # optimizer steps between log lines
@@ -404,7 +405,7 @@ def main() -> None:
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
     data = load_data(args, accelerator)
     model = build_model(args, data, accelerator)
-    run = start_run(accelerator, args, directory, METRICS, model_title(args))
+    run = start_run(accelerator, args, directory, METRICS, model_title(args), data.splits, {"label": data.label_names})
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda"):
         log.warning("%s", line)
 

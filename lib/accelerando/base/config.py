@@ -142,11 +142,15 @@ def sections(cls: type) -> dict[str, list[tuple[str, str]]]:
     return {name: list(rows.items()) for name, rows in found.items() if rows}
 
 
+# Settings of one start of a run, which do not belong to what it trains.
+NOT_REPEATED = ("config", "resume", "overwrite", "allow_changed_data")
+
+
 def grouped(args: DataclassInstance) -> dict[str, dict[str, object]]:
-    """``args`` by section, tuples as lists: the content of ``config.yaml``, without the path it was read from."""
+    """``args`` by section, tuples as lists: the content of ``config.yaml``, without ``NOT_REPEATED``."""
     values = dataclasses.asdict(args)
     return {
-        heading: {name: _plain(values[name]) for name, _ in rows if name not in ("config", "resume", "overwrite")}
+        heading: {name: _plain(values[name]) for name, _ in rows if name not in NOT_REPEATED}
         for heading, rows in sections(type(args)).items()
     }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from accelerando.base.errors import UserError
 from accelerando.base.files import LOCK, hold, is_unused, release, write_text
 from accelerando.base.log import attach_log_file, log, on_terminal
 from accelerando.train.accelerator import describe_processes, seed_each_process
+from accelerando.train.changed_data import check_data
 from accelerando.train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -81,17 +82,21 @@ def start_run(
     directory: Path,
     metrics: Sequence[Metric],
     model_title: str,
+    data: Mapping[str, Sized],
+    classes: Mapping[str, Sequence[str]],
     remote: str | None = None,
 ) -> Run:
     """Creates the run directory (or reopens it), starts log and trackers; called when data and model are ready.
 
     A resumed run gets its counters and history from the checkpoint that it continues from. ``metrics``: in the order in
-    which they are shown. ``remote`` is the URL of a folder to which runs upload their checkpoints, and from which
-    checkpoints newer than the local ones are resumed. From now on stop signals are recorded; see
-    :func:`train.stop.stoppable`.
+    which they are shown. ``data``: the data set of each split, ``classes``: the class names of each head; a checkpoint
+    that was made with others is refused, see :mod:`train.changed_data`. ``remote`` is the URL of a folder to which runs
+    upload their checkpoints, and from which checkpoints newer than the local ones are resumed. From now on stop signals
+    are recorded; see :func:`train.stop.stoppable`.
 
     Raises:
-        UserError: the folder is in use, cannot be created, or has no checkpoint that ``resume`` could continue from.
+        UserError: the folder is in use, cannot be created, or has no checkpoint that ``resume`` could continue from;
+            the data has changed.
     """
     run = Run(directory, accelerator, args, TrainState(), metrics, model_title)
     run.remote = remote and f"{remote}/{directory.name}"
@@ -111,6 +116,7 @@ def start_run(
     accelerator.wait_for_everyone()
     if args.resume:
         _find_checkpoint_to_resume(run, fetched)
+    check_data(run, data, classes)
     if accelerator.is_main_process:
         try:
             _prepare_directory(run)

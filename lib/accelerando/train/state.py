@@ -23,6 +23,7 @@ class RunArgs(Protocol):
     run_name: str | None
     overwrite: bool
     resume: str | None
+    allow_changed_data: bool
     seed: int
     epochs: int
     max_steps: int | None
@@ -78,6 +79,7 @@ class TrainState:
     seconds: float = 0.0  # of training, over all restarts
     wait_seconds: float = 0.0  # of these, spent waiting for data
     epoch_size: int = 0  # samples of an epoch
+    data: dict[str, Any] = field(default_factory=dict)  # what it is trained on: see train.changed_data
     micro_batch_size: int = 0  # found by autotune; a resumed run keeps it, since dropout masks depend on it
     trackers: dict[str, str] = field(default_factory=dict)  # ids under which trackers continue
     extra: dict[str, Any] = field(default_factory=dict)  # additional entries of a script or an option
