@@ -57,7 +57,7 @@ from accelerando.train.privacy import (
     require_opacus,
     start_privacy,
 )
-from accelerando.train.run import choose_directory, finish_run, join_name, restore, save, short_name, start_run
+from accelerando.train.run import choose_directory, default_run_name, finish_run, restore, save, short_name, start_run
 from accelerando.train.state import Metric, Run
 from accelerando.train.stop import stoppable
 from accelerando.train.tracking import check_trackers
@@ -139,7 +139,8 @@ class Args:
     seed: int = 42  # of weights, order, augmentation and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
-    run_name: str | None = None  # name of this one (default: data set, model, strategy, batch, lr, fold and seed)
+    run_name: str | None = None  # name of this one (default: data set, model, and what is not left at its default)
+    run_prefix: str | None = None  # what the default name begins with
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # continue a run: its folder, or no value for the one this command made
     allow_changed_data: bool = False  # resume although the data is not what the checkpoint was made with
@@ -463,7 +464,8 @@ def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that are likely to be compared."""
     fold = (f"fold{args.fold}",) if (Path(args.data_dir) / "splits").is_dir() else ()
     settings = (args.strategy, f"bs{args.batch_size}", f"lr{args.lr:g}", *fold, f"seed{args.seed}")
-    return join_name(data_title(args), model_title(args), *settings)
+    named = ("architecture", "model_name", "strategy", "batch_size", "lr", "fold", "seed")
+    return default_run_name(args, data_title(args), model_title(args), *settings, named=named)
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ from accelerando.train.batches import TrainBatches
 from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
 from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer, make_scheduler
-from accelerando.train.run import choose_directory, finish_run, join_name, restore, save, start_run
+from accelerando.train.run import choose_directory, default_run_name, finish_run, keep_choice, restore, save, start_run
 from accelerando.train.state import Metric, Run
 from accelerando.train.stop import stoppable
 from accelerando.train.tracking import check_trackers
@@ -148,7 +148,8 @@ class Args:
     seed: int = 42  # of weights, order, augmentation and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
-    run_name: str | None = None  # name of this one (default: data set, model, batch, lr and seed)
+    run_name: str | None = None  # name of this one (default: data set, model, and what is not left at its default)
+    run_prefix: str | None = None  # what the default name begins with
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # continue a run: its folder, or no value for the one this command made
     allow_changed_data: bool = False  # resume although the data is not what the checkpoint was made with
@@ -343,18 +344,17 @@ def loss_weights(args: Args, progress: float) -> tuple[float, float]:
 
 
 def choose_batch_size(model: torch.nn.Module, data: Data, run: Run, args: Args) -> int:
-    """Clips per micro-batch: as given, as measured before a resume, or the most that fit and pay."""
+    """Clips per micro-batch: as given (or measured before a resume), or the most that fit and pay."""
     if not args.auto_batch_size:
         return args.batch_size
-    if run.state.micro_batch_size:
-        return run.state.micro_batch_size
     longest = data.splits["train"][int(data.splits["train"].lengths.argmax())]
-    run.state.micro_batch_size = find_micro_batch_size(
+    size = find_micro_batch_size(
         run.accelerator, model, lambda size: data.collate([longest] * size),
         lambda plain, batch: compute_loss(plain, batch, data, args)[0].sum(), most=64, flag="--auto_batch_size",
         hint="--amp bf16, or a smaller model",
     )  # fmt: skip
-    return run.state.micro_batch_size
+    keep_choice(run, batch_size=size, auto_batch_size=False)
+    return size
 
 
 def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
@@ -500,7 +500,8 @@ def model_title(args: Args) -> str:
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that are likely to be compared."""
     settings = (f"bs{args.batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
-    return join_name(data_title(args), model_title(args), *settings)
+    named = ("model", "batch_size", "lr", "seed")
+    return default_run_name(args, data_title(args), model_title(args), *settings, named=named)
 
 
 def main() -> None:

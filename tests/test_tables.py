@@ -249,7 +249,7 @@ def test_preprocessing_cleans_splits_and_says_what_it_dropped(tmp_path: Path) ->
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["money", "space", "sport"]
     again = launch(PREPROCESS, *flags, cwd=tmp_path, check=False)
     assert (again.code, "--overwrite" in again.err) == (2, True)
-    launch(PREPROCESS, *flags, "--overwrite", "--lowercase", "--min_length", "5", "--max_length", "60", cwd=tmp_path)
+    launch(PREPROCESS, *flags, "--overwrite", "--lowercase", "--min_length", "5", "--max_chars", "60", cwd=tmp_path)
     kept = json.loads((tmp_path / "out" / "train.json").read_text())
     assert all(5 <= len(row["text"]) <= 60 for row in kept)
     assert len(read_text_table(str(tmp_path / "out" / "train.json"))) == len(kept)

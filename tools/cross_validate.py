@@ -518,6 +518,8 @@ def plan(script: Path, flags: list[str], wanted: tuple[int, ...]) -> tuple[list[
     module = load_script(script)
     aliases = getattr(module, "ALIASES", {})
     args = parse_args(module.Args, aliases, flags)
+    if hasattr(module, "check_args"):
+        module.check_args(args)  # which also says what some settings stand for, before names are made of them
     if args.resume not in (None, "auto"):
         raise UserError(f"--resume {args.resume}: names one run; without it, the same command resumes all folds")
     if getattr(args, "push_to_hub", False):
@@ -536,9 +538,6 @@ def plan(script: Path, flags: list[str], wanted: tuple[int, ...]) -> tuple[list[
         own = dataclasses.replace(args, fold=number, run_name=run_name, resume="auto", overwrite=False)
         folds.append(Fold(number, own, Path(args.output_dir) / names[number], images[number]))
         commands.append([*words, "--fold", str(number), *(["--run_name", run_name] if named else [])])
-    if hasattr(module, "check_args"):
-        for fold in folds:  # which also says what some settings stand for
-            module.check_args(fold.args)
     part = "" if len(chosen) == len(images) else "_folds_" + "_".join(map(str, chosen))
     return folds, commands, Path(args.output_dir) / f"{shared}_cv{part}", args.overwrite
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import shutil
 from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from accelerando.base.config import flat, flat_settings, read_yaml, to_yaml
+from accelerando.base.config import compared_settings, flat, flat_settings, read_yaml, to_yaml
 from accelerando.base.errors import UserError
 from accelerando.base.files import LOCK, hold, is_unused, release, write_text
 from accelerando.base.log import attach_log_file, log, on_terminal
+from accelerando.base.processes import command_line
 from accelerando.train.accelerator import describe_processes, seed_each_process
 from accelerando.train.changed_data import check_data
 from accelerando.train.checkpoint import (
@@ -36,19 +38,25 @@ if TYPE_CHECKING:
     from accelerando.train.optim import Schedule
 
 
+LONGEST_NAME = 150  # characters of a run's default name
+
+
 def choose_directory(args: RunArgs, default_name: str, hint: str = "") -> Path:
     """The folder of this run; writes nothing. ``hint`` is added to the message that there is nothing to resume.
 
     Raises:
         UserError: it exists and neither ``resume`` nor ``overwrite`` is set; ``resume`` does not name a run.
     """
+    directory = Path(args.output_dir) / (args.run_name or default_name)
     if args.resume and args.resume != "auto":
         path = Path(args.resume)
         for folder in (path, *path.parents[:2]):
             if (folder / "checkpoints").is_dir():
                 return folder
+        # A path of a replaced script, such as data/SignTransformer_last.pt: the run that this command made.
+        if path.name.endswith("last.pt") and not path.exists() and (directory / "checkpoints").is_dir():
+            return directory
         raise UserError(f"--resume {path}: not a run; name a folder with checkpoints/ in it, such as runs/<name>{hint}")
-    directory = Path(args.output_dir) / (args.run_name or default_name)
     if directory.is_file():
         raise UserError(f"{directory} is a file: choose another --output_dir or --run_name")
     if not is_unused(directory) and not args.resume:
@@ -74,6 +82,18 @@ def short_name(model_name: str) -> str:
 def join_name(*parts: str) -> str:
     """A folder name from parts with arbitrary characters."""
     return "_".join(parts).replace("/", "-").replace(" ", "-")
+
+
+def default_run_name(args: RunArgs, *parts: str, named: Sequence[str]) -> str:
+    """A name for a run from ``parts``, which show the settings ``named``, and from all others that users compare.
+
+    ``run_prefix`` comes first. Instead of very many settings the name ends with a digest of them.
+    """
+    name = join_name(*([args.run_prefix] if args.run_prefix else []), *parts)
+    others = join_name(*compared_settings(args, named))
+    if len(name) + len(others) > LONGEST_NAME:
+        others = hashlib.sha256(others.encode()).hexdigest()[:8]
+    return join_name(name, others) if others else name
 
 
 def start_run(
@@ -169,6 +189,10 @@ def _find_checkpoint_to_resume(run: Run, fetched: Path | None) -> None:
         run.resumed = open_checkpoint(found)
         run.state = TrainState.from_json(run.resumed.content["state"])
         run.history = read_history(found / "metrics.jsonl")
+    chosen = run.state.chosen
+    if all(getattr(run.args, name) == given for name, (given, _) in chosen.items()):
+        for name, (_, value) in chosen.items():
+            setattr(run.args, name, value)
 
 
 def _prepare_directory(run: Run) -> None:
@@ -193,6 +217,26 @@ def _prepare_directory(run: Run) -> None:
         _remove_remote_after(run, run.resumed.step)
         restore_best(run.resumed.path, directory / "best")
     write_text(config, to_yaml(args))
+
+
+def keep_choice(run: Run, **settings: Any) -> None:
+    """Replaces ``settings`` that were chosen automatically by what was chosen, also in ``config.yaml``.
+
+    A run that is resumed or repeated then does not choose anew, which on a busy machine may give something else.
+    """
+    for name, value in settings.items():
+        run.state.chosen[name] = [getattr(run.args, name), value]
+        setattr(run.args, name, value)
+    if run.accelerator.is_main_process:
+        write_text(run.directory / "config.yaml", to_yaml(run.args))
+
+
+def repeat_command(run: Run) -> str:
+    """The command that repeats ``run``: the one that started it, with what was chosen automatically."""
+    words = [command_line()]
+    for name, (_, value) in run.state.chosen.items():
+        words.append((f"--{name}" if value else f"--no_{name}") if isinstance(value, bool) else f"--{name} {value}")
+    return " ".join(words)
 
 
 def _remove_remote_after(run: Run, step: int) -> None:
