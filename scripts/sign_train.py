@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from accelerando.base.config import check_ranges, parse_args, without_effect
 from accelerando.base.errors import UserError, errors_in_one_line
-from accelerando.base.files import cache_folder
+from accelerando.base.files import cache_folder, check_can_be_made
 from accelerando.base.log import log
 from accelerando.base.processes import main_process_first
 from accelerando.data.collate import ClipCollate
@@ -478,6 +478,8 @@ def check_args(args: Args) -> None:
     )  # fmt: skip
     if args.log_csv and not (args.smoke_test or args.validation_fraction or "validation" in folders(args)):
         raise UserError("--log_csv: a row for each evaluation, but --validation_fraction 0 leaves none")
+    if args.log_csv:
+        check_can_be_made(Path(args.log_csv), "--log_csv")
     if not args.alpha and not args.beta:
         raise UserError("--alpha 0 --beta 0: neither head would learn anything")
     if args.num_workers and args.auto_workers:

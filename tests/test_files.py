@@ -20,6 +20,7 @@ import accelerando.base.files
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import (
     cache_folder,
+    check_can_be_made,
     derived,
     hold,
     locked,
@@ -192,6 +193,10 @@ def test_a_path_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.C
             path.mkdir(parents=True)
         line = capsys.readouterr().err
         assert line.startswith("error: cannot use ") and f"{reason}; name another path" in line
+    check_can_be_made(tmp_path / "a" / "b" / "c", "--output_dir")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError, match=r"--output_dir .*/file/a/b: .*/file is not a folder; name another path"):
+        check_can_be_made(tmp_path / "file" / "a" / "b", "--output_dir")
     with pytest.raises(FileNotFoundError), errors_in_one_line():  # most likely a defect: keeps its traceback
         (tmp_path / "none").read_text()
 

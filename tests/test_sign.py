@@ -152,6 +152,14 @@ def test_focal_loss_is_the_formula(sign_here) -> None:
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+def test_a_table_or_a_run_that_cannot_be_written_is_said_before_training(sign_here, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for flag, path in (("--log_csv", "file/log.csv"), ("--output_dir", "file/runs")):
+        with pytest.raises(UserError, match=f"{flag} {path}.*: .*/file is not a folder; name another path"):
+            sign_here(flag, path)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_auto_batch_size_is_measured_and_kept(sign_here) -> None:
     run = sign_here("--auto-batch-size", "--epochs", "1")
     log = (run / "logs" / "train.log").read_text()

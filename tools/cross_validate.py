@@ -36,7 +36,7 @@ import tyro
 
 from accelerando.base.config import COMMON_ALIASES, Alias, grouped, parse_args
 from accelerando.base.errors import Stopped, UserError, errors_in_one_line
-from accelerando.base.files import is_unused, whole_folder
+from accelerando.base.files import check_can_be_made, is_unused, whole_folder
 from accelerando.base.processes import command_line
 from accelerando.data.folders import read_class_map, read_index
 from accelerando.inference import runs
@@ -497,7 +497,8 @@ def rows_of(folds: list[Fold]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def check_target(target: Path) -> None:
-    """UserError where the folder of the result holds something else."""
+    """UserError where the folder of the result holds something else or cannot be made."""
+    check_can_be_made(target, "--output_dir")
     if target.is_dir() and any(target.iterdir()):
         if (target / "results.json").is_file() and isinstance(runs.read_results(target).get("out_of_fold"), dict):
             return

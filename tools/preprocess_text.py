@@ -18,7 +18,7 @@ from pathlib import Path
 
 from accelerando.base.config import parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
-from accelerando.base.files import whole_folder
+from accelerando.base.files import check_can_be_made, whole_folder
 
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "val": "validation", "dev": "validation",
           "valid": "validation", "test": "test"}  # fmt: skip
@@ -174,6 +174,7 @@ def main() -> None:
     target = Path(args.output_dir)
     if target.exists() and not target.is_dir():
         raise UserError(f"--output_dir {target} is a file")
+    check_can_be_made(target, "--output_dir")
     if min(args.val_fraction, args.test_fraction) < 0 or args.val_fraction + args.test_fraction >= 1:
         raise UserError(
             f"--val_fraction {args.val_fraction} and --test_fraction {args.test_fraction}: below 1 together"

@@ -43,6 +43,15 @@ def expand_braces(pattern: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------- files and folders
 
 
+def check_can_be_made(path: Path, flag: str) -> None:
+    """UserError, before long work, if ``path`` cannot be made because of a folder above it; nothing is made yet."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{flag} {path}: {above} is not a folder; name another path")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {above} is not writable; name another path")
+
+
 @contextlib.contextmanager
 def open_whole(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
     """Writes a file atomically: the yielded draft replaces ``path`` when the block ends without an error.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerando.base.config import compared_settings, flat, flat_settings, read_yaml, to_yaml
 from accelerando.base.errors import UserError
-from accelerando.base.files import LOCK, hold, is_unused, release, write_text
+from accelerando.base.files import LOCK, check_can_be_made, hold, is_unused, release, write_text
 from accelerando.base.log import attach_log_file, log, on_terminal
 from accelerando.base.processes import command_line
 from accelerando.train.accelerator import describe_processes, seed_each_process
@@ -59,6 +59,7 @@ def choose_directory(args: RunArgs, default_name: str, hint: str = "") -> Path:
         raise UserError(f"--resume {path}: not a run; name a folder with checkpoints/ in it, such as runs/<name>{hint}")
     if directory.is_file():
         raise UserError(f"{directory} is a file: choose another --output_dir or --run_name")
+    check_can_be_made(directory, "--output_dir")
     if not is_unused(directory) and not args.resume:
         if not args.overwrite:
             raise _exists(directory)
