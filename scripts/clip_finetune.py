@@ -64,7 +64,16 @@ from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, r
 from accelerando.train.lora import attach_lora
 from accelerando.train.losses import Embedded, LossName, Pairs, backward_contrastive, clamp_logit_scale
 from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer, make_scheduler
-from accelerando.train.run import choose_directory, finish_run, join_name, restore, save, short_name, start_run
+from accelerando.train.run import (
+    choose_directory,
+    default_run_name,
+    finish_run,
+    keep_choice,
+    restore,
+    save,
+    short_name,
+    start_run,
+)
 from accelerando.train.state import Metric, Run
 from accelerando.train.stop import stoppable
 from accelerando.train.tracking import as_floats, check_trackers, record
@@ -161,9 +170,11 @@ class Args:
     seed: int = 42  # of weights, order, augmentation and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
-    run_name: str | None = None  # name of this one (default: data set, model, scenario, batch, lr and seed)
+    run_name: str | None = None  # name of this one (default: data set, model, and what is not left at its default)
+    run_prefix: str | None = None  # what the default name begins with
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # continue a run: its folder, or no value for the one this command made
+    allow_changed_data: bool = False  # resume although the data is not what the checkpoint was made with
     enable_s3_checkpoints: bool = False  # store checkpoints in the bucket too, and resume from there
     s3_checkpoint_prefix: str = "checkpoints"  # s3: where in the bucket
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
@@ -385,17 +396,18 @@ def model_inputs(batch: dict[str, torch.Tensor], data: Data) -> dict[str, torch.
 
 
 def choose_micro_batch_size(model: torch.nn.Module, train_data: PairDataset, data: Data, run: Run, args: Args) -> int:
-    """Pairs that a process computes at once: as given, as measured before a resume, or the most that fit."""
-    if args.micro_batch_size or run.state.micro_batch_size:
-        return args.micro_batch_size or run.state.micro_batch_size
+    """Pairs that a process computes at once: as given (or measured before a resume), or the most that fit."""
+    if args.micro_batch_size:
+        return args.micro_batch_size
     # Captions of the full length: what fits must fit for the longest.
     longest = PairCollate(data.preprocessing.tokenizer, data.preprocessing.max_length, full_length=True)
-    run.state.micro_batch_size = find_micro_batch_size(
+    size = find_micro_batch_size(
         run.accelerator, model, lambda size: longest([train_data.at(row % len(train_data), 0) for row in range(size)]),
         lambda plain, batch: embeddings_loss(plain, batch, data),
         most=-(-args.effective_batch_size // run.accelerator.num_processes),
     )  # fmt: skip
-    return run.state.micro_batch_size
+    keep_choice(run, micro_batch_size=size)
+    return size
 
 
 def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
@@ -605,7 +617,8 @@ def model_title(args: Args) -> str:
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that are likely to be compared."""
     settings = (args.scenario, f"bs{args.effective_batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
-    return join_name(data_title(args), model_title(args), *settings)
+    named = ("model_name", "from_scratch", "scenario", "effective_batch_size", "lr", "seed")
+    return default_run_name(args, data_title(args), model_title(args), *settings, named=named)
 
 
 def main() -> None:
@@ -619,7 +632,7 @@ def main() -> None:
     data = load_data(args, accelerator)
     model = build_model(args, data, accelerator)
     remote = f"s3://{args.s3_bucket}/{args.s3_checkpoint_prefix.strip('/')}" if args.enable_s3_checkpoints else None
-    run = start_run(accelerator, args, directory, METRICS, model_title(args), remote)
+    run = start_run(accelerator, args, directory, METRICS, model_title(args), data.splits, {}, remote)
     tables = any(Path(where).suffix.lower() in SUFFIXES for where in locations(args).values())
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda", tables=tables):
         log.warning("%s", line)
@@ -654,6 +667,8 @@ def main() -> None:
     )  # fmt: skip
     initial = trained_weights(unwrapped(accelerator, model), copy=True) if args.wise_ft else {}
     ema = Ema(optimizer, args.ema_decay)
+    with stoppable(run):
+        base = score_base_model(model, data, run, args)  # before a resumed run's weights are loaded
     restore(run, model, optimizer, schedule, ema)
     logit_scale = unwrapped(accelerator, model).logit_scale
     clamps = logit_scale.requires_grad and args.loss == "clip"
@@ -680,7 +695,6 @@ def main() -> None:
         results.write_summary(run, {"base": base.get("validation", {}), "validation": metrics})
 
     with stoppable(run, on_stop=checkpoint):
-        base = score_base_model(model, data, run, args)
         if evaluation_is_due(run):
             validate()
             if run.is_over:

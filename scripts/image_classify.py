@@ -57,7 +57,7 @@ from accelerando.train.privacy import (
     require_opacus,
     start_privacy,
 )
-from accelerando.train.run import choose_directory, finish_run, join_name, restore, save, short_name, start_run
+from accelerando.train.run import choose_directory, default_run_name, finish_run, restore, save, short_name, start_run
 from accelerando.train.state import Metric, Run
 from accelerando.train.stop import stoppable
 from accelerando.train.tracking import check_trackers
@@ -139,9 +139,11 @@ class Args:
     seed: int = 42  # of weights, order, augmentation and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
-    run_name: str | None = None  # name of this one (default: data set, model, strategy, batch, lr, fold and seed)
+    run_name: str | None = None  # name of this one (default: data set, model, and what is not left at its default)
+    run_prefix: str | None = None  # what the default name begins with
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # continue a run: its folder, or no value for the one this command made
+    allow_changed_data: bool = False  # resume although the data is not what the checkpoint was made with
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
     keep_checkpoints: int = 2  # checkpoints to keep
     log_every: int = 50  # optimizer steps between log lines
@@ -424,6 +426,7 @@ def check_private(args: Args) -> None:
         "amp": (args.amp not in (None, "no"), "gradients of single images are computed in float32"),
         "compile_model": (args.compile_model, "the hooks for gradients of single images are not compiled"),
         "progressive_sizes": (args.progressive_sizes, "one size was checked"),
+        "allow_changed_data": (args.allow_changed_data, "the budget was spent on the images of before"),
         "report_on_train": (args.report_on_train, "it tells of the training images without noise"),
         f"resume {args.resume}": (Path(args.resume or "").name.startswith("step_"),
                                   "steps that are given up would not be counted; it goes on from the newest"),
@@ -461,7 +464,8 @@ def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that are likely to be compared."""
     fold = (f"fold{args.fold}",) if (Path(args.data_dir) / "splits").is_dir() else ()
     settings = (args.strategy, f"bs{args.batch_size}", f"lr{args.lr:g}", *fold, f"seed{args.seed}")
-    return join_name(data_title(args), model_title(args), *settings)
+    named = ("architecture", "model_name", "strategy", "batch_size", "lr", "fold", "seed")
+    return default_run_name(args, data_title(args), model_title(args), *settings, named=named)
 
 
 def main() -> None:
@@ -477,7 +481,7 @@ def main() -> None:
     if private:
         check_private_data(args, data, accelerator)
     model = build_model(args, data, accelerator)
-    run = start_run(accelerator, args, directory, METRICS, model_title(args))
+    run = start_run(accelerator, args, directory, METRICS, model_title(args), data.splits, {"label": data.label_names})
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda"):
         log.warning("%s", line)
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from accelerando.base.config import check_ranges, parse_args, without_effect
 from accelerando.base.errors import UserError, errors_in_one_line
-from accelerando.base.files import cache_folder
+from accelerando.base.files import cache_folder, check_can_be_made
 from accelerando.base.log import log
 from accelerando.base.processes import main_process_first
 from accelerando.data.collate import ClipCollate
@@ -45,7 +45,7 @@ from accelerando.train.batches import TrainBatches
 from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
 from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer, make_scheduler
-from accelerando.train.run import choose_directory, finish_run, join_name, restore, save, start_run
+from accelerando.train.run import choose_directory, default_run_name, finish_run, keep_choice, restore, save, start_run
 from accelerando.train.state import Metric, Run
 from accelerando.train.stop import stoppable
 from accelerando.train.tracking import check_trackers
@@ -148,9 +148,11 @@ class Args:
     seed: int = 42  # of weights, order, augmentation and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
-    run_name: str | None = None  # name of this one (default: data set, model, batch, lr and seed)
+    run_name: str | None = None  # name of this one (default: data set, model, and what is not left at its default)
+    run_prefix: str | None = None  # what the default name begins with
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # continue a run: its folder, or no value for the one this command made
+    allow_changed_data: bool = False  # resume although the data is not what the checkpoint was made with
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
     keep_checkpoints: int = 2  # checkpoints to keep
     log_every: int = 50  # optimizer steps between log lines
@@ -342,18 +344,17 @@ def loss_weights(args: Args, progress: float) -> tuple[float, float]:
 
 
 def choose_batch_size(model: torch.nn.Module, data: Data, run: Run, args: Args) -> int:
-    """Clips per micro-batch: as given, as measured before a resume, or the most that fit and pay."""
+    """Clips per micro-batch: as given (or measured before a resume), or the most that fit and pay."""
     if not args.auto_batch_size:
         return args.batch_size
-    if run.state.micro_batch_size:
-        return run.state.micro_batch_size
     longest = data.splits["train"][int(data.splits["train"].lengths.argmax())]
-    run.state.micro_batch_size = find_micro_batch_size(
+    size = find_micro_batch_size(
         run.accelerator, model, lambda size: data.collate([longest] * size),
         lambda plain, batch: compute_loss(plain, batch, data, args)[0].sum(), most=64, flag="--auto_batch_size",
         hint="--amp bf16, or a smaller model",
     )  # fmt: skip
-    return run.state.micro_batch_size
+    keep_choice(run, batch_size=size, auto_batch_size=False)
+    return size
 
 
 def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
@@ -477,6 +478,8 @@ def check_args(args: Args) -> None:
     )  # fmt: skip
     if args.log_csv and not (args.smoke_test or args.validation_fraction or "validation" in folders(args)):
         raise UserError("--log_csv: a row for each evaluation, but --validation_fraction 0 leaves none")
+    if args.log_csv:
+        check_can_be_made(Path(args.log_csv), "--log_csv")
     if not args.alpha and not args.beta:
         raise UserError("--alpha 0 --beta 0: neither head would learn anything")
     if args.num_workers and args.auto_workers:
@@ -499,7 +502,8 @@ def model_title(args: Args) -> str:
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that are likely to be compared."""
     settings = (f"bs{args.batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
-    return join_name(data_title(args), model_title(args), *settings)
+    named = ("model", "batch_size", "lr", "seed")
+    return default_run_name(args, data_title(args), model_title(args), *settings, named=named)
 
 
 def main() -> None:
@@ -511,7 +515,7 @@ def main() -> None:
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
     data = load_data(args, accelerator)
     model = build_model(args, data, accelerator)
-    run = start_run(accelerator, args, directory, METRICS, model_title(args))
+    run = start_run(accelerator, args, directory, METRICS, model_title(args), data.splits, data.names)
     here = {"GPU": accelerator.device.type == "cuda", "tools/extract_features.py": False}
     for line in without_effect(args, ONLY_WITH, **here):
         log.warning("%s", line)

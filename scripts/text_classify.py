@@ -39,7 +39,7 @@ from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
 from accelerando.train.lora import attach_lora
 from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer, make_scheduler
-from accelerando.train.run import choose_directory, finish_run, join_name, restore, save, short_name, start_run
+from accelerando.train.run import choose_directory, default_run_name, finish_run, restore, save, short_name, start_run
 from accelerando.train.state import Metric, Run
 from accelerando.train.stop import stoppable
 from accelerando.train.tracking import check_trackers
@@ -121,9 +121,11 @@ class Args:
     seed: int = 42  # of weights, order and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
-    run_name: str | None = None  # name of this one (default: data set, model, strategy, batch, lr and seed)
+    run_name: str | None = None  # name of this one (default: data set, model, and what is not left at its default)
+    run_prefix: str | None = None  # what the default name begins with
     overwrite: bool = False  # start again where a run of this name exists
     resume: str | None = None  # continue a run: its folder, or no value for the one this command made
+    allow_changed_data: bool = False  # resume although the data is not what the checkpoint was made with
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
     keep_checkpoints: int = 2  # checkpoints to keep
     log_every: int = 50  # optimizer steps between log lines
@@ -144,7 +146,7 @@ class Args:
 # The guide's spellings that are not everybody's.
 ALIASES = {
     "pretrained_model": "model_name",
-    "model.name": "run_name",
+    "model.name": "run_prefix",
     "val_file": "validation_file",
     "dropout": "hidden_dropout_prob",
 }
@@ -392,7 +394,8 @@ def model_title(args: Args) -> str:
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that are likely to be compared."""
     settings = (args.strategy, f"bs{args.batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
-    return join_name(data_title(args), model_title(args), *settings)
+    named = ("architecture", "model_name", "strategy", "batch_size", "lr", "seed")
+    return default_run_name(args, data_title(args), model_title(args), *settings, named=named)
 
 
 def main() -> None:
@@ -404,7 +407,7 @@ def main() -> None:
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
     data = load_data(args, accelerator)
     model = build_model(args, data, accelerator)
-    run = start_run(accelerator, args, directory, METRICS, model_title(args))
+    run = start_run(accelerator, args, directory, METRICS, model_title(args), data.splits, {"label": data.label_names})
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda"):
         log.warning("%s", line)
 

@@ -250,7 +250,9 @@ def run_in_this_process(
     if not ON_GPU:
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     torch.set_num_threads(1)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    }
     module = script_module(script)
 
     def run(*flags: object, name: str = "a", base: list[str] | None = None) -> Path:

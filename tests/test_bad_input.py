@@ -12,6 +12,7 @@ from harness import TEXT, launch, weights
 from made_data import make_rows, write_json
 
 from accelerando.base.errors import UserError
+from accelerando.train.checkpoint import _write_manifest, find_damage
 
 
 @pytest.fixture
@@ -97,6 +98,27 @@ def test_resume_of_a_run_without_any_sound_checkpoint(train_here, tmp_path: Path
     (run / "checkpoints" / "step_000002" / "state.json").write_text("{}")
     with pytest.raises(UserError, match="no complete checkpoint"):
         train_here("--resume", name="run")
+
+
+def test_a_checkpoint_of_another_version_and_an_incomplete_manifest(train_here, tmp_path: Path) -> None:
+    """Neither is passed over in silence for an older one, nor taken for complete."""
+    run = train_here("--max_steps", "2", name="run")
+    folder = run / "checkpoints" / "step_000002"
+    content, manifest = (folder / "state.json").read_text(), (folder / "manifest.json").read_text()
+    (folder / "state.json").write_text(json.dumps({**json.loads(content), "format": 7}))
+    _write_manifest(folder)
+    with pytest.raises(
+        UserError, match=r"step_000002 was saved by another version of accelerando \(format 7, this vers"
+    ):
+        train_here("--resume", name="run")
+    (folder / "state.json").write_text(content)
+    for listed, missing in ((), "model.safetensors, optimizer.safetensors, state.json"), (("rng.json",), "rng.json"):
+        files = {name: facts for name, facts in json.loads(manifest).items() if listed and name not in listed}
+        (folder / "manifest.json").write_text(json.dumps(files))
+        with pytest.raises(UserError, match=f"no complete checkpoint .*manifest.json does not list {missing}"):
+            train_here("--resume", name="run")
+    (folder / "manifest.json").write_text(manifest)
+    assert find_damage(folder) is None
 
 
 def test_resume_with_another_model_or_optimizer(train_here) -> None:

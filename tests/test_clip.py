@@ -302,8 +302,11 @@ def test_a_micro_batch_size_is_found(clip_here, baseline: bytes, monkeypatch) ->
         if "k_proj.bias" not in name:
             assert torch.allclose(tensor, expected[name], atol=2e-4), name
     # A run that goes on keeps what was found, though the machine may answer otherwise by then.
+    found = line.split("Micro-batch size ")[1].split(":")[0]
+    assert f"micro_batch_size: {found}\n" in (run / "config.yaml").read_text()
+    assert f" --micro_batch_size {found}\n" in (run / "summary.txt").read_text()
     with monkeypatch.context() as patch:
-        patch.setattr(accelerando.train.autotune, "find_micro_batch_size", None)
+        patch.setattr("clip_finetune.find_micro_batch_size", None)
         clip_here("--scenario", "full", "--max_steps", "4", "--micro_batch_size", "0", "--resume", name="auto")
     monkeypatch.setattr(accelerando.train.autotune, "free_memory", lambda: 1.0)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1, 1))

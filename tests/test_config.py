@@ -8,9 +8,11 @@ from typing import Literal
 
 import pytest
 import yaml
+from harness import TEXT, script_module
 
 from accelerando.base.config import grouped, parse_args, sections, to_yaml
 from accelerando.base.errors import UserError
+from accelerando.train.run import choose_directory
 
 
 @dataclass
@@ -90,10 +92,6 @@ def test_a_guides_yaml_with_sections_and_its_own_names(tmp_path: Path) -> None:
         (["--amp", "int4"], ["int4", "bf16"]),
         (["--epochs"], ["--epochs"]),
         (["stray"], ["stray"]),
-        (["--distributed_mode", "fsdp"], ["accelerate launch", "fsdp.yaml"]),
-        (["--enable-parallel"], ["accelerate launch", "multi_gpu.yaml"]),
-        (["--device", "cpu"], ["cpu.yaml"]),
-        (["--device", "cuda:1"], ["CUDA_VISIBLE_DEVICES=1", "single_gpu.yaml"]),
         (["--config", "none.yaml"], ["none.yaml", "No such file"]),
     ],
 )
@@ -204,7 +202,7 @@ def test_the_text_guides_files_are_understood_as_they_stand(tmp_path: Path) -> N
     files = [write(tmp_path / "model.yaml", model), write(tmp_path / "training.yaml", "training:" + training)]
     args = parse_args(module.Args, module.ALIASES, ["--config", *files])
     expected = {
-        "run_name": "transformer_model", "model_name": "bert-base-uncased", "num_labels": 2, "num_layers": 12, "lr": 2e-5,
+        "run_prefix": "transformer_model", "model_name": "bert-base-uncased", "num_labels": 2, "num_layers": 12, "lr": 2e-5,
         "epochs": 10, "warmup_steps": 500, "grad_clip": 1.0, "amp": "fp16", "log_every": 100, "eval_every": 500,
         "scheduler": "cosine", "early_stop": 3, "early_stop_min_delta": 0.01, "save_every": 1000, "keep_checkpoints": 3,
         "num_workers": 4, "wandb_project": "your-project-name", "wandb_name": None, "adam_epsilon": 1e-8,
@@ -214,6 +212,80 @@ def test_the_text_guides_files_are_understood_as_they_stand(tmp_path: Path) -> N
     cnn = "model: {architecture: cnn, vocab_size: 30522, embed_size: 128, num_filters: 100, filter_sizes: [3, 4, 5], dropout_prob: 0.5}"
     args = parse_args(module.Args, module.ALIASES, ["--config", write(tmp_path / "cnn.yaml", cnn)])
     assert (args.architecture, args.filter_sizes, args.dropout_prob) == ("cnn", (3, 4, 5), 0.5)
+
+
+def text_args(*flags: str) -> object:
+    module = script_module(TEXT)
+    return parse_args(module.Args, module.ALIASES, list(flags))
+
+
+def test_a_trackers_own_section_switches_it_on(tmp_path: Path) -> None:
+    wandb = write(tmp_path / "wandb.yaml", "wandb: {project: p, name: null}\n")
+    assert text_args("--config", wandb).report_to == ("tensorboard", "wandb")
+    assert text_args("--config", wandb, "--report_to", "none").report_to == ("none",)
+    assert text_args("--config", write(tmp_path / "a.yaml", "wandb: {name: null}\n")).report_to == ("tensorboard",)
+    both = write(tmp_path / "b.yaml", "wandb: {project: p}\nreport_to: [mlflow]\n")
+    assert text_args("--config", both).report_to == ("mlflow",)
+    mlflow = write(tmp_path / "c.yaml", "mlflow: {experiment_name: e}\nuse_wandb: false\n")
+    assert text_args("--config", mlflow).report_to == ("none",)
+    again = write(
+        tmp_path / "d.yaml", to_yaml(text_args("--wandb_project", "p"))
+    )  # a run's own file has no such section
+    assert text_args("--config", again).report_to == ("tensorboard",)
+
+
+def test_a_name_has_what_is_compared(tmp_path: Path) -> None:
+    """The guide's grid: learning rates, batch sizes and dropout; its model.name is what the name begins with."""
+    module = script_module(TEXT)
+    config = write(tmp_path / "c.yaml", "model: {name: mine}\n")
+    names = {
+        module.default_name(text_args("--config", config, "--train_file", "d/trec.json", "--lr", lr, "--batch_size", bs, *more))
+        for lr in ("1e-5", "5e-5") for bs in ("16", "64")
+        for more in ((), ("--dropout", "0.3"), ("--weight_decay", "0"), ("--max_length", "64"), ("--optimizer", "sgd"),
+                     ("--no_length_buckets",), ("--architecture", "cnn", "--filter_sizes", "2", "3"))
+    }  # fmt: skip
+    assert len(names) == 28
+    assert {
+        "mine_trec_bert-base-uncased_full_bs16_lr1e-05_seed42",
+        "mine_trec_bert-base-uncased_full_bs64_lr5e-05_seed42_hidden_dropout_prob0.3",
+        "mine_trec_bert-base-uncased_full_bs16_lr1e-05_seed42_optimizer-sgd",
+        "mine_trec_cnn_full_bs16_lr1e-05_seed42_filter_sizes-2-3",
+        "mine_trec_bert-base-uncased_full_bs16_lr1e-05_seed42_no_length_buckets",
+    } <= names
+    # How long and how fast is no other run: it is resumed and prolonged under its name.
+    longer = ("--epochs", "9", "--num_workers", "2", "--save_every", "5", "--eval_batch_size", "8")
+    assert module.default_name(text_args(*longer)) == module.default_name(text_args())
+    many = [word for name in ("warmup_steps", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "momentum",
+            "scheduler_factor", "grad_clip", "ema_decay") for word in (f"--{name}", "0.123456")]  # fmt: skip
+    one, other = (module.default_name(text_args(*many, "--lora_dropout", value)) for value in ("0.3", "0.4"))
+    assert one != other and len(one) < 160
+
+
+def test_a_guides_path_of_a_checkpoint_is_the_run_of_the_command(tmp_path: Path) -> None:
+    (tmp_path / "runs" / "x" / "checkpoints").mkdir(parents=True)
+
+    def folder(path: object, name: str = "x") -> Path:
+        args = text_args("--output_dir", str(tmp_path / "runs"), "--run_name", name, "--resume", str(path))
+        return choose_directory(args, "default")
+
+    for path in ("runs/x/last.pt", "runs/x/weights/last.pt", "data/processed/SignTransformer_last.pt"):
+        assert folder(tmp_path / path) == tmp_path / "runs" / "x"
+    with pytest.raises(UserError, match=r"SignTransformer_last\.pt: not a run"):
+        folder("data/SignTransformer_last.pt", name="other")
+    (tmp_path / "SignTransformer_last.pt").write_bytes(b"of another program")
+    with pytest.raises(UserError, match=r"SignTransformer_last\.pt: not a run"):
+        folder(tmp_path / "SignTransformer_last.pt")
+
+
+def test_settings_of_another_program_in_a_shared_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write(tmp_path / "c.yaml", "lr: 0.5\nmax_length: 12\n")
+    foreign = {"max_length": "is for training"}
+    assert parse_args(Args, None, ["--config", config], foreign).lr == 0.5
+    assert capsys.readouterr().err == f"{config}: max_length is for training\n"
+    with pytest.raises(UserError, match="--max-length is for training"):
+        parse_args(Args, None, ["--max-length", "3"], foreign)
+    with pytest.raises(UserError, match="unknown key 'max_length'"):
+        parse("--config", config)
 
 
 @dataclass

@@ -29,9 +29,9 @@ def blocks(path: Path, language: str) -> list[str]:
 def known_flags() -> set[str]:
     import importlib.util
 
-    from accelerando.base.config import COMMON_ALIASES, sections
+    from accelerando.base.config import COMMON_ALIASES, LAUNCH_FLAGS, sections
 
-    flags = set(COMMON_ALIASES)
+    flags = {*COMMON_ALIASES, *LAUNCH_FLAGS}
     for program in PROGRAMS:
         if "benchmarks" in str(program):
             flags |= set(re.findall(r'"--(\w+)"', program.read_text()))

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import accelerando.base.files
-from accelerando.base.errors import UserError
+from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import (
     cache_folder,
+    check_can_be_made,
     derived,
     hold,
     locked,
@@ -123,6 +125,80 @@ def test_what_a_killed_process_left_goes_and_what_another_writes_stays(tmp_path:
         draft.mkdir()
     assert names(tmp_path) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "first"
+
+
+def test_a_draft_is_known_by_its_process_and_not_by_a_number_alone(tmp_path: Path) -> None:
+    """In a container each run has the same process id; on a shared disk other machines have processes of that id."""
+    own = accelerando.base.files._draft_of(tmp_path / "x").name
+    place, start = own.split("-")[1:3]
+    foreign = "0" * 8
+    drafts = {
+        f".x.{os.getpid()}-{place}-{start}-aa.draft": True,  # this process
+        f".x.{os.getpid()}-{place}-{int(start) - 1}-aa.draft": False,  # one before it with its number
+        f".x.{os.getpid()}-{foreign}-{start}-aa.draft": False,  # of a machine that is not seen, an hour old
+        f".x.{os.getpid()}-ab.draft": True,  # of an earlier version: it may still run
+        f".x.{2**22 + 1}-ab.draft": False,
+    }
+    for name in drafts:
+        (tmp_path / name).write_text("half")
+    age(tmp_path)
+    young = f".x.{os.getpid()}-{foreign}-{start}-bb.draft"
+    (tmp_path / young).mkdir()
+    os.utime(tmp_path / young, (0, 0))
+    (tmp_path / young / "a").write_text("it is still being written")
+    write_text(tmp_path / "x", "whole")
+    assert names(tmp_path) == sorted(["x", young, *(name for name, stays in drafts.items() if stays)])
+
+
+def test_what_was_left_in_the_cache_goes_with_the_next_thing_that_is_made(tmp_path: Path) -> None:
+    """Otherwise a cache that was half made and is never asked for again would lie there for ever."""
+
+    def make(target: Path) -> None:
+        with whole_folder(target) as draft:
+            draft.mkdir()
+            die()
+
+    killed(lambda: derived(tmp_path / "kind" / "once", Path.stat, make))
+    assert any(name.endswith(".draft") for name in names(tmp_path / "kind"))
+    accelerando.base.files._drafts_in.cache_clear()
+    derived(tmp_path / "kind" / "other", Path.read_text, lambda target: write_text(target, "whole"))
+    assert names(tmp_path / "kind") == ["once.lock", "other", "other.lock"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_numpys_own_error_of_a_full_disk_is_understood(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has no number, and says "8 requested and 0 written"."""
+
+    def fill(write: Callable[[object], None]) -> None:
+        with open("/dev/full", "wb") as file:
+            write(file)
+
+    array = np.zeros(100_000)
+    for write in (array.tofile, lambda file: np.save(file, array), lambda file: file.write(array.data)):
+        with pytest.raises(
+            UserError, match=r"--cache_dir .*: No space left on device: free some space or name another"
+        ):
+            derived(tmp_path / "kind" / "x", Path.read_text, lambda _, write=write: fill(write))
+        with pytest.raises(SystemExit) as ended, errors_in_one_line():
+            fill(write)
+        assert ended.value.code == 2
+        error = capsys.readouterr().err
+        assert "No space left on device" in error and "free some space" in error and error.count("\n") == 1
+
+
+def test_a_path_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    for path, reason in ((tmp_path / "file" / "a" / "b", "Not a directory"), (tmp_path / "file", "File exists")):
+        with pytest.raises(SystemExit), errors_in_one_line():
+            path.mkdir(parents=True)
+        line = capsys.readouterr().err
+        assert line.startswith("error: cannot use ") and f"{reason}; name another path" in line
+    check_can_be_made(tmp_path / "a" / "b" / "c", "--output_dir")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError, match=r"--output_dir .*/file/a/b: .*/file is not a folder; name another path"):
+        check_can_be_made(tmp_path / "file" / "a" / "b", "--output_dir")
+    with pytest.raises(FileNotFoundError), errors_in_one_line():  # most likely a defect: keeps its traceback
+        (tmp_path / "none").read_text()
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from harness import SIGN, history, launch, weights
 from made_data import make_clip
 
@@ -149,6 +150,14 @@ def test_focal_loss_is_the_formula(sign_here) -> None:
     assert torch.allclose(found, expected, atol=1e-6)
 
 
+def test_a_table_or_a_run_that_cannot_be_written_is_said_before_training(sign_here, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for flag, path in (("--log_csv", "file/log.csv"), ("--output_dir", "file/runs")):
+        with pytest.raises(UserError, match=f"{flag} {path}.*: .*/file is not a folder; name another path"):
+            sign_here(flag, path)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_auto_batch_size_is_measured_and_kept(sign_here) -> None:
     run = sign_here("--auto-batch-size", "--epochs", "1")
     log = (run / "logs" / "train.log").read_text()
@@ -156,7 +165,17 @@ def test_auto_batch_size_is_measured_and_kept(sign_here) -> None:
     assert size in (1, 2, 4, 8, 16, 32, 64)
     assert results(run)["steps"] == -(-75 // size)
     state = json.loads(next((run / "checkpoints").iterdir()).joinpath("state.json").read_text())["state"]
-    assert state["micro_batch_size"] == size
+    assert state["chosen"] == {"batch_size": [32, size], "auto_batch_size": [True, False]}
+    # Written down: a run that is repeated or resumed does not measure anew.
+    settings = yaml.safe_load((run / "config.yaml").read_text())["training"]
+    assert (settings["batch_size"], settings["auto_batch_size"]) == (size, False)
+    assert f" --batch_size {size} --no_auto_batch_size\n" in (run / "summary.txt").read_text()
+    sign_here("--auto-batch-size", "--epochs", "2", "--resume")
+    log = (run / "logs" / "train.log").read_text()
+    assert log.count("Micro-batch size") == 1
+    assert [line.split(" | ")[-1] for line in log.splitlines() if "with a different" in line] == [
+        "Resumed with a different epochs: 2 instead of 1"
+    ]
 
 
 # Every command of the guide, at our paths; the launcher's own flags stand before the script.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import ROOT, launch
+from harness import ROOT, launch, script_module
 from made_data import make_rows, write_json
 
 from accelerando.base.errors import UserError
@@ -249,10 +249,31 @@ def test_preprocessing_cleans_splits_and_says_what_it_dropped(tmp_path: Path) ->
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == ["money", "space", "sport"]
     again = launch(PREPROCESS, *flags, cwd=tmp_path, check=False)
     assert (again.code, "--overwrite" in again.err) == (2, True)
-    launch(PREPROCESS, *flags, "--overwrite", "--lowercase", "--min_length", "5", "--max_length", "60", cwd=tmp_path)
+    launch(PREPROCESS, *flags, "--overwrite", "--lowercase", "--min_length", "5", "--max_chars", "60", cwd=tmp_path)
     kept = json.loads((tmp_path / "out" / "train.json").read_text())
     assert all(5 <= len(row["text"]) <= 60 for row in kept)
     assert len(read_text_table(str(tmp_path / "out" / "train.json"))) == len(kept)
+
+
+def test_preprocessing_shares_a_file_of_settings_with_training(tmp_path: Path, call_tool) -> None:
+    """max_length counts tokens there; here it drops no text."""
+    tool = script_module(PREPROCESS)
+    (tmp_path / "raw").mkdir()
+    write_json(tmp_path / "raw" / "a.json", make_rows(40, 1))
+    (tmp_path / "data.yaml").write_text("data: {max_length: 8, text_column: text}\n")
+    flags = ("--input_dir", tmp_path / "raw", "--config", tmp_path / "data.yaml", "--output_dir")
+    code, _, error = call_tool(tool, *flags, tmp_path / "out")
+    assert (code, error) == (0, f"{tmp_path / 'data.yaml'}: data.max_length {tool.FOREIGN['max_length']}\n")
+    rows = [
+        row
+        for name in ("train", "validation", "test")
+        for row in json.loads((tmp_path / "out" / f"{name}.json").read_text())
+    ]
+    assert len(rows) == len({row["text"] for row in make_rows(40, 1)})
+    code, _, error = call_tool(tool, *flags, tmp_path / "short", "--max_length", "8")
+    assert (code, error) == (2, "error: --max_length counts tokens, in training; here max_chars drops long texts\n")
+    code, _, error = call_tool(tool, *flags, tmp_path / "data.yaml" / "out")
+    assert code == 2 and "data.yaml is not a folder; name another path" in error
 
 
 @pytest.mark.launch

@@ -36,7 +36,7 @@ import tyro
 
 from accelerando.base.config import COMMON_ALIASES, Alias, grouped, parse_args
 from accelerando.base.errors import Stopped, UserError, errors_in_one_line
-from accelerando.base.files import is_unused, whole_folder
+from accelerando.base.files import check_can_be_made, is_unused, whole_folder
 from accelerando.base.processes import command_line
 from accelerando.data.folders import read_class_map, read_index
 from accelerando.inference import runs
@@ -497,7 +497,8 @@ def rows_of(folds: list[Fold]) -> tuple[list[dict[str, Any]], list[str]]:
 
 
 def check_target(target: Path) -> None:
-    """UserError where the folder of the result holds something else."""
+    """UserError where the folder of the result holds something else or cannot be made."""
+    check_can_be_made(target, "--output_dir")
     if target.is_dir() and any(target.iterdir()):
         if (target / "results.json").is_file() and isinstance(runs.read_results(target).get("out_of_fold"), dict):
             return
@@ -518,6 +519,8 @@ def plan(script: Path, flags: list[str], wanted: tuple[int, ...]) -> tuple[list[
     module = load_script(script)
     aliases = getattr(module, "ALIASES", {})
     args = parse_args(module.Args, aliases, flags)
+    if hasattr(module, "check_args"):
+        module.check_args(args)  # which also says what some settings stand for, before names are made of them
     if args.resume not in (None, "auto"):
         raise UserError(f"--resume {args.resume}: names one run; without it, the same command resumes all folds")
     if getattr(args, "push_to_hub", False):
@@ -536,9 +539,6 @@ def plan(script: Path, flags: list[str], wanted: tuple[int, ...]) -> tuple[list[
         own = dataclasses.replace(args, fold=number, run_name=run_name, resume="auto", overwrite=False)
         folds.append(Fold(number, own, Path(args.output_dir) / names[number], images[number]))
         commands.append([*words, "--fold", str(number), *(["--run_name", run_name] if named else [])])
-    if hasattr(module, "check_args"):
-        for fold in folds:  # which also says what some settings stand for
-            module.check_args(fold.args)
     part = "" if len(chosen) == len(images) else "_folds_" + "_".join(map(str, chosen))
     return folds, commands, Path(args.output_dir) / f"{shared}_cv{part}", args.overwrite
 

@@ -31,7 +31,7 @@ import tyro
 
 from accelerando.base.config import Alias, check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
-from accelerando.base.files import whole_folder, write_text
+from accelerando.base.files import check_can_be_made, whole_folder, write_text
 from accelerando.base.log import quiet_libraries
 from accelerando.base.processes import command_line
 from accelerando.data.folders import ImageFiles, class_folders, read_splits
@@ -469,6 +469,7 @@ def check_args(args: Args) -> None:
         raise UserError(f"--output_dir {target}: holds {others[0]}, which is no evaluation's: choose another folder")
     if there and not args.overwrite:
         raise UserError(f"--output_dir {target}: holds an evaluation already; --overwrite replaces it")
+    check_can_be_made(target, "--output_dir")
 
 
 def main() -> None:

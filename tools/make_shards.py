@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 
 from accelerando.base.config import check_ranges, flat, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
-from accelerando.base.files import whole_folder
+from accelerando.base.files import check_can_be_made, whole_folder
 from accelerando.base.log import with_progress
 from accelerando.base.processes import map_in_processes
 from accelerando.inference.inputs import IMAGES
@@ -517,6 +517,7 @@ def check_output(target: Path, args: Args) -> None:
     flag = f"--output_dir {args.output_dir}"
     if target.exists() and not target.is_dir():
         raise UserError(f"{flag} is a file")
+    check_can_be_made(target, "--output_dir")
     if target.is_mount():
         raise UserError(f"{flag} is the top of a disk: name a folder in it")
     images = Path(args.images).resolve()

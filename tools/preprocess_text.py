@@ -18,7 +18,7 @@ from pathlib import Path
 
 from accelerando.base.config import parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
-from accelerando.base.files import whole_folder
+from accelerando.base.files import check_can_be_made, whole_folder
 
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "val": "validation", "dev": "validation",
           "valid": "validation", "test": "test"}  # fmt: skip
@@ -37,7 +37,7 @@ class Args:
     strip_html: bool = False  # drop tags and decode entities
     strip_urls: bool = False  # drop web addresses
     min_length: int = 1  # characters a text needs
-    max_length: int | None = None  # characters beyond which a row is dropped
+    max_chars: int | None = None  # characters beyond which a row is dropped
     keep_conflicts: bool = False  # keep a text that occurs with several labels
     # -- split --
     val_fraction: float = 0.1  # share of validation rows
@@ -45,6 +45,9 @@ class Args:
     seed: int = 42  # of the split
     config: tuple[str, ...] = ()  # YAML files with any of these settings
 
+
+# Settings of training that may stand in the same YAML file.
+FOREIGN = {"max_length": "counts tokens, in training; here max_chars drops long texts"}
 
 Row = tuple[str, str | int]  # text, label
 
@@ -89,7 +92,7 @@ def read_folder(args: Args, dropped: Counter) -> dict[str, list[Row]]:
             cleaned = clean(text.as_py(), args)
             if len(cleaned) < max(1, args.min_length):
                 dropped["too short"] += 1
-            elif args.max_length is not None and len(cleaned) > args.max_length:
+            elif args.max_chars is not None and len(cleaned) > args.max_chars:
                 dropped["too long"] += 1
             else:
                 kept.append((cleaned, label.as_py()))
@@ -167,10 +170,11 @@ def summary(rows: dict[str, list[Row]], dropped: Counter) -> str:
 
 
 def main() -> None:
-    args = parse_args(Args)
+    args = parse_args(Args, foreign=FOREIGN)
     target = Path(args.output_dir)
     if target.exists() and not target.is_dir():
         raise UserError(f"--output_dir {target} is a file")
+    check_can_be_made(target, "--output_dir")
     if min(args.val_fraction, args.test_fraction) < 0 or args.val_fraction + args.test_fraction >= 1:
         raise UserError(
             f"--val_fraction {args.val_fraction} and --test_fraction {args.test_fraction}: below 1 together"

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING
 
 from accelerando.base.config import Alias, check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
-from accelerando.base.files import whole_folder
+from accelerando.base.files import check_can_be_made, whole_folder
 from accelerando.base.log import with_progress
 from accelerando.base.processes import map_in_processes
 from accelerando.data.folders import class_folders
@@ -299,6 +299,7 @@ def main() -> None:
     raw = Path(args.raw_data)
     raw = raw.resolve() if raw.name in ("", "..") else raw  # its name begins each line
     target = Path(args.output_dir) if args.output_dir else raw.parent / "splits"
+    check_can_be_made(target, "--output_dir")
     skipped: list[str] = []
 
     def left_out(name: str, why: str) -> None:

@@ -28,14 +28,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from accelerando.base.errors import Stopped, UserError, errors_in_one_line, first_line
-from accelerando.base.processes import signal_when_parent_dies
+from accelerando.base.processes import heeded, signal_when_parent_dies
 
 if TYPE_CHECKING:
     from types import FrameType
 
     import psutil
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # a script saves and exits when it receives one
+STOPPING = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGUSR1,
+    signal.SIGHUP,
+)  # a script saves and exits
 # -P: a file in the current folder with the name of a package does not shadow it.
 LAUNCHER = [sys.executable, "-P", "-m", "accelerando.launch"]
 POLL = 0.2  # seconds between looks at a running process
@@ -71,7 +76,7 @@ def default_launcher(configs: Path) -> list[str]:
 
 @dataclass
 class Signals:
-    """A block in which SIGTERM, SIGINT and SIGUSR1 do not end this process: :func:`run_script` passes them on.
+    """A block in which SIGTERM, SIGINT, SIGUSR1 and SIGHUP do not end this process: :func:`run_script` passes them on.
 
     ``received``: the numbers of those that came so far. Ctrl-Z (SIGTSTP) pauses this process together with the scripts
     that it runs, until SIGCONT. For the main thread.
@@ -82,7 +87,7 @@ class Signals:
     _before: dict[int, object] = field(default_factory=dict)
 
     def __enter__(self) -> Signals:
-        for number in STOPPING:
+        for number in heeded(*STOPPING):
             self._before[number] = signal.signal(number, self._receive)
         self._before[signal.SIGTSTP] = signal.signal(signal.SIGTSTP, self._pause)
         return self
@@ -236,7 +241,7 @@ def launch(words: Sequence[str]) -> int:
 
     # The script saves and leaves at these signals: the launcher must outlive it. A handler, unlike SIG_IGN, is
     # not inherited by the script. Should our parent be killed, this process ends at once and Linux tells the script.
-    for number in STOPPING:
+    for number in heeded(*STOPPING):
         signal.signal(number, lambda *_: None)
     signal_when_parent_dies(signal.SIGKILL)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)

@@ -78,19 +78,25 @@ COMMON_ALIASES: dict[str, Alias] = {
     "wandb.notes": "wandb_notes",
 }
 
+TRACKERS = ("wandb.", "mlflow.")  # sections of a YAML file that are those of a tracker
+
 # The value of a flag that is given without one.
 BARE = {"resume": "auto", "amp": "auto"}
 
-# Settings of `accelerate launch`, and the command that sets them.
-LAUNCH_FLAGS: dict[str, str] = {
-    "distributed_mode": "accelerate launch --config_file accelerate_configs/{mode}.yaml {script}",
-    "enable_parallel": "accelerate launch --config_file accelerate_configs/multi_gpu.yaml {script}",
-    "device": "accelerate launch --config_file accelerate_configs/{device}.yaml {script}",
-}
+# Settings of `accelerate launch` that the replaced scripts had: taken, and compared with the launch once it is known.
+LAUNCH_FLAGS = ("distributed_mode", "enable_parallel", "device")
+_asked_of_launch: dict[str, str] = {}
 
 
-def parse_args(cls: type[T], aliases: dict[str, Alias] | None = None, argv: list[str] | None = None) -> T:
+def parse_args(
+    cls: type[T],
+    aliases: dict[str, Alias] | None = None,
+    argv: list[str] | None = None,
+    foreign: Mapping[str, str] | None = None,
+) -> T:
     """An instance of ``cls`` from ``argv`` (default: ``sys.argv[1:]``) and the YAML files that ``--config`` names.
+
+    ``foreign``: settings of another program that may stand in a shared YAML file, and what to say of each of them.
 
     Raises:
         UserError: an unknown flag or key (with a suggestion), an invalid value, an invalid YAML file.
@@ -113,10 +119,12 @@ def parse_args(cls: type[T], aliases: dict[str, Alias] | None = None, argv: list
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0)
 
-    argv = _canonical_argv(argv, known, table)
+    _asked_of_launch.clear()
+    foreign = foreign or {}
+    argv = _canonical_argv(argv, known, table, foreign)
     from_yaml: list[str] = []
     for path in _values_of(argv, "--config") + _config_of_resumed_run(argv, known):
-        from_yaml += _yaml_argv(Path(path), known, table)
+        from_yaml += _yaml_argv(Path(path), known, table, foreign)
 
     args, message = _run_parser(cls, from_yaml + argv)
     if message is None:
@@ -124,6 +132,11 @@ def parse_args(cls: type[T], aliases: dict[str, Alias] | None = None, argv: list
     # Parsing the command line alone shows which of the two has the error.
     _, alone = _run_parser(cls, argv)
     raise UserError(message if alone == message or not from_yaml else f"{_values_of(argv, '--config')[-1]}: {message}")
+
+
+def asked_of_launch() -> dict[str, str]:
+    """The values of ``LAUNCH_FLAGS`` that the last :func:`parse_args` found."""
+    return dict(_asked_of_launch)
 
 
 @functools.cache
@@ -144,11 +157,15 @@ def sections(cls: type) -> dict[str, list[tuple[str, str]]]:
     return {name: list(rows.items()) for name, rows in found.items() if rows}
 
 
+# Settings of one start of a run, which do not belong to what it trains.
+NOT_REPEATED = ("config", "resume", "overwrite", "allow_changed_data")
+
+
 def grouped(args: DataclassInstance) -> dict[str, dict[str, object]]:
-    """``args`` by section, tuples as lists: the content of ``config.yaml``, without the path it was read from."""
+    """``args`` by section, tuples as lists: the content of ``config.yaml``, without ``NOT_REPEATED``."""
     values = dataclasses.asdict(args)
     return {
-        heading: {name: _plain(values[name]) for name, _ in rows if name not in ("config", "resume", "overwrite")}
+        heading: {name: _plain(values[name]) for name, _ in rows if name not in NOT_REPEATED}
         for heading, rows in sections(type(args)).items()
     }
 
@@ -164,6 +181,41 @@ def flat_settings(groups: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in groups.items():
         settings.update(value if isinstance(value, dict) else {key: value})
     return settings
+
+
+# Settings that make no other model: how long a run is and how it is computed, and what is checked against the data.
+NOT_COMPARED = (
+    "epochs", "max_steps", "early_stop", "early_stop_min_delta", "eval_every", "eval_batch_size", "loss_batch_size",
+    "num_workers", "auto_workers", "auto_batch_size", "micro_batch_size", "activation_checkpointing", "pin_memory",
+    "compile_model", "deterministic", "cache", "cache_side", "cache_gb", "num_labels", "num_classes", "num_gloss",
+    "num_cat", "smoke_test", "noise_seed", "pretrained_backbone",
+)  # fmt: skip
+
+
+def compared_settings(args: DataclassInstance, named: Sequence[str]) -> list[str]:
+    """Short texts of the settings that differ from their default, for the name of a run: ``weight_decay0.1``.
+
+    Those that make another model: of the model, the loss and the training, and numbers and switches of the data; not
+    those that are ``named`` already.
+    """
+    fields = {field.name: field for field in dataclasses.fields(args)}
+    texts = []
+    for heading, rows in sections(type(args)).items():
+        for name, _ in rows if heading != "output" else []:
+            value, default = getattr(args, name), fields[name].default
+            is_source = heading == "data" and re.search(r"\bstr\b", str(fields[name].type))
+            if value != default and not is_source and name not in (*named, *NOT_COMPARED):
+                texts.append(_short(name, value))
+    return texts
+
+
+def _short(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return name if value else f"no_{name}"
+    if isinstance(value, float | int):
+        return f"{name}{value:g}"
+    words = value if isinstance(value, tuple | list) else [value]
+    return "-".join([name, *(Path(str(word)).name for word in words)])
 
 
 # The smallest and largest value of settings that the scripts share; None is always valid.
@@ -281,7 +333,9 @@ def _is_bool(field: dataclasses.Field) -> bool:
     return field.type in (bool, "bool")
 
 
-def _canonical_argv(argv: list[str], known: dict[str, dataclasses.Field], table: dict[str, Alias]) -> list[str]:
+def _canonical_argv(
+    argv: list[str], known: dict[str, dataclasses.Field], table: dict[str, Alias], foreign: Mapping[str, str]
+) -> list[str]:
     """Normalizes flags: dashes, aliases, ``--a=b``, ``--flag true`` and a bare ``--resume``."""
     result: list[str] = []
     position = 0
@@ -296,8 +350,14 @@ def _canonical_argv(argv: list[str], known: dict[str, dataclasses.Field], table:
         flag, equals, value = token.partition("=")
         name = flag[2:].replace("-", "_")
         follows = position < len(argv) and not argv[position].startswith("--")
-        if name in LAUNCH_FLAGS and name not in known and name not in table:
-            raise UserError(_launch_answer(flag, value or (argv[position] if follows else "")))
+        if _is_of_launch(name.removeprefix("no_"), known):
+            is_switch = name.endswith("parallel")
+            if not equals and follows and (not is_switch or argv[position].lower() in ("true", "false", "yes", "no")):
+                value = argv[position]
+                position += 1
+            value = "false" if name.startswith("no_") else value.lower() or "true"
+            _asked_of_launch[name.removeprefix("no_")] = value
+            continue
         alias = table.get(name) if name not in known else None
         if isinstance(alias, tuple):
             if not equals and follows:
@@ -328,18 +388,16 @@ def _canonical_argv(argv: list[str], known: dict[str, dataclasses.Field], table:
                 result.append(BARE[name])
         elif negated in known and "bool" in str(known[negated].type):
             result += ["--no_" + negated] if _is_bool(known[negated]) else ["--" + negated, "False"]
+        elif name in foreign:
+            raise UserError(f"{flag} {foreign[name]}")
         else:
             raise UserError(f"unknown flag {flag}{_suggestion(name, known, table, '--')}")
     return result
 
 
-def _launch_answer(flag: str, value: str) -> str:
-    mode = {"ddp": "multi_gpu", "fsdp": "fsdp", "none": "single_gpu"}.get(value, "multi_gpu")
-    device = "cpu" if value == "cpu" else "single_gpu"
-    line = LAUNCH_FLAGS[flag[2:].replace("-", "_")].format(mode=mode, device=device, script=sys.argv[0])
-    if value.startswith("cuda:"):
-        line = f"CUDA_VISIBLE_DEVICES={value[5:]} {line}"
-    return f"{flag} is set by the launcher: {line} ..."
+def _is_of_launch(name: str, known: dict[str, dataclasses.Field]) -> bool:
+    """True for a flag of the launcher that a training script is given; tools have a ``device`` of their own or none."""
+    return name in LAUNCH_FLAGS and name not in known and "resume" in known
 
 
 def _add_translated(argv: list[str], alias: tuple[str, dict[str, str]], value: str) -> None:
@@ -381,8 +439,13 @@ def _config_of_resumed_run(argv: list[str], known: dict[str, dataclasses.Field])
     return []
 
 
-def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str, Alias]) -> list[str]:
-    """The content of a YAML file as flags; keys may be grouped in sections of any name."""
+def _yaml_argv(
+    path: Path, known: dict[str, dataclasses.Field], table: dict[str, Alias], foreign: Mapping[str, str]
+) -> list[str]:
+    """The content of a YAML file as flags; keys may be grouped in sections of any name.
+
+    A section of its own for a tracker switches it on, beside the default one, if the file does not set ``report_to``.
+    """
     pairs: list[tuple[str, str, Any]] = []  # (section.key, key, value)
 
     def collect(mapping: dict[Any, Any], section: str) -> None:
@@ -394,6 +457,9 @@ def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str,
 
     collect(read_yaml(path), "")
     argv: list[str] = []
+    trackers = dict.fromkeys(dotted.partition(".")[0] for dotted, _, _ in pairs if dotted.startswith(TRACKERS))
+    if trackers and "report_to" in known and not any(_sets_trackers(key, table) for _, key, _ in pairs):
+        argv += ["--report_to", *dict.fromkeys([*known["report_to"].default, *trackers])]
     for dotted, key, value in pairs:
         name = key.replace("-", "_")
         alias = table.get(dotted) or (table.get(name) if name not in known else None)
@@ -401,6 +467,12 @@ def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str,
             _add_translated(argv, alias, str(value))
             continue
         name = alias or name
+        if _is_of_launch(name, known):
+            _asked_of_launch.setdefault(name, str(value).lower())  # the command line was read before
+            continue
+        if name in foreign and name not in known:
+            print(f"{path}: {dotted} {foreign[name]}", file=sys.stderr)
+            continue
         if name not in known:
             raise UserError(f"{path}: unknown key {dotted!r}{_suggestion(name, known, table, '')}")
         if name in BARE and isinstance(value, bool):  # YAML reads an unquoted `no` as false
@@ -417,6 +489,11 @@ def _yaml_argv(path: Path, known: dict[str, dataclasses.Field], table: dict[str,
         else:
             argv += ["--" + name, str(value)]
     return argv
+
+
+def _sets_trackers(key: str, table: dict[str, Alias]) -> bool:
+    name = str(key).replace("-", "_")
+    return _target(table.get(name, name)) == "report_to"
 
 
 def _with_sections(cls: type) -> tuple[type, dict[str, str]]:

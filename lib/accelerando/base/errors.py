@@ -6,7 +6,9 @@ import atexit
 import contextlib
 import errno
 import os
+import re
 import sys
+import time
 from collections.abc import Iterator
 
 
@@ -44,23 +46,43 @@ def errors_in_one_line() -> Iterator[None]:
         leave(str(stopped), stopped.exit_code)
     except KeyboardInterrupt:
         leave("interrupted", 130)
-    except ValueError as error:
-        if "Expected more than 1 value per channel" not in str(error):  # raised by torch's batch norm
+    except Exception as error:
+        line = _cause_outside(error)
+        if line is None:
             raise
-        leave("error: a batch has a single sample, but batch norm needs at least two: change --batch_size by one", 2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        hint = "everything saved before is intact: free some space, then run it again (training: with --resume)"
-        leave(f"error: {error}; {hint}", 2)
+        leave(f"error: {line}", 2)
     else:
         end_rank(0)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """True also for the errors of numpy ("8 requested and 0 written") and safetensors, which have no number."""
+    words = r"\d+ requested and \d+ written|No space left on device|Disk quota exceeded"
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(re.search(words, str(error)))
+
+
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
+
+def _cause_outside(error: Exception) -> str | None:
+    """A line for an error whose cause is the disk, a path or the batch size; None for all others."""
+    if is_disk_full(error):
+        reason = first_line(error) if getattr(error, "errno", None) else "No space left on device"
+        hint = "everything saved before is intact: free some space, then run it again (training: with --resume)"
+        return f"{reason}; {hint}"
+    if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
+        return f"cannot use {error.filename}: {error.strerror}; name another path or change its permissions"
+    if "Expected more than 1 value per channel" in str(error):  # raised by torch's batch norm
+        return "a batch has a single sample, but batch norm needs at least two: change --batch_size by one"
+    return None
 
 
 def leave(message: str, exit_code: int) -> None:
     """Prints ``message`` once and exits; destroys the process group first, so that no rank warns about it."""
     if int(os.environ.get("LOCAL_RANK", "0")) == 0 and message:  # one process of each machine
         print(message, file=sys.stderr, flush=True)
+    elif exit_code == 2:
+        time.sleep(1)  # at the first exit, the launcher ends the others: the one that prints should be the first
     if "torch" in sys.modules:
         distributed = sys.modules["torch"].distributed
         # If only this rank failed, the others wait in a collective, and destroying the group here would hang.

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import functools
 import glob
+import hashlib
 import math
 import os
 import re
@@ -18,14 +19,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from accelerando.base.errors import UserError
+from accelerando.base.errors import UserError, is_disk_full
 from accelerando.base.log import log
 
 T = TypeVar("T")
 
 LOCK = ".lock"  # in a run folder
 LOCK_PATIENCE = 5.0  # seconds to wait for a lock: a process that is asked to stop first saves
-STALE = 60.0  # seconds; a younger draft may belong to a process of another machine, which is not visible here
+STALE = 600.0  # seconds without a write, after which a draft is left behind whose process is not visible here
 DAMAGED = (OSError, ValueError, EOFError, KeyError)  # the errors that reading a damaged file raises
 
 
@@ -42,6 +43,15 @@ def expand_braces(pattern: str) -> list[str]:
 # ------------------------------------------------------------------------------------------------- files and folders
 
 
+def check_can_be_made(path: Path, flag: str) -> None:
+    """UserError, before long work, if ``path`` cannot be made because of a folder above it; nothing is made yet."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError(f"{flag} {path}: {above} is not a folder; name another path")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"{flag} {path}: {above} is not writable; name another path")
+
+
 @contextlib.contextmanager
 def open_whole(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]:
     """Writes a file atomically: the yielded draft replaces ``path`` when the block ends without an error.
@@ -51,7 +61,7 @@ def open_whole(path: Path, mode: str = "w", **options: Any) -> Iterator[IO[Any]]
     ``options`` are those of ``open``.
     """
     target = path.resolve()  # follows a symlink, so that the file it points to is replaced
-    _remove_stale_drafts(target)
+    _remove_stale_drafts(target.parent, target.name)
     draft = _draft_of(target)
     try:
         with open(draft, mode, **({} if "b" in mode else {"encoding": "utf-8", **options})) as file:
@@ -81,7 +91,7 @@ def whole_folder(folder: Path, file_by_file: bool = False) -> Iterator[Path]:
     old = _old_of(target)
     restore_folder(target)
     _remove(old)
-    _remove_stale_drafts(target)
+    _remove_stale_drafts(target.parent, target.name)
     draft = _draft_of(target)
     try:
         yield draft
@@ -117,20 +127,28 @@ def remove_drafts(folder: Path, name: str | None = None) -> None:
 
 
 def _draft_of(target: Path) -> Path:
-    # The process id alone is not unique: several containers may share a disk.
-    return target.with_name(f".{target.name}.{os.getpid()}-{os.urandom(3).hex()}.draft")
+    # The process id alone is not unique: a killed process's id is given again, in a container nearly always the same.
+    owner = f"{os.getpid()}-{_place()}-{_start_time(os.getpid())}"
+    return target.with_name(f".{target.name}.{owner}-{os.urandom(3).hex()}.draft")
 
 
 def _old_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 
 
-def _remove_stale_drafts(target: Path) -> None:
-    for draft in _drafts_in(target.parent):
-        match = re.fullmatch(rf"\.{re.escape(target.name)}\.(\d+)-[0-9a-f]+\.draft", draft.name)
-        if match and not _is_running(int(match[1])):
-            with contextlib.suppress(FileNotFoundError):
-                if time.time() - draft.stat().st_mtime > STALE:
+def _remove_stale_drafts(folder: Path, name: str | None = None) -> None:
+    """Removes the drafts in ``folder``, or those of one ``name``, whose process has ended."""
+    pattern = rf"\.{re.escape(name) if name else '.+'}\.(\d+)-(?:([0-9a-f]{{8}})-(\d+)-)?[0-9a-f]+\.draft"
+    for draft in _drafts_in(folder):
+        if match := re.fullmatch(pattern, draft.name):
+            process, place, start = int(match[1]), match[2], match[3]
+            if place == _place():
+                patience = math.inf if _start_time(process) == start else 0.0
+            else:  # of another machine or container; without a place, of an earlier version
+                patience = math.inf if place is None and _is_running(process) else STALE
+            with contextlib.suppress(OSError):  # removed meanwhile
+                written = max(path.stat().st_mtime for path in (draft, *draft.rglob("*")))
+                if time.time() - written > patience:
                     _remove(draft)
 
 
@@ -138,6 +156,22 @@ def _remove_stale_drafts(target: Path) -> None:
 def _drafts_in(folder: Path) -> list[Path]:
     """The drafts in ``folder`` when this process first wrote to it: listed once, however many files it writes."""
     return list(folder.glob(".*.draft"))
+
+
+@functools.cache
+def _place() -> str:
+    """Identifies the processes whose ids mean something here: those of this machine or container since its start."""
+    words = [socket.gethostname()]
+    with contextlib.suppress(OSError):  # not on macOS
+        words += [Path("/proc/sys/kernel/random/boot_id").read_text(), str(Path("/proc/self/ns/pid").readlink())]
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:8]
+
+
+def _start_time(process: int) -> str:
+    """When a process started, in ticks; "0" if it cannot be found."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text(errors="replace").rpartition(")")[2].split()[19]
+    return "0"
 
 
 def _is_running(process: int) -> bool:
@@ -295,10 +329,12 @@ def derived(target: Path, read: Callable[[Path], T], make: Callable[[Path], None
             if target.exists():
                 log.warning("%s is corrupted and will be made again: %s", target, error)
         remove_drafts(target.parent, target.name)
+        _remove_stale_drafts(target.parent)
         try:
             make(target)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not is_disk_full(error):
                 raise
-            raise UserError(f"--cache_dir {cache}: {error.strerror}: free some space or name another folder") from None
+            reason = error.strerror or "No space left on device"
+            raise UserError(f"--cache_dir {cache}: {reason}: free some space or name another folder") from None
         return read(target)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shlex
 import signal
 import sys
@@ -79,8 +80,25 @@ def _each(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 @functools.cache
 def command_line() -> str:
-    """The command that started this process, with ``accelerate launch`` if it was used."""
-    return shlex.join(launcher_command() or ["python", *sys.argv])
+    """The command that started this process, with ``accelerate launch`` if it was used, and the variables it needs."""
+    launcher = launcher_command()
+    given = _environment_of(os.getppid()) if launcher else os.environ  # a launcher adds variables for its scripts
+    variables = [
+        f"{name}={shlex.quote(value)}" for name, value in sorted(given.items()) if re.match(NEEDED_VARIABLES, name)
+    ]
+    return " ".join([*variables, shlex.join(launcher or ["python", *sys.argv])])
+
+
+# Variables on which a run depends: Accelerate's, and those of devices and threads.
+NEEDED_VARIABLES = r"ACCELERATE_|FSDP_|(CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS)$"
+
+
+def _environment_of(process: int) -> dict[str, str]:
+    """The variables with which a process was started; empty if they cannot be read."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace").split("\0")
+        return dict(word.split("=", 1) for word in words if "=" in word)
+    return {}
 
 
 @functools.cache
@@ -111,6 +129,11 @@ def gather_objects(accelerator: Accelerator, item: T) -> list[T]:
     from accelerate.utils import gather_object
 
     return gather_object([item])
+
+
+def heeded(*numbers: signal.Signals) -> tuple[signal.Signals, ...]:
+    """The given signals without SIGHUP where it is ignored: `nohup` asks that a closed terminal has no effect."""
+    return tuple(n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
 
 
 def signal_when_parent_dies(number: int) -> None:

@@ -9,9 +9,10 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from accelerando.base.errors import UserError
+from accelerando.data.digest import digest, file_sizes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +44,7 @@ class ImageFiles:
     folder: Path
     names: pa.Array
     classes: np.ndarray
+    unit: ClassVar[str] = "images"
 
     def __len__(self) -> int:
         return len(self.names)
@@ -54,6 +56,11 @@ class ImageFiles:
     def take(self, rows: np.ndarray) -> ImageFiles:
         """The files ``rows`` [m]."""
         return ImageFiles(self.folder, self.names.take(rows), self.classes[rows])
+
+    def digest(self) -> dict[str, str]:
+        """See :class:`data.digest.Digested`: of names and sizes of the files, and of their classes."""
+        sizes = file_sizes(self.folder, self.names.to_pylist())
+        return {"files": digest(self.names, sizes), "labels": digest(self.classes)}
 
 
 def class_folders(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:

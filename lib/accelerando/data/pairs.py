@@ -15,6 +15,7 @@ import numpy as np
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.log import progress_bar
+from accelerando.data.digest import digest, digest_of, file_sizes
 from accelerando.data.duplicates import join_pairs
 from accelerando.data.order import epoch_order
 from accelerando.data.tables import SUFFIXES, read_text_table
@@ -123,6 +124,8 @@ class TablePairs:
         UserError: the table cannot be read, or a row names an image that does not exist.
     """
 
+    unit: ClassVar[str] = "pairs"
+
     def __init__(self, table: str, folder: Path, image_column: str = "image", caption_column: str = "caption") -> None:
         rows = read_text_table(
             table,
@@ -143,6 +146,11 @@ class TablePairs:
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def digest(self) -> dict[str, str]:
+        """See :class:`data.digest.Digested`: of names and sizes of the images, and of their captions."""
+        sizes = file_sizes(self.folder, self.names.to_pylist())
+        return {"images": digest(self.names, sizes), "captions": digest(self.captions)}
 
     def read(self, row: int) -> tuple[bytes, bytes]:
         """The image file and the caption of a row."""
@@ -170,9 +178,14 @@ class PairSubset:
 
     source: PairSource
     rows: np.ndarray
+    unit: ClassVar[str] = "pairs"
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def digest(self) -> dict[str, str]:
+        """See :class:`data.digest.Digested`."""
+        return {name: digest(part, self.rows) for name, part in digest_of(self.source).items()}
 
     def read(self, row: int) -> tuple[bytes, bytes]:
         """The image file and the caption of a row."""

@@ -13,12 +13,13 @@ import os
 import tarfile
 from collections import OrderedDict
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.files import derived, expand_braces, open_whole
+from accelerando.data.digest import digest
 
 if TYPE_CHECKING:
     from accelerando.data.remote import FileCache, RangeReader, RemoteFile
@@ -150,6 +151,8 @@ class ShardPairs:
     ``shards`` are local paths, or remote files that ``remote`` caches or reads in parts.
     """
 
+    unit: ClassVar[str] = "pairs"
+
     def __init__(
         self, shards: list[Path] | list[RemoteFile], cache: Path, remote: FileCache | RangeReader | None = None
     ) -> None:
@@ -175,6 +178,12 @@ class ShardPairs:
     def name(self, shard: int) -> str:
         """The path or URL of a shard."""
         return str(self.shards[shard] if self.remote is None else self.shards[shard].url)
+
+    def digest(self) -> dict[str, str]:
+        """See :class:`data.digest.Digested`: of the shards' names, and the place and size of what is in them."""
+        total = [f"{Path(self.name(shard)).name} {digest(self._index(shard))}" for shard in range(len(self.shards))]
+        self._forget_all()
+        return {"shards": digest(" ".join(total))}
 
     def read(self, row: int) -> tuple[bytes, bytes]:
         """The image file and the caption of a row, as stored."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.files import derived, whole_folder
+from accelerando.data.digest import digest
 from accelerando.data.keypoints import NUM_POINTS, WIDTH, ClipAugmentation, NormalisationName, normalise_by_body
 from accelerando.data.order import balanced_rows, epoch_order, number_repeats
 
@@ -34,7 +35,7 @@ class ClipTable:
 
     ``frames`` float32 [N, D] and ``mask`` bool [N, 78] (None for features) are memory-mapped; clip i has ``lengths[i]``
     frames from ``starts[i]`` on, both int64 [n]. ``gloss`` and ``cat`` int64 [n], ``occluded`` bool [n] or None,
-    ``names`` of the files.
+    ``names`` of the files, ``packed`` a digest of the files' arrays.
     """
 
     frames: np.ndarray
@@ -45,10 +46,18 @@ class ClipTable:
     gloss: np.ndarray
     cat: np.ndarray
     occluded: np.ndarray | None = None
+    packed: str = ""
     unit: ClassVar[str] = "clips"
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def digest(self) -> dict[str, str]:
+        """See :class:`data.digest.Digested`."""
+        return {
+            "frames": digest(self.packed, self.starts, self.lengths),
+            "labels": digest(self.gloss, self.cat, self.occluded),
+        }
 
     @property
     def width(self) -> int:
@@ -185,6 +194,7 @@ def pack_clips(
             gloss=labels.gloss,
             cat=labels.cat,
             occluded=labels.occluded,
+            packed=facts["digest"],
         )
 
     paths = [folder / f"{name}.npz" for name in labels.files]
@@ -204,7 +214,7 @@ def channel_statistics(clips: ClipTable) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _fingerprint(paths: list[Path], key: str, normalisation: str) -> str:
-    digest = hashlib.sha256(json.dumps([key, normalisation, 1]).encode())
+    digest = hashlib.sha256(json.dumps([key, normalisation, 2]).encode())
     for path in paths:
         try:
             stat = path.stat()
@@ -217,7 +227,7 @@ def _fingerprint(paths: list[Path], key: str, normalisation: str) -> str:
 def _write(target: Path, paths: list[Path], key: str, normalisation: NormalisationName, what: str) -> None:
     from accelerando.base.log import progress_bar
 
-    lengths, width, has_mask = [], None, None
+    lengths, width, has_mask, arrays = [], None, None, hashlib.blake2b(digest_size=16)
     with whole_folder(target) as draft:
         draft.mkdir()
         with (
@@ -232,6 +242,8 @@ def _write(target: Path, paths: list[Path], key: str, normalisation: Normalisati
                 if normalisation == "body" and width != WIDTH:
                     hint = f"not the {WIDTH} of a body: use --normalisation standard"
                     raise UserError(f"{path}: {key} has {width} channels per frame, {hint}")
+                for part in (frames, *([] if mask is None else [mask])):  # as in the file, before normalisation
+                    arrays.update(np.ascontiguousarray(part).data)
                 frames, mask = normalise(frames, mask, normalisation)
                 has_mask = mask is not None if has_mask is None else has_mask
                 if has_mask != (mask is not None):
@@ -241,7 +253,8 @@ def _write(target: Path, paths: list[Path], key: str, normalisation: Normalisati
                 if mask is not None:
                     np.ascontiguousarray(mask).tofile(mask_file)
                 bar.update()
-        (draft / "facts.json").write_text(json.dumps({"width": width, "mask": bool(has_mask)}), encoding="utf-8")
+        facts = {"width": width, "mask": bool(has_mask), "digest": arrays.hexdigest()}
+        (draft / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
         np.save(draft / "offsets.npy", np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), allow_pickle=False)
 
 

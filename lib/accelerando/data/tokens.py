@@ -13,6 +13,7 @@ import numpy as np
 
 from accelerando.base.files import cache_folder, derived, whole_folder
 from accelerando.base.log import progress_bar
+from accelerando.data.digest import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,11 @@ class TokenTable:
         if self.labels is not None:
             sample["label"] = self.labels[row]
         return sample | {name: values[row] for name, values in self.columns.items()}
+
+    def digest(self) -> dict[str, str]:
+        """See :class:`data.digest.Digested`: another tokenizer makes other tokens of the same texts."""
+        parts = {"texts or tokens": (self.ids, self.offsets, self.types), "labels": (self.labels,)}
+        return {name: digest(*part) for name, part in {**parts, **{k: (v,) for k, v in self.columns.items()}}.items()}
 
 
 def tokenize_table(

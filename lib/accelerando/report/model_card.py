@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from accelerando.base.config import to_yaml
-from accelerando.base.processes import command_line
+from accelerando.train.run import repeat_command
 from accelerando.train.state import Run
 
 
@@ -55,7 +55,7 @@ def write_model_card(
 ## Training
 
 ```bash
-{command_line()}
+{repeat_command(run)}
 ```
 
 ```yaml

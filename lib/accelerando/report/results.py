@@ -15,11 +15,11 @@ import numpy as np
 
 from accelerando.base.config import grouped
 from accelerando.base.files import write_text
-from accelerando.base.processes import command_line
 from accelerando.report import page
 from accelerando.report.metrics import confusion_matrix, per_class, report_text
 from accelerando.report.plots import Curve, plot_confusion, plot_curves
 from accelerando.train.accelerator import count_parameters, peak_memory_mb
+from accelerando.train.run import repeat_command
 from accelerando.train.state import Run
 from accelerando.train.tracking import as_floats, evaluations
 
@@ -50,7 +50,7 @@ def write_summary(run: Run, columns: Columns, notes: Mapping[str, str] | None = 
     lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
     columns = {title: values for title, values in columns.items() if values}
     lines += ["", metrics_table(run, columns), ""] if columns else [""]
-    lines += ["Repeat it with:", f"  {command_line()}", ""]
+    lines += ["Repeat it with:", f"  {repeat_command(run)}", ""]
     text = "\n".join(lines)
     if run.accelerator.is_main_process:
         write_text(run.directory / "summary.txt", text)
@@ -129,7 +129,7 @@ def write_results(
         "parameters": parameters,
         "trainable_parameters": trainable,
         **details,
-        "command": command_line(),
+        "command": repeat_command(run),
         "config": grouped(run.args),
     }
     write_text(run.directory / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
@@ -167,7 +167,7 @@ def write_page(
         *([page.curves(history, curves)] if state.step else []),
         page.table(["metric", *columns], rows, title=heading),
         *blocks,
-        page.command(command_line()),
+        page.command(repeat_command(run)),
         page.settings(grouped(run.args), _changed(run)),
     ]
     processes, evaluated = run.accelerator.num_processes, len(evaluations(run))

@@ -7,6 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
+from accelerando.base.config import asked_of_launch
 from accelerando.base.errors import UserError
 from accelerando.base.log import log, start_log
 from accelerando.base.processes import launcher_command
@@ -25,13 +26,21 @@ def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, ch
 
     "auto" is bf16 if the hardware supports it, else fp16 on a GPU and float32 on a CPU.
 
-    The script does the gradient accumulation, so Accelerate does not divide the loss. Raises UserError for fp16 without
-    a GPU.
+    The script does the gradient accumulation, so Accelerate does not divide the loss, whatever the launch config says.
+
+    Raises:
+        UserError: fp16 without a GPU, or a launch that the scripts do not support.
     """
     start_log()
+    _check_launch_environment()
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
+        set_seed,
+    )
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # those of loading and saving weights
@@ -51,9 +60,14 @@ def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, ch
         # The others wait while the main process tokenizes or writes; the default of ten minutes can be too short.
         process_group = InitProcessGroupKwargs(timeout=datetime.timedelta(hours=2))
         handlers = [process_group, DistributedDataParallelKwargs(find_unused_parameters=changing)]
-        accelerator = Accelerator(mixed_precision=amp, gradient_accumulation_steps=1, kwargs_handlers=handlers)
+        # A plugin, because ACCELERATE_GRADIENT_ACCUMULATION_STEPS would win over the argument.
+        accumulation = GradientAccumulationPlugin(num_steps=1)
+        accelerator = Accelerator(
+            mixed_precision=amp, gradient_accumulation_plugin=accumulation, kwargs_handlers=handlers
+        )
     except ValueError as error:
-        raise UserError(f"--amp {amp}: {error}") from None
+        raise UserError(f"precision {wanted}: {error}") from None
+    _check_launch(accelerator)
     if is_sharded(accelerator) and not accelerator.is_fsdp2:
         raise UserError("FSDP version 1: the launch config needs fsdp_version: 2, see accelerate_configs/fsdp.yaml")
     if is_sharded(accelerator):
@@ -64,6 +78,62 @@ def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, ch
     if deterministic and accelerator.device.type == "cuda":
         choose_deterministic_kernels()
     return accelerator
+
+
+def _check_launch_environment() -> None:
+    """UserError if the launch asks for what these scripts or this machine do not have."""
+    import torch
+    from accelerate.utils import parse_flag_from_env
+
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps != "1":
+        log.warning(
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS=%s, of the launch, has no effect: the script's own flags set the "
+            "number of micro-batches",
+            steps,
+        )
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise UserError(f"{name} of the launch config is not supported: use accelerate_configs/fsdp.yaml")
+    # Otherwise each process would train on its own.
+    processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
+    if processes > max(1, devices) and not parse_flag_from_env("ACCELERATE_USE_CPU"):
+        config = {0: "cpu.yaml", 1: "single_gpu.yaml"}.get(devices, f"multi_gpu.yaml --num_processes {devices}")
+        line = _launch_line(config)
+        raise UserError(
+            f"{processes} processes were launched for GPUs, but this machine has {devices or 'none'}: {line}"
+        )
+
+
+def _launch_line(config: str) -> str:
+    """The command that launches this script with a config of accelerate_configs/."""
+    return f"accelerate launch --config_file accelerate_configs/{config} {sys.argv[0]} ..."
+
+
+def _check_launch(accelerator: Accelerator) -> None:
+    """Compares what was asked for with flags of the replaced scripts (``--device``) with the launch.
+
+    Raises:
+        UserError: it is another device or another kind of launch.
+    """
+    asked, several = asked_of_launch(), accelerator.num_processes > 1
+    device, mode = asked.get("device", "auto"), asked.get("distributed_mode")
+    kind, _, number = device.partition(":")
+    kind = {"gpu": "cuda"}.get(kind, kind)
+    if kind not in ("auto", accelerator.device.type):
+        config = "cpu.yaml" if kind == "cpu" else "single_gpu.yaml"
+        raise UserError(f"--device {device}, but this launch computes on {accelerator.device}: {_launch_line(config)}")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", str(accelerator.device.index or 0))
+    if number and not several and number != visible:
+        line = f"CUDA_VISIBLE_DEVICES={number} {_launch_line('single_gpu.yaml')}"
+        raise UserError(f"--device {device}, but this launch computes on GPU {visible}: {line}")
+    found = "fsdp" if is_sharded(accelerator) else "ddp" if several else "none"
+    if mode not in (None, found):
+        config = {"ddp": "multi_gpu.yaml", "fsdp": "fsdp.yaml"}.get(mode, "single_gpu.yaml")
+        raise UserError(f"--distributed_mode {mode}, but this launch is {found}: {_launch_line(config)}")
+    if asked.get("enable_parallel") in ("true", "yes", "1") and not several:
+        line = _launch_line("multi_gpu.yaml")
+        log.warning("--enable_parallel, but this launch is one process; on several GPUs: %s", line)
 
 
 def choose_deterministic_kernels() -> None:

@@ -413,7 +413,7 @@ def _start_worker(parent: int, _: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     # Only the training process handles stop signals, even if they are sent to the whole group (timeout, Slurm): if a
     # worker exited, the run would end before it could save. A worker ends with its parent, even if that is killed.
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         threading.Thread(target=_exit_on_sigterm_from, args=(parent,), daemon=True).start()

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from accelerando.train.optim import Schedule
 
 MANIFEST = "manifest.json"
+FORMAT = 1  # of a checkpoint; another version of this library may write another one
+REQUIRED = ("model.safetensors", "optimizer.safetensors", "state.json", "rng.json", "metrics.jsonl")
 
 
 # ----------------------------------------------------------------------------------------------------------- saving
@@ -67,7 +69,7 @@ def save_checkpoint(
     rng = gather_objects(accelerator, rng_state(accelerator))
     scaler = getattr(accelerator, "scaler", None)
     content = {
-        "format": 1,
+        "format": FORMAT,
         "step": step,
         "num_processes": accelerator.num_processes,
         "state": state,
@@ -162,9 +164,16 @@ def find_damage(checkpoint: Path) -> str | None:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
             if _sha256(path) != expected["sha256"]:
                 return f"{name} is corrupted (its checksum differs)"
+        known = "state.json" not in files or _read_state(checkpoint).get("format") == FORMAT
+        if unlisted := [name for name in REQUIRED if name not in files and known]:
+            return f"{MANIFEST} does not list {', '.join(unlisted)}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is missing or corrupted"
     return None
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
 def find_checkpoint(
@@ -225,8 +234,18 @@ class Checkpoint:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in the folder ``path``, which :func:`find_checkpoint` found complete."""
-    return Checkpoint(path, json.loads((path / "state.json").read_text(encoding="utf-8")))
+    """The checkpoint in the folder ``path``, which :func:`find_checkpoint` found complete.
+
+    Raises:
+        UserError: it was saved by a version of this library that writes another format.
+    """
+    content = _read_state(path)
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{path} was saved by another version of accelerando (format {content.get('format')}, this version reads "
+            f"{FORMAT}): resume it with that version, or start again with --overwrite or another --run_name"
+        )
+    return Checkpoint(path, content)
 
 
 def load_checkpoint(

@@ -34,6 +34,8 @@ def plan_steps(run: Run, batches: TrainBatches) -> None:
     """Sets ``run.total_steps``: the steps taken plus the remaining steps of ``epochs``, at most ``max_steps``."""
     state, args = run.state, run.args
     state.epoch_size = len(batches.dataset)
+    if 0 < state.epoch_size <= state.position:  # resumed with less data
+        state.epoch, state.position = state.epoch + 1, 0
     left = sum(
         batches.num_windows(state.position if epoch == state.epoch else 0) for epoch in range(state.epoch, args.epochs)
     )
@@ -49,11 +51,7 @@ def training_steps(run: Run, batches: TrainBatches) -> Iterator[Window]:
     run.bar = progress_bar(run.total_steps, state.step, " steps", "training")
     with run.bar:
         while not run.is_over:
-            if state.position >= state.epoch_size:
-                raise UserError(
-                    f"the run has used {state.position:,} samples of this epoch, but the data has "
-                    f"{state.epoch_size:,}: the data has changed; start again with --overwrite or another --run_name"
-                )
+            first = state.step
             log.info("Epoch %d/%d", state.epoch + 1, run.args.epochs)
             run.step_started = time.perf_counter()
             for window in batches.windows(state.epoch, state.position):
@@ -64,6 +62,11 @@ def training_steps(run: Run, batches: TrainBatches) -> Iterator[Window]:
                 if run.is_over:
                     break
                 run.step_started = time.perf_counter()  # the time for logging, evaluating and saving is not counted
+            if state.step == first:
+                raise UserError(
+                    f"no sample is left after {state.position:,} of epoch {state.epoch + 1}: the training data has "
+                    f"{len(batches.dataset):,} samples now, but had {state.epoch_size:,} when training began"
+                )
     report_unreadable(
         run.accelerator, batches.dataset, "training", batches.take_unreadable()
     )  # of a last, partial epoch

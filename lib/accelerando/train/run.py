@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from accelerando.base.config import flat, flat_settings, read_yaml, to_yaml
+from accelerando.base.config import compared_settings, flat, flat_settings, read_yaml, to_yaml
 from accelerando.base.errors import UserError
-from accelerando.base.files import LOCK, hold, is_unused, release, write_text
+from accelerando.base.files import LOCK, check_can_be_made, hold, is_unused, release, write_text
 from accelerando.base.log import attach_log_file, log, on_terminal
+from accelerando.base.processes import command_line
 from accelerando.train.accelerator import describe_processes, seed_each_process
+from accelerando.train.changed_data import check_data
 from accelerando.train.checkpoint import (
     find_checkpoint,
     load_checkpoint,
@@ -35,21 +38,28 @@ if TYPE_CHECKING:
     from accelerando.train.optim import Schedule
 
 
+LONGEST_NAME = 150  # characters of a run's default name
+
+
 def choose_directory(args: RunArgs, default_name: str, hint: str = "") -> Path:
     """The folder of this run; writes nothing. ``hint`` is added to the message that there is nothing to resume.
 
     Raises:
         UserError: it exists and neither ``resume`` nor ``overwrite`` is set; ``resume`` does not name a run.
     """
+    directory = Path(args.output_dir) / (args.run_name or default_name)
     if args.resume and args.resume != "auto":
         path = Path(args.resume)
         for folder in (path, *path.parents[:2]):
             if (folder / "checkpoints").is_dir():
                 return folder
+        # A path of a replaced script, such as data/SignTransformer_last.pt: the run that this command made.
+        if path.name.endswith("last.pt") and not path.exists() and (directory / "checkpoints").is_dir():
+            return directory
         raise UserError(f"--resume {path}: not a run; name a folder with checkpoints/ in it, such as runs/<name>{hint}")
-    directory = Path(args.output_dir) / (args.run_name or default_name)
     if directory.is_file():
         raise UserError(f"{directory} is a file: choose another --output_dir or --run_name")
+    check_can_be_made(directory, "--output_dir")
     if not is_unused(directory) and not args.resume:
         if not args.overwrite:
             raise _exists(directory)
@@ -75,23 +85,39 @@ def join_name(*parts: str) -> str:
     return "_".join(parts).replace("/", "-").replace(" ", "-")
 
 
+def default_run_name(args: RunArgs, *parts: str, named: Sequence[str]) -> str:
+    """A name for a run from ``parts``, which show the settings ``named``, and from all others that users compare.
+
+    ``run_prefix`` comes first. Instead of very many settings the name ends with a digest of them.
+    """
+    name = join_name(*([args.run_prefix] if args.run_prefix else []), *parts)
+    others = join_name(*compared_settings(args, named))
+    if len(name) + len(others) > LONGEST_NAME:
+        others = hashlib.sha256(others.encode()).hexdigest()[:8]
+    return join_name(name, others) if others else name
+
+
 def start_run(
     accelerator: Accelerator,
     args: RunArgs,
     directory: Path,
     metrics: Sequence[Metric],
     model_title: str,
+    data: Mapping[str, Sized],
+    classes: Mapping[str, Sequence[str]],
     remote: str | None = None,
 ) -> Run:
     """Creates the run directory (or reopens it), starts log and trackers; called when data and model are ready.
 
     A resumed run gets its counters and history from the checkpoint that it continues from. ``metrics``: in the order in
-    which they are shown. ``remote`` is the URL of a folder to which runs upload their checkpoints, and from which
-    checkpoints newer than the local ones are resumed. From now on stop signals are recorded; see
-    :func:`train.stop.stoppable`.
+    which they are shown. ``data``: the data set of each split, ``classes``: the class names of each head; a checkpoint
+    that was made with others is refused, see :mod:`train.changed_data`. ``remote`` is the URL of a folder to which runs
+    upload their checkpoints, and from which checkpoints newer than the local ones are resumed. From now on stop signals
+    are recorded; see :func:`train.stop.stoppable`.
 
     Raises:
-        UserError: the folder is in use, cannot be created, or has no checkpoint that ``resume`` could continue from.
+        UserError: the folder is in use, cannot be created, or has no checkpoint that ``resume`` could continue from;
+            the data has changed.
     """
     run = Run(directory, accelerator, args, TrainState(), metrics, model_title)
     run.remote = remote and f"{remote}/{directory.name}"
@@ -111,6 +137,7 @@ def start_run(
     accelerator.wait_for_everyone()
     if args.resume:
         _find_checkpoint_to_resume(run, fetched)
+    check_data(run, data, classes)
     if accelerator.is_main_process:
         try:
             _prepare_directory(run)
@@ -163,6 +190,10 @@ def _find_checkpoint_to_resume(run: Run, fetched: Path | None) -> None:
         run.resumed = open_checkpoint(found)
         run.state = TrainState.from_json(run.resumed.content["state"])
         run.history = read_history(found)
+    chosen = run.state.chosen
+    if all(getattr(run.args, name) == given for name, (given, _) in chosen.items()):
+        for name, (_, value) in chosen.items():
+            setattr(run.args, name, value)
 
 
 def _prepare_directory(run: Run) -> None:
@@ -187,6 +218,26 @@ def _prepare_directory(run: Run) -> None:
         _remove_remote_after(run, run.resumed.step)
         restore_best(run.resumed.path, directory / "best")
     write_text(config, to_yaml(args))
+
+
+def keep_choice(run: Run, **settings: Any) -> None:
+    """Replaces ``settings`` that were chosen automatically by what was chosen, also in ``config.yaml``.
+
+    A run that is resumed or repeated then does not choose anew, which on a busy machine may give something else.
+    """
+    for name, value in settings.items():
+        run.state.chosen[name] = [getattr(run.args, name), value]
+        setattr(run.args, name, value)
+    if run.accelerator.is_main_process:
+        write_text(run.directory / "config.yaml", to_yaml(run.args))
+
+
+def repeat_command(run: Run) -> str:
+    """The command that repeats ``run``: the one that started it, with what was chosen automatically."""
+    words = [command_line()]
+    for name, (_, value) in run.state.chosen.items():
+        words.append((f"--{name}" if value else f"--no_{name}") if isinstance(value, bool) else f"--{name} {value}")
+    return " ".join(words)
 
 
 def _remove_remote_after(run: Run, step: int) -> None:

@@ -21,8 +21,10 @@ class RunArgs(Protocol):
 
     output_dir: str
     run_name: str | None
+    run_prefix: str | None
     overwrite: bool
     resume: str | None
+    allow_changed_data: bool
     seed: int
     epochs: int
     max_steps: int | None
@@ -78,7 +80,9 @@ class TrainState:
     seconds: float = 0.0  # of training, over all restarts
     wait_seconds: float = 0.0  # of these, spent waiting for data
     epoch_size: int = 0  # samples of an epoch
-    micro_batch_size: int = 0  # found by autotune; a resumed run keeps it, since dropout masks depend on it
+    data: dict[str, Any] = field(default_factory=dict)  # what it is trained on: see train.changed_data
+    # Settings chosen automatically: [as given, as chosen]. A resumed run keeps them: dropout masks depend on the batch.
+    chosen: dict[str, list[Any]] = field(default_factory=dict)
     trackers: dict[str, str] = field(default_factory=dict)  # ids under which trackers continue
     extra: dict[str, Any] = field(default_factory=dict)  # additional entries of a script or an option
 

@@ -1,8 +1,10 @@
-"""Stop signals: SIGTERM, SIGINT and SIGUSR1 on any process end the run on all of them, after a checkpoint."""
+"""Stop signals: SIGTERM, SIGINT, SIGUSR1 and SIGHUP on any process end the run on all of them, after a checkpoint."""
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +13,7 @@ from types import FrameType
 
 from accelerando.base.errors import Stopped
 from accelerando.base.log import log
-from accelerando.base.processes import launcher_command, signal_when_parent_dies
+from accelerando.base.processes import heeded, launcher_command, signal_when_parent_dies
 from accelerando.train.state import Run
 
 
@@ -31,7 +33,7 @@ def listen_for_signals() -> None:
     global _received
     _received = None
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in heeded(signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, _note)
         if launcher_command():
             signal_when_parent_dies(signal.SIGTERM)
@@ -41,7 +43,18 @@ def _note(number: int, _frame: FrameType | None) -> None:
     global _received
     if _received is not None and number == signal.SIGINT:
         raise KeyboardInterrupt
+    if number == signal.SIGHUP:
+        _leave_terminal()
     _received = number
+
+
+def _leave_terminal() -> None:
+    """Output to a terminal that was closed is an error, which must not get in the way of saving: it goes nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            os.dup2(null, descriptor)
+    os.close(null)
 
 
 def stop_noted() -> bool:
