@@ -1,6 +1,6 @@
 """Image files as they are shown: decoded at the scale needed, turned by their EXIF orientation, as 8-bit RGB.
 
-Everything that reads an image goes through :func:`decode_pixels`, so that the tools, training, evaluation and prediction
+Everything that reads an image goes through :func:`decode_pixels`, so that tools, training, evaluation and prediction
 agree on which files are readable and on their pixels.
 """
 
@@ -123,9 +123,7 @@ def jpeg_pixels(file: bytes, height: int, width: int) -> np.ndarray:
     """A JPEG at the smallest scale whose sides are at least these, uint8 RGB. ValueError: pixels are missing."""
     import simplejpeg
 
-    decode = functools.partial(
-        simplejpeg.decode_jpeg, file, "RGB", min_height=height, min_width=width, min_factor=1
-    )
+    decode = functools.partial(simplejpeg.decode_jpeg, file, "RGB", min_height=height, min_width=width, min_factor=1)
     try:
         return decode()
     except ValueError as error:
@@ -404,24 +402,25 @@ def decode_image(file: bytes, min_side: int | None = None) -> torch.Tensor:
 
 def resize_and_crop(pixels: torch.Tensor, size: int, shorter: int | None = None, mode: str = "bicubic") -> torch.Tensor:
     """uint8 [3, H, W] -> [3, size, size]: the shorter side to ``shorter`` (default: ``size``), then a center crop."""
-    pixels = without_ends(pixels, shorter or size)
-    pixels = resize_shorter(pixels, shorter or size, mode)
+    rows, columns = middle_of(*pixels.shape[1:], shorter or size)
+    pixels = resize_shorter(pixels[:, rows, columns], shorter or size, mode)
     top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
     return pixels[:, top : top + size, left : left + size]
 
 
-def without_ends(pixels: torch.Tensor, shorter: int) -> torch.Tensor:
-    """[..., H, W], of an image that is long and is to be enlarged only the middle, from which a center crop is taken.
+def middle_of(height: int, width: int, shorter: int) -> tuple[slice, slice]:
+    """The rows and columns that matter if the shorter side is resized to ``shorter`` and the center cropped: all, but
+    of a long image that is to be enlarged only the middle.
 
     A strip of 2 x 12,000 pixels would otherwise become one of 256 x 1,536,000.
     """
-    height, width = pixels.shape[-2:]
     short, long = sorted((height, width))
+    whole = slice(None)
     if short >= shorter or long <= LONG * short:
-        return pixels
-    start = (long - LONG * short) // 2
-    middle = slice(start, long - start)  # as much at both ends, so that the center stays where it is
-    return pixels[..., middle] if width == long else pixels[..., middle, :]
+        return whole, whole
+    start = (long - LONG * short) // 2  # cut off at both ends, so that the center stays where it is
+    part = slice(start, long - start)
+    return (whole, part) if width == long else (part, whole)
 
 
 def resize_shorter(pixels: torch.Tensor, shorter: int, mode: str = "bicubic") -> torch.Tensor:
