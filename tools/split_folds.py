@@ -177,9 +177,9 @@ def check_parts(side: np.ndarray, group: np.ndarray, args: Args) -> None:
     empty = [name for number, name in wanted if not counts[number]]
     if empty:
         raise UserError(
-            f"{', '.join(empty)} would have no image: the {len(side):,} images form {len(np.unique(group)):,} groups of "
-            f"copies{' and of --groups' if args.groups else ''}, each of which stays on one side; give fewer --folds, "
-            "or --near_duplicates 0 if they are not copies"
+            f"{', '.join(empty)} would have no image: the {len(side):,} images form {len(np.unique(group)):,} groups "
+            f"of copies{' and of --groups' if args.groups else ''}, each of which stays on one side; give "
+            "fewer --folds, or --near_duplicates 0 if they are not copies"
         )
 
 

@@ -19,10 +19,10 @@ class ImageTransform:
 
     ``none``: the shorter side resized to ``shorter`` (default: ``size``), then a center crop, as CLIP's processor does;
     with ``square`` both sides resized, as SigLIP's does; ``mode`` is bicubic or bilinear. ``simple``: resized to a
-    square, a horizontal flip with probability 0.5, and a random crop after padding by an eighth. ``advanced``: resized to a square, TrivialAugmentWide (Müller and
-    Hutter 2021, arXiv:2103.10158), a rectangle erased with probability 0.2 and filled with ``mean`` (0 to 1, per
-    channel). A file is decoded at the scale needed (``exact=False``), or in full, as the processor of a saved model
-    does.
+    square, a horizontal flip with probability 0.5, and a random crop after padding by an eighth. ``advanced``: resized
+    to a square, TrivialAugmentWide (Müller and Hutter 2021, arXiv:2103.10158), a rectangle erased with probability 0.2
+    and filled with ``mean`` (0 to 1, per channel). A file is decoded at the scale needed (``exact=False``), or in full,
+    as the processor of a saved model does.
     """
 
     def __init__(

@@ -212,15 +212,15 @@ def check_processor(preprocessing: Preprocessing) -> None:
     from accelerando.data.transforms import normalise
     from accelerando.models.processors import processed
 
+    mean, std = preprocessing.colours
     coarse = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
     side = preprocessing.image_size
     image = Image.fromarray(coarse).resize((side * 2, side * 3 // 2), Image.Resampling.BICUBIC)
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=0)
-    own = normalise(preprocessing.transform()(file.getvalue())[None], *preprocessing.colours)[0]
+    own = normalise(preprocessing.transform()(file.getvalue())[None], mean, std)[0]
     theirs = processed(preprocessing.image_processor, image)
-    spread = max(preprocessing.colours[1])
-    if own.shape != theirs.shape or float((own - theirs).abs().mean()) * spread > 0.02:
+    if own.shape != theirs.shape or float((own - theirs).abs().mean()) * max(std) > 0.02:
         raise UserError(
             f"{described(preprocessing.image_processor)} does more than resize, crop and normalise, which is not "
             "supported"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from accelerando.base.errors import UserError, first_line
+from accelerando.base.log import log
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -97,6 +98,7 @@ def swap_red_and_blue(model: PreTrainedModel, name: str) -> None:
         first[0].weight.copy_(first[0].weight.flip(1))
 
 
+BILINEAR = 2  # Pillow's number of the filter with which images are resized for classifiers
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -115,6 +117,10 @@ def colour_statistics(model_name: str | None, architecture: str) -> tuple[tuple[
     if processor is None:
         return IMAGENET
     colours = input_colours(processor)
+    resample = getattr(processor, "resample", None)
+    if resample not in (None, BILINEAR):
+        log.info("%s was made with images resized by filter %d of Pillow; here they are resized bilinearly",
+                 model_name, resample)  # fmt: skip
     return colours.mean, colours.std
 
 

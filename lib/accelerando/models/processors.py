@@ -114,7 +114,7 @@ def resizing_of(processor: BaseImageProcessor) -> Resizing:
     Raises:
         UserError: its images would have different shapes, or it does what :class:`Resizing` cannot describe.
     """
-    asked, crop = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
+    asked, crop = dict(getattr(processor, "size", None) or {}), dict(getattr(processor, "crop_size", None) or {})
     cropped = bool(crop) and getattr(processor, "do_center_crop", None)
     shorter, sides = asked.get("shortest_edge"), (asked.get("height"), asked.get("width"))
     if shorter and not cropped:

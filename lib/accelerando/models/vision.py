@@ -231,9 +231,8 @@ def load_pretrained(model: VisionNet, weights: str) -> str:
             f"({len(wrong) + len(missing)} of {len(own)} tensors)"
         )
     model.net.load_state_dict(state, strict=False)
-    return f"Loaded {len(state)} tensors from {weights}" + (
-        f", all except the head {', '.join(heads)}" if left_out else ""
-    )
+    rest = f", all except the head {', '.join(heads)}" if left_out else ""
+    return f"Loaded {len(state)} tensors from {weights}{rest}"
 
 
 def _downloaded(architecture: str) -> dict[str, torch.Tensor]:

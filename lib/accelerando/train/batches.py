@@ -272,8 +272,8 @@ def check_no_batch_of_one(
     near = [size for step in range(1, 65) for size in (batch_size - step, batch_size + step) if size > 1]
     other = next((size for size in near if fits(size)), None)
     raise UserError(
-        f"--batch_size {batch_size}: {num_samples:,} samples leave a batch of a single one, but the model's batch norms "
-        f"need at least two{f': --batch_size {other} leaves none' if other else ''}"
+        f"--batch_size {batch_size}: {num_samples:,} samples leave a batch of a single one, but the model's batch "
+        f"norms need at least two{f': --batch_size {other} leaves none' if other else ''}"
     )
 
 
