@@ -274,7 +274,7 @@ def test_images_are_opened_in_one_place() -> None:
     """Everywhere else, Pillow would try every format that it knows."""
     sources = [path for folder in ("lib", "scripts", "tools") for path in (ROOT / folder).rglob("*.py")]
     found = [path.name for path in sources if re.search(r"Image\.open\(|\.open\(io\.BytesIO", path.read_text())]
-    assert found == []  # it is pillow().open(..., formats=...) in decode.py
+    assert found == ["decode.py"]
     assert "pillow().open(io.BytesIO(file), formats=formats)" in (ROOT / "lib/accelerando/data/decode.py").read_text()
 
 
@@ -396,7 +396,7 @@ def test_tools_and_training_agree_on_every_file(tmp_path: Path, call_tool) -> No
     code, _, err = call_tool(
         load_tool("split_folds"), "--raw_data", tmp_path / "raw", "--folds", 2, "--near_duplicates", 0
     )
-    assert (code, err) == (0, "")
+    assert code == 0, err
     skipped = dict(
         line.split(": cannot be read: ") for line in (tmp_path / "splits/skipped.txt").read_text().splitlines()
     )
@@ -442,21 +442,21 @@ def test_make_shards_takes_what_training_reads(tmp_path: Path, call_tool) -> Non
 # ------------------------------------------------------------------------------------------------------ narrow images
 
 
-@pytest.mark.parametrize("shape", [(2, 12_000), (12_000, 2), (3, 901), (40, 5000)])
+@pytest.mark.parametrize("shape", [(2, 12_000), (12_000, 2), (3, 901), (20, 5001)])
 def test_a_narrow_image_is_cut_before_it_is_enlarged(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     import accelerando.data.decode as module
 
     rng = np.random.default_rng(0)
     pixels = torch.from_numpy(rng.integers(0, 256, (3, *shape), np.uint8))
+    wholes = {mode: resize_shorter(pixels, 27, mode) for mode in ("bilinear", "bicubic")}
     sizes: list[int] = []
     original = module.resize
     monkeypatch.setattr(
         module, "resize", lambda pixels, size, mode: sizes.append(np.prod(size)) or original(pixels, size, mode)
     )
-    for mode in ("bilinear", "bicubic"):
+    for mode, whole in wholes.items():
         found = resize_and_crop(pixels, 24, 27, mode)
         assert max(sizes) <= 27 * 27 * 9
-        whole = resize_shorter(pixels, 27, mode)
         top, left = (whole.shape[1] - 24) // 2, (whole.shape[2] - 24) // 2
         difference = (found.float() - whole[:, top : top + 24, left : left + 24].float()).abs()
         assert difference.mean() < 6  # the same place, up to a fraction of a pixel

@@ -95,6 +95,7 @@ def decode_pixels(
     """
     import simplejpeg
 
+    least_size = None if min_side is None else (min_side, min_side)
     if simplejpeg.is_jpeg(file):
         height, width, colours = jpeg_header(file)
         if colours in ("YCbCr", "Gray"):
@@ -106,11 +107,14 @@ def decode_pixels(
                 upper = upper_part(file, height, width, rows)
                 if upper is not None:
                     return upper
-            return turned(jpeg_pixels(file, *(math.ceil(side * eighths / 8) for side in (height, width))), orientation)
+            pixels = jpeg_pixels(file, *(math.ceil(side * eighths / 8) for side in (height, width)))
+            if pixels is not None:
+                return turned(pixels, orientation)
+            least_size = max(1, width * eighths // 8), max(1, height * eighths // 8)  # for the same scale
     with open_image(file) as image:
         try:
-            if min_side is not None:
-                image.draft("RGB", (min_side, min_side))
+            if least_size is not None:
+                image.draft("RGB", least_size)
             image.load()
             return turned(rgb_pixels(image, file), orientation_of(image))
         except MemoryError:
@@ -119,8 +123,9 @@ def decode_pixels(
             raise ValueError(one_line(error)) from None
 
 
-def jpeg_pixels(file: bytes, height: int, width: int) -> np.ndarray:
-    """A JPEG at the smallest scale whose sides are at least these, uint8 RGB. ValueError: pixels are missing."""
+def jpeg_pixels(file: bytes, height: int, width: int) -> np.ndarray | None:
+    """A JPEG at the smallest scale whose sides are at least these, uint8 RGB; None: left to Pillow, as simplejpeg reads
+    none whose header has a warning. ValueError: pixels are missing."""
     import simplejpeg
 
     decode = functools.partial(simplejpeg.decode_jpeg, file, "RGB", min_height=height, min_width=width, min_factor=1)
@@ -129,7 +134,10 @@ def jpeg_pixels(file: bytes, height: int, width: int) -> np.ndarray:
     except ValueError as error:
         if not HARMLESS.search(str(error)):
             raise
+    try:
         return decode(strict=False)
+    except ValueError:
+        return None
 
 
 def upper_part(file: bytes, height: int, width: int, rows: int) -> np.ndarray | None:
@@ -149,7 +157,7 @@ def upper_part(file: bytes, height: int, width: int, rows: int) -> np.ndarray | 
     try:
         simplejpeg.decode_jpeg(shorter, "RGB", buffer=pixels[:rows])
     except ValueError as error:
-        if "extraneous bytes before marker" not in str(error):
+        if not str(error).endswith("extraneous bytes before marker 0xd9"):
             return None
     return pixels
 
@@ -280,7 +288,7 @@ def open_image(file: bytes) -> Image.Image:
     from PIL import UnidentifiedImageError
 
     formats = FORMATS
-    if file[4:8] == b"ftyp" and re.search(rb"hei[cmsx]|hev[cmsx]", file[8:40]):
+    if re.match(rb".{4}ftyp(?!avi[fs]).{0,28}(hei|hev)[cmsx]", file, re.DOTALL):
         try:
             import pillow_heif
         except ImportError:

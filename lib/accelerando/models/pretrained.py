@@ -98,7 +98,6 @@ def swap_red_and_blue(model: PreTrainedModel, name: str) -> None:
         first[0].weight.copy_(first[0].weight.flip(1))
 
 
-BILINEAR = 2  # Pillow's number of the filter with which images are resized for classifiers
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -107,6 +106,8 @@ def colour_statistics(model_name: str | None, architecture: str) -> tuple[tuple[
 
     ImageNet's if they are unknown.
     """
+    from PIL.Image import Resampling
+
     from accelerando.models.processors import input_colours, open_processor
     from accelerando.models.vision import TIMM, timm_settings
 
@@ -117,10 +118,11 @@ def colour_statistics(model_name: str | None, architecture: str) -> tuple[tuple[
     if processor is None:
         return IMAGENET
     colours = input_colours(processor)
-    resample = getattr(processor, "resample", None)
-    if resample not in (None, BILINEAR):
-        log.info("%s was made with images resized by filter %d of Pillow; here they are resized bilinearly",
-                 model_name, resample)  # fmt: skip
+    filter_used = getattr(processor, "resample", None)
+    if filter_used not in (None, Resampling.BILINEAR):
+        name = Resampling(filter_used).name.lower()
+        log.info("The image processor of %s resizes with the %s filter; here images are resized bilinearly",
+                 model_name, name)  # fmt: skip
     return colours.mean, colours.std
 
 
