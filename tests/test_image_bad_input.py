@@ -175,14 +175,14 @@ def test_weights_of_another_architecture(pair: Path, image_here, tmp_path: Path)
 
 def test_a_batch_of_one_picture_is_found_beforehand(pair: Path, image_here, tmp_path: Path) -> None:
     """Batch norms over one picture of one pixel: torch's own error would come after some steps."""
-    flags = ("--data_dir", str(pair), "--model_name", "None", "--architecture", "resnet18", "--epochs", "1")
+    flags = ("--data_dir", str(pair), "--max_steps", "2", "--epochs", "1")
     words = "--batch_size 7: 8 samples leave a batch of a single one, .* need at least two: --batch_size 6 leaves none"
     with pytest.raises(UserError, match=words):
-        image_here(*flags, "--batch_size", "7", "--image_size", "32")
+        image_here(*flags, "--batch_size", "7", "--image_size", "8")
     assert not (tmp_path / "runs").exists()
-    image_here(*flags, "--batch_size", "6", "--image_size", "32", name="as told")
-    image_here(*flags, "--batch_size", "7", "--image_size", "40", name="larger maps")
-    image_here(*flags, "--batch_size", "7", "--image_size", "32", "--strategy", "head", name="norms at rest")
+    image_here(*flags, "--batch_size", "6", "--image_size", "8", name="as told")
+    image_here(*flags, "--batch_size", "7", "--image_size", "16", name="larger maps")
+    image_here(*flags, "--batch_size", "7", "--image_size", "8", "--strategy", "head", name="norms at rest")
 
 
 def test_the_smallest_batch_is_that_of_the_loader() -> None:

@@ -35,6 +35,7 @@ HARMLESS = re.compile(
     r"extraneous bytes before marker|unknown JFIF revision|Unknown Adobe color transform|bad ICC marker"
     r"|Invalid SOS parameters|Inconsistent progression"
 )
+BAND = 2**24  # pixels that are laid on a background at once
 LONG = 8  # an image is long if one side has this many times the pixels of the other
 MARGIN = 8 / 7  # evaluation resizes to 256 for a center crop of 224 pixels, as torchvision's recipes do
 
@@ -325,8 +326,6 @@ def rgb_pixels(image: Image.Image, file: bytes) -> np.ndarray:
     Raises:
         ValueError: its numbers have no known range.
     """
-    from PIL import Image
-
     key = transparent_colour(image, file)
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image)
@@ -337,12 +336,25 @@ def rgb_pixels(image: Image.Image, file: bytes) -> np.ndarray:
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or key is not None:
         if key is not None:
             image.info["transparency"] = key
-        layer = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        canvas = Image.new("RGBA", layer.size, "white")  # the usual background of product photos
-        image = Image.alpha_composite(canvas, layer)
-        if layer.getextrema()[3][1] and image.convert("L").getextrema()[0] == 255:  # a white figure, lost on white
-            image = Image.alpha_composite(Image.new("RGBA", layer.size, "black"), layer)
-    return np.array(image.convert("RGB"))
+        on_white, visible = composited(image, "white")  # the usual background of product photos
+        return composited(image, "black")[0] if visible and on_white.min() == 255 else on_white  # a white figure
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def composited(image: Image.Image, background: str) -> tuple[np.ndarray, bool]:
+    """A transparent image on a background, uint8 RGB [H, W, 3], and whether any of it is visible; in bands, which need
+    less memory."""
+    from PIL import Image
+
+    pixels, visible = np.empty((image.height, image.width, 3), np.uint8), False
+    rows = max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        band = (band.convert("LA") if band.mode == "La" else band).convert("RGBA")
+        visible |= band.getextrema()[3][1] > 0
+        below = Image.new("RGBA", band.size, background)
+        pixels[top : top + rows] = Image.alpha_composite(below, band).convert("RGB")
+    return pixels, visible
 
 
 def transparent_colour(image: Image.Image, file: bytes) -> int | tuple[int, ...] | bytes | None:
@@ -379,7 +391,8 @@ def eight_bits(values: np.ndarray, image: Image.Image) -> np.ndarray:
         raise ValueError(f"its grey levels go from {low:g} to {high:g}, expected {expected}: save it with 8 or 16 bits")
     if tags.get(262) == 0:  # white is zero
         values = top - values
-    return np.rint(values * (255 / top)).astype(np.uint8)
+    scaled = np.multiply(values, 255 / top, dtype=np.float32)
+    return np.rint(scaled, out=scaled).astype(np.uint8)
 
 
 @dataclass(frozen=True)
