@@ -40,7 +40,7 @@ from accelerando.data.pairs import (
     split_locations,
 )
 from accelerando.data.tables import SUFFIXES
-from accelerando.data.transforms import AugmentationName, ImageTransform, normalise
+from accelerando.data.transforms import AugmentationName, normalise
 from accelerando.inference.hub import check_push, push_best
 from accelerando.models import clip
 from accelerando.models.cpu import speed_up_dropout, use_eager_attention
@@ -304,10 +304,7 @@ def locations(args: Args) -> dict[str, str]:
 
 def training_pairs(args: Args, data: Data) -> PairDataset:
     """The training pairs as each epoch augments them."""
-    preprocessing = data.preprocessing
-    mean = preprocessing.image_processor.image_mean
-    augment = ImageTransform(preprocessing.image_size, args.augmentation, mean, False, preprocessing.square)
-    return PairDataset(data.splits["train"], augment, args.seed)
+    return PairDataset(data.splits["train"], data.preprocessing.transform(args.augmentation, exact=False), args.seed)
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -323,6 +320,7 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         model = clip.make_clip_model(data.preprocessing.tokenizer, *shape, args.attention_dropout or 0.0)
     else:
         model = clip.open_clip_model(args.model_name, args.adapter, args.attention_dropout)
+        clip.check_image_size(model, data.preprocessing)
     clip.make_trainable_scale(model, args.logit_scale_init, args.logit_bias_init if args.loss == "siglip" else None)
     if on_cpu:
         patches = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
@@ -390,8 +388,7 @@ def model_inputs(batch: dict[str, torch.Tensor], data: Data) -> dict[str, torch.
     """What the model takes of a batch: normalised pixels, tokens and their mask, as far as they are there."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
     if "pixel_values" in batch:
-        images = data.preprocessing.image_processor
-        inputs["pixel_values"] = normalise(batch["pixel_values"], images.image_mean, images.image_std)
+        inputs["pixel_values"] = normalise(batch["pixel_values"], *data.preprocessing.colours)
     return inputs
 
 
@@ -416,7 +413,7 @@ def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Arg
     ``readable`` [n] says which pairs count; ``prompts`` [C, d] are the classes' embeddings where there are any.
     """
     gallery = data.galleries[split]
-    transform = ImageTransform(data.preprocessing.image_size, square=data.preprocessing.square)
+    transform = data.preprocessing.transform()
     found: dict[str, np.ndarray] = {}
     for part, rows in (("image", gallery.image_rows), ("text", gallery.text_rows)):
         dataset = PairDataset(PairSubset(data.splits[split], rows), transform, parts=part)

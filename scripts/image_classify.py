@@ -29,7 +29,13 @@ from accelerando.data.splits import stratified_split
 from accelerando.data.transforms import normalise
 from accelerando.inference.hub import check_push, push_best
 from accelerando.models.cpu import speed_up_dropout
-from accelerando.models.pretrained import class_labels, colour_statistics, head_names, open_classifier
+from accelerando.models.pretrained import (
+    class_labels,
+    colour_statistics,
+    head_names,
+    open_classifier,
+    own_image_size,
+)
 from accelerando.report import page, results
 from accelerando.report.metrics import classification_metrics
 from accelerando.report.model_card import write_model_card
@@ -43,7 +49,7 @@ from accelerando.train.accelerator import (
     unwrapped,
 )
 from accelerando.train.averages import Ema, averaged
-from accelerando.train.batches import TrainBatches
+from accelerando.train.batches import TrainBatches, check_no_batch_of_one
 from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.layerwise import layers_of, train_from, train_mode
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
@@ -77,7 +83,7 @@ class Args:
     dataset_name: str | None = None  # what to call it (default: the folder's name)
     fold: int = 0  # which fold is validated on; the others are trained on
     validation_fraction: float = 0.1  # share of train/ held out, stratified, where there is no val/; 0: none
-    image_size: int = 224  # side of the images in pixels
+    image_size: int | None = None  # side of the images in pixels (default: what the model was made for)
     crop_scale: float = 0.08  # augmentation: the smallest share of an image that is cut out; 1: the middle, as it is
     flip: float = 0.5  # augmentation: probability of a left-right mirror
     augmentation: Literal["none", "randaugment", "trivialaugment"] = "none"  # further changes of geometry and colour
@@ -208,6 +214,9 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     folder = Path(args.data_dir)
     if not args.data_dir:
         raise UserError("--data_dir is missing: a folder with raw/<class>/ or with train/<class>/ and val/<class>/")
+    args.image_size = args.image_size or own_image_size(args.model_name, args.architecture)
+    if any(not 8 <= size <= args.image_size for size in args.progressive_sizes):
+        raise UserError(f"--progressive_sizes: sides from 8 up to --image_size {args.image_size}")
     left_out: list[str] = []
     classes, splits = read_splits(folder, args.fold, lambda name, why: left_out.append(f"{folder / name}: {why}"))
     for line in left_out[:5]:
@@ -249,6 +258,7 @@ def training_images(args: Args, data: Data) -> TrainingImages:
 def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedModel:
     import torch
 
+    from accelerando.models.trial import try_image_sizes
     from accelerando.models.vision import VisionNet, VisionNetConfig, load_pretrained
 
     labels = class_labels(data.label_names)
@@ -263,6 +273,9 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
     head = head_names(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad = args.strategy != "head" or name.startswith(head)
+    if try_image_sizes(model, (*args.progressive_sizes, args.image_size)):
+        batches = (args.batch_size, args.gradient_accumulation_steps, accelerator.num_processes)
+        check_no_batch_of_one(len(data.splits["train"]), *batches)
     if args.trainer_type == "dp":
         make_valid(model, args.image_size)
     elif accelerator.device.type == "cpu" and not args.compile_model:
@@ -328,14 +341,14 @@ def score(found: dict[str, np.ndarray], data: Data, split: str, args: Args) -> d
 # ----------------------------------------------------------------------------------------------------------- output
 
 USAGE = """
-from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.image_utils import load_image
 
 import accelerando.models.vision  # makes transformers know this model
 
 model = AutoModelForImageClassification.from_pretrained("{folder}").eval()
 processor = AutoImageProcessor.from_pretrained("{folder}")
-logits = model(**processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt")).logits
+logits = model(**processor(load_image("image.jpg"), return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])
 """
 
@@ -401,8 +414,6 @@ def check_args(args: Args) -> None:
         label_smoothing=(0, 0.999), num_classes=(2, 2**20), unfreeze_every=(1, 2**20), layer_decay=(0.001, 1),
         noise_multiplier=(0, 1000), target_epsilon=(1e-6, 1e6), target_delta=(1e-30, 0.999), noise_seed=(0, 2**62),
     )  # fmt: skip
-    if any(not 8 <= size <= args.image_size for size in args.progressive_sizes):
-        raise UserError(f"--progressive_sizes: sides from 8 up to --image_size {args.image_size}")
     if args.model_name and args.weights:
         raise UserError("--weights are those of --architecture; --model_name brings its own: drop one")
     if args.layer_decay < 1 and args.strategy == "head":

@@ -406,7 +406,7 @@ def test_siglips_square_is_its_own(run, tmp_path, photos) -> None:
     tokens = tokenizer(CAPTIONS, padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         output = siglip(input_ids=tokens, **processor(images=pictures, return_tensors="pt"))
-    assert np.abs(matrix(table, "image") - output.image_embeds.numpy()).max() < EXACT
+    assert np.abs(matrix(table, "image") - output.image_embeds.numpy()).max() < PILLOW
     assert np.abs(matrix(table, "text") - output.text_embeds.numpy()).max() < EXACT
     assert float(table.schema.metadata[b"logit_bias"]) == pytest.approx(float(siglip.logit_bias.detach()), abs=1e-5)
 

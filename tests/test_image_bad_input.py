@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import IMAGE, launch
 from PIL import Image
 
-from accelerando.base.errors import UserError
+from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.models.vision import make_net
 
 
@@ -172,12 +171,66 @@ def test_weights_of_another_architecture(pair: Path, image_here, tmp_path: Path)
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.launch
-def test_a_batch_of_one_picture_is_explained(pair: Path, tmp_path: Path) -> None:
-    """Batch norms over one picture of one pixel: torch's own error is a traceback."""
-    flags = ("--data_dir", str(pair), "--architecture", "resnet18", "--image_size", "32", "--batch_size", "7")
-    done = launch(IMAGE, *flags, "--epochs", "1", "--report_to", "none", cwd=tmp_path, check=False)
-    assert done.code == 2
-    assert done.err.strip() == (
-        "error: a batch has a single sample, but batch norm needs at least two: change --batch_size by one"
+def test_a_batch_of_one_picture_is_found_beforehand(pair: Path, image_here, tmp_path: Path) -> None:
+    """Batch norms over one picture of one pixel: torch's own error would come after some steps."""
+    flags = ("--data_dir", str(pair), "--max_steps", "2", "--epochs", "1")
+    words = "--batch_size 7: 8 samples leave a batch of a single one, .* need at least two: --batch_size 6 leaves none"
+    with pytest.raises(UserError, match=words):
+        image_here(*flags, "--batch_size", "7", "--image_size", "8")
+    assert not (tmp_path / "runs").exists()
+    image_here(*flags, "--batch_size", "6", "--image_size", "8", name="as told")
+    image_here(*flags, "--batch_size", "7", "--image_size", "16", name="larger maps")
+    image_here(*flags, "--batch_size", "7", "--image_size", "8", "--strategy", "head", name="norms at rest")
+
+
+def test_the_smallest_batch_is_that_of_the_loader() -> None:
+    from accelerando.train.batches import TrainBatches, smallest_batch
+
+    def collate(rows: list[int]) -> dict[str, torch.Tensor]:
+        return {"rows": torch.tensor(rows)}
+
+    for samples, size, steps, processes in [(8, 7, 1, 1), (9, 4, 2, 1), (10, 3, 2, 2), (5, 8, 1, 2), (3, 2, 1, 4)]:
+        found = [
+            len(batch["rows"])
+            for rank in range(processes)
+            for window in TrainBatches(
+                range(samples), collate, size, steps, num_processes=processes, process_index=rank
+            ).windows(0)
+            for batch in window
+        ]
+        assert smallest_batch(samples, size, steps, processes) == min(found)
+
+
+def test_torchs_own_error_about_a_batch_of_one_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end, errors_in_one_line():
+        torch.nn.BatchNorm1d(3)(torch.zeros(1, 3))
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: a batch has a single sample, but batch norm needs at least two: change --batch_size by one\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--model_name", "{vit}", "--image_size", "48"), r"images of 48 x 48 pixels \(.*48.*\): leave --image_size"),
+        (("--model_name", "{vit}", "--image_size", "32", "--progressive_sizes", "16"), "images of 16 x 16 pixels"),
+        (("--architecture", "alexnet", "--image_size", "32"), "images of 32 x 32 pixels .*too small"),
+        (("--architecture", "vit_b_16", "--image_size", "96"), "images of 96 x 96 pixels .*Wrong image height"),
+    ],
+)
+def test_a_size_that_does_not_fit_the_net(
+    flags: tuple[str, ...], words: str, pair: Path, tiny_vit: Path, image_here, tmp_path: Path
+) -> None:
+    model = () if "--model_name" in flags else ("--model_name", "None")
+    with pytest.raises(UserError, match=words) as error:
+        image_here("--data_dir", str(pair), *model, *(str(tiny_vit) if flag == "{vit}" else flag for flag in flags))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_a_size_it_is_the_models_own(pair: Path, tiny_vit: Path, image_here) -> None:
+    run = image_here("--data_dir", str(pair), "--model_name", str(tiny_vit), "--image_size", "None", "--max_steps", "1")
+    assert "image_size: 32\n" in (run / "config.yaml").read_text()
+    again = image_here("--data_dir", str(pair), "--model_name", str(run / "best"), "--image_size", "None", name="again")
+    assert "image_size: 32\n" in (again / "config.yaml").read_text()

@@ -317,7 +317,7 @@ def test_a_net_is_saved_and_opened(name: str, side: int, tmp_path: Path) -> None
         assert torch.equal(output.logits, model(pixels).logits)
     assert output.logits.shape == (2, 3)
     weighted = [module for module in model.net.modules() if list(module.parameters(recurse=False))]
-    assert model.get_submodule(model.head_name()) is weighted[-1]  # nothing stands behind the head
+    assert [model.get_submodule(head) for head in model.head_names()] == weighted[-1:]  # nothing stands behind the head
     assert output.loss > 0
 
 

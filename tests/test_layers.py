@@ -34,11 +34,11 @@ def net(architecture: str) -> VisionNet:
 )
 def test_layers_go_from_the_input_to_the_head(architecture: str, count: int, first: str, last: str) -> None:
     model = net(architecture)
-    layers = layers_of(model, (f"{model.head_name()}.",))
+    layers = layers_of(model, tuple(f"{name}." for name in model.head_names()))
     assert len(layers) == count
     assert layers[0][0] == first
     assert layers[-2][-1] == last
-    assert set(layers[-1]) == {f"{model.head_name()}.weight", f"{model.head_name()}.bias"}
+    assert set(layers[-1]) == {f"{head}.{part}" for head in model.head_names() for part in ("weight", "bias")}
     names = [name for layer in layers for name in layer]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
 

@@ -531,3 +531,20 @@ def test_a_pair_of_folders_shares_the_class_map(tmp_path: Path) -> None:
         read_class_folders(tmp_path)
     shutil.rmtree(tmp_path / "val")
     assert set(read_class_folders(tmp_path)[1]) == {"train"}
+
+
+@pytest.mark.parametrize("how", ["copies", "groups"])
+def test_a_fold_without_an_image_is_an_error(how: str, split, tmp_path: Path) -> None:
+    raw = make_raw(tmp_path, {"ants": 6, "bees": 6})
+    flags = ("--folds", "3")
+    if how == "copies":
+        for number, path in enumerate(sorted(raw.rglob("*.*"))):
+            scene(0, 48 + number % 3).save(path)
+    else:
+        lines = [f"{path.relative_to(raw).as_posix()},{number % 2}" for number, path in enumerate(raw.rglob("*.*"))]
+        (tmp_path / "groups.csv").write_text("\n".join(["file,group", *lines]), encoding="utf-8")
+        flags += ("--groups", tmp_path / "groups.csv", "--near_duplicates", "0")
+    with pytest.raises(UserError, match=r"would have no image: the 12 images form [12] groups of copies") as error:
+        split(*flags)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "splits").exists()

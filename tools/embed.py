@@ -37,13 +37,13 @@ from accelerando.inference.inputs import IMAGES
 from accelerando.inference.outputs import print_first, whole_file
 from accelerando.inference.runs import model_folder
 from accelerando.inference.saved import choose_device
-from accelerando.models.clip import embed_in_forward, open_clip_model, open_preprocessing
+from accelerando.models.clip import check_image_size, embed_in_forward, open_clip_model, open_preprocessing
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
     import torch
-    from transformers import BaseImageProcessor, CLIPModel, SiglipModel
+    from transformers import CLIPModel, SiglipModel
 
     from accelerando.data.collate import PairCollate
     from accelerando.data.shards import ShardPairs
@@ -274,41 +274,14 @@ def load_model(args: Args) -> tuple[ClipModel, Preprocessing]:
     try:
         preprocessing = open_preprocessing(name, args.max_length)
         model = open_clip_model(name, args.adapter)
+        check_image_size(model, preprocessing)
     except UserError as error:
         raise UserError(str(error).removeprefix("--model_name ")) from None
     embed_in_forward(model)
     return model.eval().to(device), preprocessing
 
 
-def make_transform(processor: BaseImageProcessor, size: int) -> Callable[[bytes], torch.Tensor]:
-    """From a file to uint8 [3, size, size], or to float32 [3, H, W] where the processor does it in its own way."""
-    from accelerando.data.transforms import ImageTransform
-
-    like_clip = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 3,
-                 "rescale_factor": 1 / 255}  # fmt: skip
-    asked, crop = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
-    fast = all(getattr(processor, name, None) == value for name, value in like_clip.items())
-    if fast and asked.get("shortest_edge") == crop.get("height") == crop.get("width") == size:
-        return ImageTransform(size)
-    return ProcessorTransform(processor)
-
-
-@dataclass
-class ProcessorTransform:
-    """From a file to float32 [3, H, W], normalised, by the model's own processor: SigLIP's, which makes a square."""
-
-    processor: BaseImageProcessor
-
-    def __call__(self, file: bytes) -> torch.Tensor:
-        from PIL import Image
-
-        from accelerando.data.decode import decode_image
-
-        image = Image.fromarray(decode_image(file).permute(1, 2, 0).numpy())
-        return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
-
-
-def embed(model: ClipModel, batch: dict[str, Any], processor: BaseImageProcessor, amp: str) -> dict[str, np.ndarray]:
+def embed(model: ClipModel, batch: dict[str, Any], preprocessing: Preprocessing, amp: str) -> dict[str, np.ndarray]:
     """Embeddings of unit length, float32 [b, d], of the ``image`` and ``text`` in ``batch``.
 
     Raises:
@@ -327,7 +300,7 @@ def embed(model: ClipModel, batch: dict[str, Any], processor: BaseImageProcessor
     if "input_ids" in batch and int(batch["input_ids"].max()) >= known:
         raise UserError(f"the tokenizer has more tokens than the model's {known}; they do not belong together")
     if "pixel_values" in inputs and inputs["pixel_values"].dtype == torch.uint8:
-        inputs["pixel_values"] = normalise(inputs["pixel_values"], processor.image_mean, processor.image_std)
+        inputs["pixel_values"] = normalise(inputs["pixel_values"], *preprocessing.colours)
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp == "bf16"):
         output = model(**inputs)
     found = {name: output[name].float().cpu().numpy() for name in ("image", "text") if name in output}
@@ -349,7 +322,7 @@ def embedded(
 
     from accelerando.train.batches import Plan, make_loader
 
-    transform = make_transform(preprocessing.image_processor, preprocessing.image_size)
+    transform = preprocessing.transform()
     samples = Samples(source, transform, chosen_parts(source, args.parts))
     rows = np.arange(len(source))
     if hasattr(source, "prefetch"):
@@ -360,7 +333,7 @@ def embedded(
         for batch in make_loader(samples, collate, plan, args.num_workers, model.logit_scale.device):
             rows = [(key(row), fault) for row, fault in zip(batch["index"].tolist(), batch["faults"], strict=True)]
             sound = [key for key, fault in rows if fault is None]
-            found = embed(model, batch, preprocessing.image_processor, args.amp) if sound else {}
+            found = embed(model, batch, preprocessing, args.amp) if sound else {}
             table = make_table(schema, sound, batch["captions"], found)
             yield table, [f"{key}: {fault}" for key, fault in rows if fault is not None]
     except UserError as error:  # a worker's comes with its traceback before it
@@ -379,7 +352,7 @@ def make_schema(
     import pyarrow as pa
 
     probe = collate([{"valid": 1.0, "image_id": 0, "text_id": 0, "words": "a", "caption": "a"}])
-    dimension = embed(model, probe, preprocessing.image_processor, "no")["text"].shape[1]
+    dimension = embed(model, probe, preprocessing, "no")["text"].shape[1]
     number = pa.float16() if args.dtype == "float16" else pa.float32()
     fields = [pa.field("key", pa.string(), nullable=False)]
     if any("text" in parts_of(source) for source in sources):

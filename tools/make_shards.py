@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import math
 import os
@@ -347,20 +346,12 @@ def check_image(path: str, verify: bool) -> ImageFile:
     else:
         return ImageFile(fault="not a JPEG, PNG or WebP image" if data else "the file is empty")
     if verify:
-        import warnings
-
-        from PIL import Image
+        from accelerando.data.decode import decode_pixels
 
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                Image.open(io.BytesIO(data)).load()
-        except Exception as error:  # each of Pillow's decoders has errors of its own
-            # Pillow names the buffer that it read from, which says nothing to the user.
-            reason = re.sub(
-                r"cannot identify image file .*", "not an image, or its header is corrupted", first_line(error)
-            )
-            return ImageFile(fault=f"broken image ({reason})")
+            decode_pixels(data)
+        except ValueError as error:
+            return ImageFile(fault=f"broken image ({first_line(error)})")
     return ImageFile(hashlib.sha256(data).hexdigest(), len(data), kind)
 
 

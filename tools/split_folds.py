@@ -127,19 +127,13 @@ def read_groups(path: Path, raw: Path, images: list[str]) -> np.ndarray:
 
 def read_print(path: str) -> Fingerprint | str:
     """What is kept of an image file to find its copies, or why it cannot be used; what a worker runs."""
-    import warnings
-
     from accelerando.data.decode import decode_pixels
     from accelerando.data.duplicates import fingerprint
 
     try:
         data = Path(path).read_bytes()
-        if not data:
-            return "the file is empty"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return fingerprint(decode_pixels(data))
-    except Exception as error:  # each of Pillow's decoders has errors of its own
+        return fingerprint(decode_pixels(data)) if data else "the file is empty"
+    except (ValueError, OSError) as error:
         return f"cannot be read: {getattr(error, 'strerror', None) or first_line(error)}"
 
 
@@ -171,6 +165,22 @@ def check_counts(raw: Path, classes: np.ndarray, names: list[str], args: Args, s
                 f"give fewer --folds{' or a smaller --test_fraction' if share > 0 else ''}"
                 + (f"; {len(lost):,} left out, such as {lost[0]}" if lost else "")
             )
+
+
+def check_parts(side: np.ndarray, group: np.ndarray, args: Args) -> None:
+    """UserError for a fold, or a test set, without an image: there are too few groups of what has to stay together."""
+    import numpy as np
+
+    counts = np.bincount(side, minlength=args.folds + 1)
+    wanted = [(0, "the test set")] if args.test_fraction > 0 else []
+    wanted += [(fold + 1, f"fold {fold}") for fold in range(args.folds)]
+    empty = [name for number, name in wanted if not counts[number]]
+    if empty:
+        raise UserError(
+            f"{', '.join(empty)} would have no image: the {len(side):,} images form {len(np.unique(group)):,} groups "
+            f"of copies{' and of --groups' if args.groups else ''}, each of which stays on one side; give "
+            "fewer --folds, or --near_duplicates 0 if they are not copies"
+        )
 
 
 def joined(*partitions: np.ndarray) -> np.ndarray:
@@ -335,6 +345,7 @@ def main() -> None:
     if given is not None:
         group = joined(group, given[sound])
     side = deal_folds(classes, group, args.test_fraction, args.folds, np.random.default_rng(args.seed))
+    check_parts(side, group, args)
 
     try:
         with whole_folder(target) as draft:

@@ -1,20 +1,42 @@
-"""Image files decoded at the scale needed."""
+"""Image files as they are shown: decoded at the scale needed, turned by their EXIF orientation, as 8-bit RGB.
+
+Everything that reads an image goes through :func:`decode_pixels`, so that tools, training, evaluation and prediction
+agree on which files are readable and on their pixels.
+"""
 
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import math
+import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from accelerando.base.errors import first_line
+
 if TYPE_CHECKING:
+    from types import ModuleType
+
     import torch
+    from PIL import Image
 
 
+# What Pillow may open, whatever a file is called: its reader of PostScript, for instance, would run Ghostscript.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
+JPEG = b"\xff\xd8"  # how a JPEG begins
+# libjpeg's warnings about JPEGs whose pixels are all there; other warnings say that some are missing or wrong.
+HARMLESS = re.compile(
+    r"extraneous bytes before marker|unknown JFIF revision|Unknown Adobe color transform|bad ICC marker"
+    r"|Invalid SOS parameters|Inconsistent progression"
+)
+BAND = 2**24  # pixels that are laid on a background at once
+LONG = 8  # an image is long if one side has this many times the pixels of the other
 MARGIN = 8 / 7  # evaluation resizes to 256 for a center crop of 224 pixels, as torchvision's recipes do
 
 
@@ -32,6 +54,8 @@ def decode_crop(
     file is known to be intact, so the rows below the crop are not decoded; the result is the same, but damage there
     may go unnoticed.
     """
+    if isinstance(source, bytes) and not source.startswith(JPEG):  # only a JPEG can be decoded in part or reduced
+        source = decode(source)
     height, width = source.size if isinstance(source, DecodedImage) else header_size(source)
     top, left, part_height, part_width = box(height, width)
     min_side = math.ceil(min(height, width) * min(1.0, size / min(part_height, part_width)))
@@ -54,29 +78,67 @@ def evaluation_side(size: int) -> int:
 
 
 def pixels_of(source: Source, min_side: int, rows: int | None = None) -> np.ndarray:
-    """An image as uint8 RGB [H, W, 3], a JPEG at 1/2, 1/4 or 1/8 of its size with no side below ``min_side``.
+    """:func:`decode_pixels`; an image from a cache is returned unchanged."""
+    return source.pixels if isinstance(source, DecodedImage) else decode_pixels(source, min_side, rows)
 
-    An image from a cache is returned unchanged. With ``rows``, only the first ``rows`` rows of the image are defined.
+
+def decode_pixels(
+    file: bytes, min_side: int | None = None, rows: int | None = None, rounded_up: bool = True
+) -> np.ndarray:
+    """An image file as uint8 RGB [H, W, 3], turned by its EXIF orientation, transparency on white.
+
+    With ``min_side``, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if no side is then below ``min_side``; such
+    sides are rounded up, which without ``rounded_up`` does not count. With ``rows``, only the first ``rows`` rows of
+    the image are defined.
 
     Raises:
-        ValueError, OSError: it is not an image, truncated, or far too large.
+        ValueError: it is not an image, damaged, or far too large; its message is the reason.
     """
     import simplejpeg
 
-    if isinstance(source, DecodedImage):
-        return source.pixels
-    if simplejpeg.is_jpeg(source):
-        height, width, colours = jpeg_header(source)
+    least_size = None if min_side is None else (min_side, min_side)
+    if simplejpeg.is_jpeg(file):
+        height, width, colours = jpeg_header(file)
         if colours in ("YCbCr", "Gray"):
+            orientation = jpeg_orientation(file)
             # libjpeg-turbo has no vector code for 5/8 to 7/8: these scales take longer than full size.
-            eighths = next((n for n in (1, 2, 4) if min(height, width) * n > 8 * (min_side - 1)), 8)
-            if eighths == 8 and rows is not None:
-                upper = upper_part(source, height, width, rows)
+            least = math.inf if min_side is None else 8 * min_side - (8 if rounded_up else 1)
+            eighths = next((n for n in (1, 2, 4) if min(height, width) * n > least), 8)
+            if eighths == 8 and rows is not None and orientation == 1:
+                upper = upper_part(file, height, width, rows)
                 if upper is not None:
                     return upper
-            sides = [math.ceil(side * eighths / 8) for side in (height, width)]
-            return simplejpeg.decode_jpeg(source, "RGB", min_height=sides[0], min_width=sides[1], min_factor=1)
-    return decode_pixels(source, min_side)
+            pixels = jpeg_pixels(file, *(math.ceil(side * eighths / 8) for side in (height, width)))
+            if pixels is not None:
+                return turned(pixels, orientation)
+            least_size = max(1, width * eighths // 8), max(1, height * eighths // 8)  # for the same scale
+    with open_image(file) as image:
+        try:
+            if least_size is not None:
+                image.draft("RGB", least_size)
+            image.load()
+            return turned(rgb_pixels(image, file), orientation_of(image))
+        except MemoryError:
+            raise
+        except Exception as error:  # each of Pillow's decoders raises errors of its own
+            raise ValueError(one_line(error)) from None
+
+
+def jpeg_pixels(file: bytes, height: int, width: int) -> np.ndarray | None:
+    """A JPEG at the smallest scale whose sides are at least these, uint8 RGB; None: left to Pillow, as simplejpeg reads
+    none whose header has a warning. ValueError: pixels are missing."""
+    import simplejpeg
+
+    decode = functools.partial(simplejpeg.decode_jpeg, file, "RGB", min_height=height, min_width=width, min_factor=1)
+    try:
+        return decode()
+    except ValueError as error:
+        if not HARMLESS.search(str(error)):
+            raise
+    try:
+        return decode(strict=False)
+    except ValueError:
+        return None
 
 
 def upper_part(file: bytes, height: int, width: int, rows: int) -> np.ndarray | None:
@@ -140,28 +202,197 @@ def small_jpeg(pixels: np.ndarray, side: int) -> bytes:
 
 
 def header_size(file: bytes) -> tuple[int, int]:
-    """Height and width of an image file. ValueError or OSError: it is not an image, or far too large."""
+    """Height and width of an image file by its header, of a JPEG as it is shown. ValueError: it is not an image, or far
+    too large."""
     import simplejpeg
-    from PIL import Image
 
-    if simplejpeg.is_jpeg(file):  # faster than Pillow, which parses all segments before the pixels
-        return jpeg_header(file)[:2]
-    try:
-        with Image.open(io.BytesIO(file)) as image:
-            return image.height, image.width
-    except (SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(str(error)) from None
+    if not simplejpeg.is_jpeg(file):
+        with open_image(file) as image:
+            height, width = image.height, image.width
+            turns = image.format in ("JPEG", "MPO") and orientation_of(image) > 4
+    else:  # faster than Pillow, which parses all segments before the pixels
+        height, width = jpeg_header(file)[:2]
+        turns = jpeg_orientation(file) > 4
+    return (width, height) if turns else (height, width)
 
 
 def jpeg_header(file: bytes) -> tuple[int, int, str]:
     """Height, width and colour space (YCbCr, Gray, CMYK, ...) of a JPEG. ValueError: corrupted, or far too large."""
     import simplejpeg
-    from PIL import Image
 
-    height, width, colours = simplejpeg.decode_jpeg_header(file)[:3]
-    if height * width > 2 * Image.MAX_IMAGE_PIXELS:  # Pillow's own limit against decompression bombs
+    height, width, colours = simplejpeg.decode_jpeg_header(file, strict=False)[:3]
+    if height * width > 2 * pillow().MAX_IMAGE_PIXELS:  # Pillow's own limit against decompression bombs
         raise ValueError(f"{width} x {height} pixels: far too large")
     return height, width, colours
+
+
+# ------------------------------------------------------------------------------------------------------ orientation
+
+
+def jpeg_orientation(file: bytes) -> int:
+    """The EXIF orientation of a JPEG, 1 to 8. Pillow parses the file only if a header segment may name one."""
+    at = 2
+    while file[at : at + 1] == b"\xff" and file[at + 1] != 0xDA:
+        length = int.from_bytes(file[at + 2 : at + 4], "big")
+        segment = file[at + 4 : at + 2 + length]
+        if file[at + 1] == 0xE1 and any(tag in segment for tag in (b"\x01\x12", b"\x12\x01", b":Orientation")):
+            break
+        at += 2 + length
+    else:
+        if file[at : at + 1] == b"\xff":  # where the pixels begin
+            return 1
+    with open_image(file) as image:
+        return orientation_of(image)
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of an image, 1 to 8: as ``ImageOps.exif_transpose`` reads it; 1 if EXIF is corrupted."""
+    try:
+        found = image.getexif().get(0x0112, 1)
+    except Exception:  # Pillow raises various errors for corrupted EXIF; viewers show such images as they are stored
+        return 1
+    return found if found in range(1, 9) else 1
+
+
+def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """uint8 [H, W, 3] as it is shown if its EXIF orientation is this one."""
+    if orientation == 1:
+        return pixels
+    if orientation > 4:  # stored by columns
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+# ----------------------------------------------------------------------------------------------------------- Pillow
+
+
+@functools.cache
+def pillow() -> ModuleType:
+    """``PIL.Image``, set up to refuse truncated files, and not to warn: what matters is raised as an error."""
+    from PIL import Image, ImageFile
+
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    warnings.filterwarnings("ignore", module=r"PIL\b")
+    return Image
+
+
+def open_image(file: bytes) -> Image.Image:
+    """An image file of one of FORMATS, or HEIC if pillow-heif is installed, with its header read.
+
+    Raises:
+        ValueError: it is none, its header is corrupted, or it is far too large.
+    """
+    from PIL import UnidentifiedImageError
+
+    formats = FORMATS
+    if re.match(rb".{4}ftyp(?!avi[fs]).{0,28}(hei|hev)[cmsx]", file, re.DOTALL):
+        try:
+            import pillow_heif
+        except ImportError:
+            raise ValueError("a HEIC image, which needs the package pillow-heif: pip install pillow-heif") from None
+        pillow_heif.register_heif_opener()
+        formats = ("HEIF",)
+    try:
+        return pillow().open(io.BytesIO(file), formats=formats)
+    except UnidentifiedImageError:  # its message names a buffer in memory
+        raise ValueError(what_it_is(file)) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # each of Pillow's decoders raises errors of its own
+        raise ValueError(one_line(error)) from None
+
+
+def what_it_is(file: bytes) -> str:
+    """Why Pillow cannot identify a file."""
+    if file.startswith(b"%!PS"):
+        return "PostScript, which is not read as an image"
+    if file.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer instead of the image: git lfs pull fetches it"
+    return "not an image, or its header is corrupted"
+
+
+def one_line(error: Exception) -> str:
+    """The reason in an error of an image decoder, in one line."""
+    return " ".join(first_line(error).split())
+
+
+def rgb_pixels(image: Image.Image, file: bytes) -> np.ndarray:
+    """uint8 RGB [H, W, 3] of an image loaded from ``file``: transparency on white, deeper grey levels in 8 bits.
+
+    Raises:
+        ValueError: its numbers have no known range.
+    """
+    key = transparent_colour(image, file)
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image)
+        grey = eight_bits(values, image)
+        if key is not None:
+            grey[values == key] = 255
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or key is not None:
+        if key is not None:
+            image.info["transparency"] = key
+        on_white, visible = composited(image, "white")  # the usual background of product photos
+        return composited(image, "black")[0] if visible and on_white.min() == 255 else on_white  # a white figure
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def composited(image: Image.Image, background: str) -> tuple[np.ndarray, bool]:
+    """A transparent image on a background, uint8 RGB [H, W, 3], and whether any of it is visible; in bands, which need
+    less memory."""
+    from PIL import Image
+
+    pixels, visible = np.empty((image.height, image.width, 3), np.uint8), False
+    rows = max(1, BAND // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        band = (band.convert("LA") if band.mode == "La" else band).convert("RGBA")
+        visible |= band.getextrema()[3][1] > 0
+        below = Image.new("RGBA", band.size, background)
+        pixels[top : top + rows] = Image.alpha_composite(below, band).convert("RGB")
+    return pixels, visible
+
+
+def transparent_colour(image: Image.Image, file: bytes) -> int | tuple[int, ...] | bytes | None:
+    """The colour (or palette entries) that stands for transparency, in the units of the loaded pixels; None: none."""
+    key = image.info.get("transparency")
+    if image.format == "PNG" and key is not None:  # Pillow scales the pixels of some bit depths, but not this colour
+        bits = file[24]  # in the header
+        if image.mode == "L" and bits < 8:
+            return key * 255 // (2**bits - 1)
+        if image.mode == "RGB" and bits == 16:
+            return tuple(value >> 8 for value in key)
+    return key
+
+
+def eight_bits(values: np.ndarray, image: Image.Image) -> np.ndarray:
+    """The grey levels of an image with more than 8 bits, uint8 [H, W]: integers scaled by their range.
+
+    Raises:
+        ValueError: negative numbers, or floats that are neither from 0 to 1 nor from 0 to 255.
+    """
+    tags = image.tag_v2 if image.format == "TIFF" else {}
+    bits, signed = tags.get(258, (16,))[0], tags.get(339, (1,))[0] == 2
+    if image.mode == "I" and bits == 32 and not signed:
+        values = values.view(np.uint32)  # Pillow has no such mode
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        top = 1.0 if high <= 1 else 255.0
+    elif bits < 16:
+        top = 2.0**bits - 1
+    else:  # 32 bits often hold 16-bit numbers
+        top = 65535.0 if high <= 65535 else 2.0 ** (bits - signed) - 1
+    if not 0 <= low <= high <= top:  # or NaN
+        expected = "0 to 1 or 0 to 255" if image.mode == "F" else "0 or more"
+        raise ValueError(f"its grey levels go from {low:g} to {high:g}, expected {expected}: save it with 8 or 16 bits")
+    if tags.get(262) == 0:  # white is zero
+        values = top - values
+    scaled = np.multiply(values, 255 / top, dtype=np.float32)
+    return np.rint(scaled, out=scaled).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -175,46 +406,42 @@ class DecodedImage:
 Source = bytes | DecodedImage  # an image file, or an image from a cache
 
 
-def decode_image(file: bytes, min_side: int | None = None) -> torch.Tensor:
-    """An image file as uint8 RGB [3, H, W]; with ``min_side``, a JPEG at 1/2, 1/4 or 1/8 with no side below that.
+def decode(source: Source, min_side: int | None = None) -> DecodedImage:
+    """An image decoded as by :func:`decode_pixels`, with its size in the file."""
+    if isinstance(source, DecodedImage):
+        return source
+    pixels = decode_pixels(source, min_side)
+    return DecodedImage(pixels, header_size(source) if source.startswith(JPEG) else pixels.shape[:2])
 
-    Raises:
-        ValueError, OSError: it is not an image, truncated, or far too large.
-    """
+
+def decode_image(file: bytes, min_side: int | None = None) -> torch.Tensor:
+    """:func:`decode_pixels` as a tensor [3, H, W]."""
     import torch
 
-    return torch.from_numpy(decode_pixels(file, min_side)).permute(2, 0, 1)
-
-
-def decode_pixels(file: bytes, min_side: int | None = None) -> np.ndarray:
-    """:func:`decode_image` as uint8 [H, W, 3], without torch.
-
-    Raises:
-        ValueError, OSError: it is not an image, truncated, or far too large.
-    """
-    from PIL import Image, ImageFile, UnidentifiedImageError
-
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        with Image.open(io.BytesIO(file)) as image:
-            if min_side is not None:
-                image.draft("RGB", (min_side, min_side))
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                canvas = Image.new("RGBA", image.size, "white")  # the usual background of product photos
-                image = Image.alpha_composite(canvas, image)
-            return np.array(image.convert("RGB"))
-    except UnidentifiedImageError:  # its message names a buffer in memory
-        raise ValueError("not an image, or its header is corrupted") from None
-    except (SyntaxError, Image.DecompressionBombError) as error:  # what Pillow raises for a corrupted PNG, a huge image
-        raise ValueError(str(error)) from None
+    return torch.from_numpy(decode_pixels(file, min_side, rounded_up=False)).permute(2, 0, 1)
 
 
 def resize_and_crop(pixels: torch.Tensor, size: int, shorter: int | None = None, mode: str = "bicubic") -> torch.Tensor:
     """uint8 [3, H, W] -> [3, size, size]: the shorter side to ``shorter`` (default: ``size``), then a center crop."""
-    pixels = resize_shorter(pixels, shorter or size, mode)
+    rows, columns = middle_of(*pixels.shape[1:], shorter or size)
+    pixels = resize_shorter(pixels[:, rows, columns], shorter or size, mode)
     top, left = (pixels.shape[1] - size) // 2, (pixels.shape[2] - size) // 2
     return pixels[:, top : top + size, left : left + size]
+
+
+def middle_of(height: int, width: int, shorter: int) -> tuple[slice, slice]:
+    """The rows and columns that matter if the shorter side is resized to ``shorter`` and the center cropped: all, but
+    of a long image that is to be enlarged only the middle.
+
+    A strip of 2 x 12,000 pixels would otherwise become one of 256 x 1,536,000.
+    """
+    short, long = sorted((height, width))
+    whole = slice(None)
+    if short >= shorter or long <= LONG * short:
+        return whole, whole
+    start = (long - LONG * short) // 2  # cut off at both ends, so that the center stays where it is
+    part = slice(start, long - start)
+    return (whole, part) if width == long else (part, whole)
 
 
 def resize_shorter(pixels: torch.Tensor, shorter: int, mode: str = "bicubic") -> torch.Tensor:

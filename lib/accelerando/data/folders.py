@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
-# Files taken for images; .heic is listed so that such files are reported as unreadable instead of ignored.
+# Files taken for images; .heic is listed so that such files are reported where pillow-heif is missing.
 IMAGE_SUFFIXES = (
     ".jpg",
     ".jpeg",
@@ -31,6 +31,7 @@ IMAGE_SUFFIXES = (
     ".tiff",
     ".avif",
     ".heic",
+    ".heif",
     ".ppm",
     ".pgm",
 )

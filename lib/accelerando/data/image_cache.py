@@ -22,7 +22,7 @@ from accelerando.data.folders import ImageFiles
 if TYPE_CHECKING:
     import pyarrow as pa
 
-VERSION = 1  # of the format; part of the cache's name
+VERSION = 2  # of the format and of how images are decoded; part of the cache's name
 FEW = 256  # below this number of images, starting worker processes takes longer than decoding
 LARGE = 2e9  # bytes; a larger cache is announced in the log
 
@@ -174,17 +174,17 @@ def _shrink(side: int, path: str) -> DecodedImage | None:
 
     import torch
 
-    from accelerando.data.decode import header_size, is_unreadable, pixels_of, resize_shorter, to_tensor
+    from accelerando.data.decode import decode, is_unreadable, resize_shorter, to_tensor
 
     if multiprocessing.parent_process() is not None:
         torch.set_num_threads(1)
     try:
-        file = Path(path).read_bytes()
-        pixels, size = pixels_of(file, side), header_size(file)
+        image = decode(Path(path).read_bytes(), side)
     except (ValueError, OSError) as error:
         if not is_unreadable(error):
             raise
         return None
+    pixels = image.pixels
     if min(pixels.shape[:2]) > side:  # a smaller one is enlarged when it is read, as in evaluation
         pixels = resize_shorter(to_tensor(pixels), side, "bilinear").permute(1, 2, 0).numpy()
-    return DecodedImage(np.ascontiguousarray(pixels), size)
+    return DecodedImage(np.ascontiguousarray(pixels), image.size)

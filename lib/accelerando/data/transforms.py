@@ -17,12 +17,12 @@ AugmentationName = Literal["none", "simple", "advanced"]
 class ImageTransform:
     """Image file -> uint8 [3, size, size], ready to be normalised.
 
-    ``none``: the shorter side resized to ``size`` (bicubic), then a center crop, as CLIP's processor does; with
-    ``square`` both sides resized, as SigLIP's does. ``simple``: resized to a square, a horizontal flip with probability
-    0.5, and a random crop after padding by an eighth. ``advanced``: resized to a square, TrivialAugmentWide (Müller and
-    Hutter 2021, arXiv:2103.10158), a rectangle erased with probability 0.2 and filled with ``mean`` (0 to 1, per
-    channel). A file is decoded at the scale needed (``exact=False``), or in full, as the processor of a saved model
-    does.
+    ``none``: the shorter side resized to ``shorter`` (default: ``size``), then a center crop, as CLIP's processor does;
+    with ``square`` both sides resized, as SigLIP's does; ``mode`` is bicubic or bilinear. ``simple``: resized to a
+    square, a horizontal flip with probability 0.5, and a random crop after padding by an eighth. ``advanced``: resized
+    to a square, TrivialAugmentWide (Müller and Hutter 2021, arXiv:2103.10158), a rectangle erased with probability 0.2
+    and filled with ``mean`` (0 to 1, per channel). A file is decoded at the scale needed (``exact=False``), or in full,
+    as the processor of a saved model does.
     """
 
     def __init__(
@@ -32,17 +32,19 @@ class ImageTransform:
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         exact: bool = True,
         square: bool = False,
+        shorter: int | None = None,
+        mode: str = "bicubic",
     ) -> None:
         self.size, self.augmentation, self.mean = size, augmentation, tuple(mean)
-        self.exact, self.square = exact, square
+        self.exact, self.square, self.shorter, self.mode = exact, square, shorter or size, mode
         self._random: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def __call__(self, file: bytes, seed: Sequence[int] = (0, 0, 0)) -> torch.Tensor:
         """Decodes and transforms; ``seed`` is (seed, epoch, row). ValueError or OSError: it is not an image."""
         pixels = decode_image(file, None if self.exact else self.size)
         if self.augmentation == "none" and not self.square:
-            return resize_and_crop(pixels, self.size).contiguous()
-        pixels = resize(pixels, (self.size, self.size))
+            return resize_and_crop(pixels, self.size, self.shorter, self.mode).contiguous()
+        pixels = resize(pixels, (self.size, self.size), self.mode)
         if self.augmentation == "none":
             return pixels.contiguous()
         if self._random is None:

@@ -68,7 +68,7 @@ def image_answers(
                 logits = image_logits(opened, torch.stack(sound), tta, amp)
             except torch.OutOfMemoryError:
                 raise UserError("out of GPU memory: use a smaller --batch_size") from None
-            except ValueError as error:  # raised by transformers
+            except (ValueError, RuntimeError, AssertionError) as error:  # what nets raise for a size
                 reason = first_line(error)[:200]
                 raise UserError(f"the model does not accept the output of its image processor: {reason}") from None
         found = Answers(

@@ -92,9 +92,7 @@ def fault_of(error: BaseException) -> str:
     reason = getattr(error, "reason", None)
     if isinstance(reason, BaseException):  # wrapped by urllib
         error = reason
-    # Pillow's message names a buffer in memory, which does not help the user.
-    text = re.sub(r"cannot identify image file .*", "not an image, or its header is corrupted", first_line(error))
-    return " ".join(str(getattr(error, "strerror", None) or text).split())
+    return " ".join(str(getattr(error, "strerror", None) or first_line(error)).split())
 
 
 def images_in(folder: Path) -> Iterator[str]:

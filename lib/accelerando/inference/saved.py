@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -248,7 +247,6 @@ def open_image_model(folder: Path, device: torch.device, module: ModuleType | No
         UserError: there is no processor, or the weights are missing or corrupted.
     """
     import torch
-    from PIL import Image
     from transformers import AutoModelForImageClassification
 
     import accelerando.models.vision  # noqa: F401  (registers its classes)
@@ -258,9 +256,6 @@ def open_image_model(folder: Path, device: torch.device, module: ModuleType | No
     if not path.is_file():
         raise UserError(f"{folder}: no preprocessor_config.json beside the model; copy it from the base model")
     settings = read_json(path)
-    # Pillow's error about a file is shown once, as the reason why it cannot be read.
-    warnings.filterwarnings("ignore", module=r"PIL\b")
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     size = evaluation_size(settings)
     prepare = SavedProcessor(folder) if size is None else partial(decode_for_evaluation, size=size)
     model = open_saved(AutoModelForImageClassification, folder, module).to(device, memory_format=torch.channels_last)
@@ -319,9 +314,13 @@ class SavedProcessor:
     def __call__(self, file: bytes) -> torch.Tensor:
         from PIL import Image
 
-        from accelerando.data.decode import decode_pixels
+        from accelerando.data.decode import decode_pixels, middle_of
 
-        image = Image.fromarray(decode_pixels(file))
+        pixels = decode_pixels(file)
+        size = dict(getattr(self.processor, "size", None) or {})
+        if getattr(self.processor, "do_center_crop", False) and size.get("shortest_edge"):
+            pixels = pixels[middle_of(*pixels.shape[:2], size["shortest_edge"])]
+        image = Image.fromarray(pixels)
         return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
 
 

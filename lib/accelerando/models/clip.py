@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError, first_line
+from accelerando.data.transforms import AugmentationName, ImageTransform
+from accelerando.models.processors import Resizing, described, input_colours, resizing_of
 
 if TYPE_CHECKING:
     import torch
@@ -140,17 +143,28 @@ class Preprocessing:
     max_length: int
     full_length: bool  # SigLIP takes captions padded to the maximal length
 
-    @property
-    def square(self) -> bool:
-        """True if images are resized to a square instead of cropped."""
-        return not getattr(self.image_processor, "do_center_crop", False)
+    @cached_property
+    def colours(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation per channel, 0 to 1."""
+        colours = input_colours(self.image_processor)
+        if colours.blue_first:
+            raise UserError(f"{described(self.image_processor)} gives blue before red, which is not supported")
+        return colours.mean, colours.std
+
+    @cached_property
+    def resizing(self) -> Resizing:
+        """How an image gets the size that the model takes."""
+        return resizing_of(self.image_processor)
 
     @property
     def image_size(self) -> int:
         """The side of the model's images, in pixels."""
-        processor = self.image_processor
-        size = getattr(processor, "crop_size", None) if getattr(processor, "do_center_crop", False) else None
-        return (size or processor.size)["height"]
+        return self.resizing.size
+
+    def transform(self, augmentation: AugmentationName = "none", exact: bool = True) -> ImageTransform:
+        """What makes an image file a uint8 tensor of the model's size; see :class:`ImageTransform`."""
+        size, shorter, square, mode = self.resizing
+        return ImageTransform(size, augmentation, self.colours[0], exact, square, shorter, mode)
 
     def save(self, folder: Path) -> None:
         """Writes both beside the weights, so that ``AutoProcessor`` can load them."""
@@ -183,7 +197,49 @@ def open_preprocessing(name: str, max_length: int | None) -> Preprocessing:
     limit = getattr(getattr(config, "text_config", config), "max_position_embeddings", 77)
     if max_length is not None and max_length > limit:
         raise UserError(f"--max_length {max_length} exceeds the {limit} positions of {name}")
-    return Preprocessing(tokenizer, images, max_length or limit, config.model_type.startswith("siglip"))
+    found = Preprocessing(tokenizer, images, max_length or limit, config.model_type.startswith("siglip"))
+    check_processor(found)
+    return found
+
+
+def check_processor(preprocessing: Preprocessing) -> None:
+    """UserError if the image processor does more than :class:`Preprocessing` repeats: both are compared on an image."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    from accelerando.data.transforms import normalise
+    from accelerando.models.processors import processed
+
+    mean, std = preprocessing.colours
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    side = preprocessing.image_size
+    image = Image.fromarray(coarse).resize((side * 2, side * 3 // 2), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=0)
+    own = normalise(preprocessing.transform()(file.getvalue())[None], mean, std)[0]
+    theirs = processed(preprocessing.image_processor, image)
+    if own.shape != theirs.shape or float((own - theirs).abs().mean()) * max(std) > 0.02:
+        raise UserError(
+            f"{described(preprocessing.image_processor)} does more than resize, crop and normalise, which is not "
+            "supported"
+        )
+
+
+def check_image_size(model: torch.nn.Module, preprocessing: Preprocessing) -> None:
+    """UserError if the model does not take images of the size that the image processor makes."""
+    import torch
+
+    size = preprocessing.image_size
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            model.get_image_features(pixel_values=torch.zeros(1, 3, size, size))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{described(preprocessing.image_processor)} makes images of {size} x {size} pixels, which the model does "
+            f"not take: {' '.join(first_line(error).split())[:200]}"
+        ) from None
 
 
 def make_preprocessing(captions: Iterable[str], vocab_size: int, image_size: int, max_length: int) -> Preprocessing:

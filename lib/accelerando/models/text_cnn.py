@@ -84,9 +84,9 @@ class TextCnnForSequenceClassification(PreTrainedModel):
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
 
-    def head_name(self) -> str:
+    def head_names(self) -> tuple[str, ...]:
         """The name of the last layer."""
-        return "classifier"
+        return ("classifier",)
 
     def forward(
         self,

@@ -37,7 +37,7 @@ class VisionNetConfig(PreTrainedConfig):
 
 
 class VisionNet(PreTrainedModel):
-    """The model is in ``net``; its head, the only layer that depends on the classes, is at :meth:`head_name`."""
+    """The model is in ``net``; its head, the only part that depends on the classes, is at :meth:`head_names`."""
 
     config_class = VisionNetConfig
     base_model_prefix = ""
@@ -58,9 +58,9 @@ class VisionNet(PreTrainedModel):
         """None: images are numbers, not tokens."""
         return
 
-    def head_name(self) -> str:
-        """The name of the classification layer, such as ``net.fc``."""
-        return "net." + head_of(self.net, self.config.num_labels)
+    def head_names(self) -> tuple[str, ...]:
+        """The names of the classification layers, such as ``net.fc``; a distilled net has two."""
+        return tuple(f"net.{name}" for name in heads_of(self.net, self.config.num_labels))
 
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None
@@ -106,6 +106,22 @@ def timm_settings(architecture: str) -> PretrainedCfg | None:
     return timm.get_pretrained_cfg(architecture.removeprefix(TIMM))
 
 
+def architecture_side(architecture: str) -> int | None:
+    """The side of the images that an architecture was made for; None: unknown."""
+    import torchvision
+
+    if architecture.startswith(TIMM):
+        settings = timm_settings(architecture)
+        return settings.input_size[-1] if settings else None
+    if architecture.startswith("vit_"):  # its position embeddings, whatever size its best weights were trained with
+        return 224
+    try:
+        transforms = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
+    except (ValueError, AttributeError):  # an unknown architecture, or one without weights
+        return None
+    return transforms.crop_size[0]
+
+
 def _torchvision_net(architecture: str, weights: str | None) -> nn.Module:
     import difflib
     import warnings
@@ -141,6 +157,18 @@ def head_of(net: nn.Module, outputs: int) -> str:
     if not found:
         raise RuntimeError(f"no layer with {outputs} outputs in {type(net).__name__}")
     return found[-1]
+
+
+def heads_of(net: nn.Module, outputs: int) -> tuple[str, ...]:
+    """The names of the layers with an output for each class: those that timm names, otherwise the last such layer."""
+    named = (getattr(net, "pretrained_cfg", None) or {}).get("classifier") or ()
+    named = (named,) if isinstance(named, str) else tuple(named)
+    return tuple(name for name in named if hasattr(submodule(net, name), "weight")) or (head_of(net, outputs),)
+
+
+def submodule(net: nn.Module, name: str) -> nn.Module | None:
+    """The module called ``name``; None: there is none."""
+    return dict(net.named_modules()).get(name)
 
 
 def replace_head(net: nn.Module, num_labels: int) -> nn.Module:
@@ -179,13 +207,13 @@ def load_pretrained(model: VisionNet, weights: str) -> str:
     architecture = model.config.architecture
     state = _downloaded(architecture) if weights.upper() == "DEFAULT" else _read_state(Path(weights))
     own = model.net.state_dict()
-    head = head_of(model.net, model.config.num_labels)
+    heads = heads_of(model.net, model.config.num_labels)
     prefix = "net." if all(name.startswith("net.") for name in state) else ""
     state = {name.removeprefix(prefix): value for name, value in state.items()}
     left_out = [
         name
         for name, value in state.items()
-        if name.startswith(f"{head}.") and name in own and own[name].shape != value.shape
+        if name.rpartition(".")[0] in heads and name in own and own[name].shape != value.shape
     ]
     dropped = STATISTICS if model.config.group_norm else ()  # a group norm has only a batch norm's weight and bias
     state = {
@@ -203,7 +231,8 @@ def load_pretrained(model: VisionNet, weights: str) -> str:
             f"({len(wrong) + len(missing)} of {len(own)} tensors)"
         )
     model.net.load_state_dict(state, strict=False)
-    return f"Loaded {len(state)} tensors from {weights}" + (f", all except the head {head}" if left_out else "")
+    rest = f", all except the head {', '.join(heads)}" if left_out else ""
+    return f"Loaded {len(state)} tensors from {weights}{rest}"
 
 
 def _downloaded(architecture: str) -> dict[str, torch.Tensor]:

@@ -252,6 +252,31 @@ class TrainBatches:
         return batch
 
 
+def smallest_batch(num_samples: int, batch_size: int, gradient_accumulation_steps: int, num_processes: int) -> int:
+    """Rows of the smallest micro-batch of an epoch on any process, fillers included."""
+    window = batch_size * gradient_accumulation_steps * num_processes
+    parts = [part for part in (min(num_samples, window), num_samples % window) if part]
+    return max(1, min(part // (-(-part // (batch_size * num_processes)) * num_processes) for part in parts))
+
+
+def check_no_batch_of_one(
+    num_samples: int, batch_size: int, gradient_accumulation_steps: int, num_processes: int
+) -> None:
+    """UserError if an epoch has a batch of one sample, for a model whose batch norms need at least two."""
+
+    def fits(size: int) -> bool:
+        return smallest_batch(num_samples, size, gradient_accumulation_steps, num_processes) > 1
+
+    if fits(batch_size):
+        return
+    near = [size for step in range(1, 65) for size in (batch_size - step, batch_size + step) if size > 1]
+    other = next((size for size in near if fits(size)), None)
+    raise UserError(
+        f"--batch_size {batch_size}: {num_samples:,} samples leave a batch of a single one, but the model's batch "
+        f"norms need at least two{f': --batch_size {other} leaves none' if other else ''}"
+    )
+
+
 def evaluation_batches(
     dataset: TrainingData | Sequence[Any],
     collate: Callable[[list[Any]], dict[str, torch.Tensor]],
