@@ -184,7 +184,7 @@ DATA = (
     "--labels-val-csv", "{set}/val/labels.csv", "--num-gloss", "105", "--num-cat", "10",
 )  # fmt: skip
 COMMANDS = {
-    "basic transformer": ("transformer", "--epochs 50 --batch-size 32 --auto-workers --auto-batch-size --amp"),
+    "basic transformer": ("transformer", "--epochs 50 --batch-size 32 --auto-workers --auto-batch-size --enable-parallel --amp"),
     "basic gru": ("iv3_gru", "--epochs 50 --batch-size 32 --auto-workers --auto-batch-size --amp"),
     "multi gpu": ("transformer", "--epochs 100 --batch-size 64 --auto-workers --auto-batch-size --amp --lr 5e-5 "
                   "--weight-decay 1e-4 --scheduler plateau --grad-clip 1.0"),
