@@ -93,6 +93,7 @@ class Args:
     architecture: str = "resnet18"  # net of torchvision, or of timm as timm/<name>
     weights: str | None = None  # of the net: a file, or DEFAULT for ImageNet's, downloaded; None: random
     model_name: str | None = None  # instead of architecture: folder or Hub name of a classifier of transformers
+    trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
     num_classes: int | None = None  # checked against the data
     strategy: Literal["full", "head", "gradual"] = "full"  # what is trained: all, the head, or the head and then more
     unfreeze_every: int = 1  # gradual: epochs until the next layer below is trained too
@@ -173,6 +174,7 @@ ONLY_WITH = {
     "strategy gradual": ("unfreeze_every",),
     "trainer_type dp": ("noise_multiplier", "target_epsilon", "target_delta", "noise_seed"),
     "not model_name": ("architecture", "weights"),
+    "model_name": ("trust_remote_code",),
     "GPU": ("deterministic", "pin_memory"),
 }
 
@@ -228,7 +230,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         splits = cached_images(splits, side, cache_folder(args.cache_dir), args.num_workers)
     counts = np.bincount(splits["train"].classes, minlength=len(names))
     weights = torch.from_numpy(counts.sum() / (len(counts) * np.maximum(counts, 1))).float()
-    mean, std = colour_statistics(args.model_name, args.architecture)
+    mean, std = colour_statistics(args.model_name, args.architecture, args.trust_remote_code)
     return Data(splits, names, weights, mean, std, ImageCollate())
 
 
@@ -251,7 +253,7 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
 
     labels = class_labels(data.label_names)
     if args.model_name:
-        model = open_classifier(args.model_name, **labels)
+        model = open_classifier(args.model_name, args.trust_remote_code, **labels)
     else:
         # Batch norms mix the images of a batch, which leaves no image a gradient of its own.
         group_norm = args.trainer_type == "dp" and args.strategy == "full"
