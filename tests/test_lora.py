@@ -43,7 +43,7 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_merged_text_models_answer_as_their_adapters(model, targets, request, train_here) -> None:
     folder = request.getfixturevalue(model)
     flags = ("--strategy", "lora", "--lora_alpha", "64", *(["--lora_targets", *targets] if targets else []))
-    run = train_here("--model_name", folder, *flags, "--lr", "0.03", "--epochs", "1", name="lora")
+    run = train_here("--model_name", folder, *flags, "--lr", "0.03", "--max_steps", "2", name="lora")
     merged = AutoModelForSequenceClassification.from_pretrained(run / "best").eval()
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3, pad_token_id=0)
     start = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -58,7 +58,7 @@ def test_merged_text_models_answer_as_their_adapters(model, targets, request, tr
 
 
 def test_a_convolution_is_merged_too(clip_here, tiny_clip_folder: Path) -> None:
-    flags = ("--lora_targets", "patch_embedding", "v_proj", "--lr", "0.03", "--lora_alpha", "64", "--epochs", "1")
+    flags = ("--lora_targets", "patch_embedding", "v_proj", "--lr", "0.03", "--lora_alpha", "64", "--max_steps", "2")
     run = clip_here(*flags, name="conv")
     merged, base = (AutoModel.from_pretrained(folder).eval() for folder in (run / "best", tiny_clip_folder))
     before = base.vision_model.embeddings.patch_embedding.weight.clone()

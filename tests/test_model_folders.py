@@ -112,7 +112,7 @@ def unfit(kind: str, tiny_bert: Path, copy: Path) -> Path:
 @pytest.mark.parametrize(
     ("kind", "words"),
     [
-        ("another body", "0 of 41 tensors fit"),
+        ("another body", "7 of 41 tensors fit"),
         ("another shape", r"position_embeddings.weight has the shape \[48, 32\], not \[64, 32\]"),
         ("a missing layer", "25 of 41 tensors fit; bert.encoder.layer.1.*is missing"),
         ("a further layer", "layer.2.* belongs to a layer that config.json does not have"),
@@ -130,7 +130,7 @@ def test_weights_of_another_model_are_refused(kind, words, tiny_bert: Path, copy
 def test_image_weights_of_another_model_are_refused(tiny_vit: Path, tiny_resnet: Path, copy_of, image_here) -> None:
     folder = copy_of(tiny_vit)
     shutil.copy(tiny_resnet / "model.safetensors", folder)
-    with pytest.raises(UserError, match="0 of .* tensors fit"):
+    with pytest.raises(UserError, match=r"2 of 40 tensors fit; vit.embeddings.cls_token is missing"):
         image_here("--model_name", folder)
 
 
@@ -200,21 +200,20 @@ def test_a_tokenizer_of_a_newer_format(tiny_bert: Path, copy_of) -> None:
     content = json.loads((tiny_bert / "tokenizer.json").read_text())
     content["model"]["type"] = "Future"
     content["model"].pop("vocab")
-    with pytest.raises(UserError, match="tokenizer.json is damaged, or of a newer format"):
+    with pytest.raises(UserError, match=r"tokenizer.json is damaged, or of a newer format"):
         open_tokenizer(str(copy_of(tiny_bert, tokenizer=json.dumps(content))))
 
 
-def test_more_tokens_than_embeddings(tiny_bert: Path, copy_of, train_here, call_tool, caplog) -> None:
+def test_more_tokens_than_embeddings(tiny_bert: Path, copy_of, train_here, call_tool, capsys) -> None:
     folder = copy_of(tiny_bert)
     tokenizer = open_tokenizer(str(folder))
     known = len(tokenizer)
     tokenizer.add_tokens(["goal", "rocketry", "bankers"])
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     tokenizer.save_pretrained(folder)
-    with caplog.at_level(logging.INFO, "accelerando"):
-        run = train_here("--model_name", folder, "--epochs", "1", name="larger")
+    run = train_here("--model_name", folder, "--epochs", "1", name="larger")
     added = len(tokenizer) - known
-    assert any(f"the model {known} embeddings: {added} are added" in line for line in caplog.messages)
+    assert f"the model {known} embeddings: {added} are added" in capsys.readouterr().out
     embeddings = load_file(run / "best" / "model.safetensors")["bert.embeddings.word_embeddings.weight"]
     assert embeddings.shape == (known + added, 32)
     code, out, err = call_tool(predict, run, "rocketry bankers", "goal")

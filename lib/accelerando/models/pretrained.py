@@ -207,8 +207,8 @@ def add_embeddings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         with without_warnings():
             part.resize_token_embeddings(needed)
         model.config.get_text_config().vocab_size = needed
-        log.warning("The tokenizer has %d tokens, the model %d embeddings: %d are added near the mean of the others; only "
-                    "training of all weights changes them", needed, known, needed - known)  # fmt: skip
+        log.warning("The tokenizer has %d tokens, the model %d embeddings: %d are added near the mean of the others; "
+                    "only training of all weights changes them", needed, known, needed - known)  # fmt: skip
 
 
 def head_names(model: PreTrainedModel) -> tuple[str, ...]:

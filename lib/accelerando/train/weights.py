@@ -33,8 +33,8 @@ def save_model_folder(
     (tokenizer, model card) into the folder that it is called with; ``saved_form`` converts the state dict of training
     to the one that the model's class expects, if they differ. Each file is replaced atomically.
 
-    With LoRA the saved model's ``outputs`` of one batch (its logits) are compared with the trained model's; a difference
-    is a UserError, and then nothing is saved.
+    With LoRA the saved model's ``outputs`` of one batch (its logits) are compared with the trained model's; a
+    difference is a UserError, and then nothing is saved.
     """
     from accelerando.train.lora import check_merged, is_lora, merged_state_dict
 
@@ -53,9 +53,7 @@ def save_model_folder(
         if is_lora(plain):
             plain.get_base_model().save_pretrained(draft, state_dict=contiguous(saved))
             if outputs is None:
-                raise TypeError(
-                    "save_model_folder needs outputs for a model with LoRA, to check that it is merged right"
-                )
+                raise TypeError("with LoRA, save_model_folder needs outputs: merged and trained model are compared")
             check_merged(plain, state, draft, outputs)
             plain.save_pretrained(draft / "adapter", state_dict=state, save_embedding_layers=False)
             with contextlib.suppress(FileNotFoundError):
