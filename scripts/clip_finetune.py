@@ -44,6 +44,7 @@ from accelerando.data.transforms import AugmentationName, normalise
 from accelerando.inference.hub import check_push, push_best
 from accelerando.models import clip
 from accelerando.models.cpu import speed_up_dropout, use_eager_attention
+from accelerando.models.pretrained import add_embeddings
 from accelerando.report import page, results
 from accelerando.report.metrics import contrastive_metrics, retrieval_metrics, zero_shot_metrics
 from accelerando.report.model_card import write_model_card
@@ -58,7 +59,7 @@ from accelerando.train.accelerator import (
 )
 from accelerando.train.autotune import find_micro_batch_size
 from accelerando.train.averages import Ema, averaged, mix_weights, trained_weights
-from accelerando.train.batches import TrainBatches, report_unreadable
+from accelerando.train.batches import TrainBatches, first_batch, report_unreadable
 from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
 from accelerando.train.lora import attach_lora
@@ -113,6 +114,7 @@ class Args:
     # -- model --
     model_name: str = "openai/clip-vit-base-patch32"  # pretrained: folder or Hub name, of a LoRA adapter too
     adapter: str | None = None  # pretrained: LoRA adapter that is merged into model_name first
+    trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
     from_scratch: bool = False  # random weights in the shape that follows, tokenizer trained on the captions
     image_size: int = 224  # from scratch: pixels of a side
     patch_size: int = 32  # from scratch: pixels of a patch
@@ -208,7 +210,7 @@ ALIASES = {
 ONLY_WITH = {
     "from_scratch": ("image_size", "patch_size", "vision_width", "vision_layers", "text_width", "text_layers",
                      "projection_dim", "vocab_size"),
-    "not from_scratch": ("model_name", "adapter"),
+    "not from_scratch": ("model_name", "adapter", "trust_remote_code"),
     "scenario full": ("lock_image_tower", "lock_text_tower"),
     "scenario dual_lora vision_lora text_lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"),
     "loss siglip": ("logit_bias_init",),
@@ -265,7 +267,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
             texts = captions(splits["train"])
             preprocessing = clip.make_preprocessing(texts, args.vocab_size, args.image_size, args.max_length or 77)
         else:
-            preprocessing = clip.open_preprocessing(args.model_name, args.max_length)
+            preprocessing = clip.open_preprocessing(args.model_name, args.max_length, args.trust_remote_code)
     classes, names = {}, list(args.class_names)
     if args.class_field:
         images = {split: gallery.image_rows for split, gallery in galleries.items()}
@@ -319,8 +321,9 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
                  args.text_layers, args.projection_dim, data.preprocessing.max_length)  # fmt: skip
         model = clip.make_clip_model(data.preprocessing.tokenizer, *shape, args.attention_dropout or 0.0)
     else:
-        model = clip.open_clip_model(args.model_name, args.adapter, args.attention_dropout)
+        model = clip.open_clip_model(args.model_name, args.adapter, args.attention_dropout, args.trust_remote_code)
         clip.check_image_size(model, data.preprocessing)
+        add_embeddings(model, data.preprocessing.tokenizer)
     clip.make_trainable_scale(model, args.logit_scale_init, args.logit_bias_init if args.loss == "siglip" else None)
     if on_cpu:
         patches = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
@@ -330,9 +333,10 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
     clip.embed_in_forward(model)
     lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
     if args.scenario == "dual_lora":
-        model = attach_lora(model, *lora, modules_to_save=[name for name in PROJECTIONS if hasattr(model, name)])
+        projections = [name for name in PROJECTIONS if hasattr(model, name)]
+        model = attach_lora(model, *lora, modules_to_save=projections, within=("vision_model", "text_model"))
     elif args.scenario in ("vision_lora", "text_lora"):
-        model = attach_lora(model, *lora, within=args.scenario.replace("lora", "model"))
+        model = attach_lora(model, *lora, within=[args.scenario.replace("lora", "model")])
     for name, parameter in model.named_parameters():
         parameter.requires_grad = is_trained(args, name)
     learns = any(parameter.requires_grad and "logit_" not in name for name, parameter in model.named_parameters())
@@ -675,6 +679,7 @@ def main() -> None:
         save_model_folder(
             accelerator, model, directory / name, lambda folder: write_beside_weights(folder, run, data, args),
             saved_form=lambda state: clip.saved_scale(plain, state),
+            outputs=lambda saved: clip.pair_logits(saved, model_inputs(first_batch(train_data, data.collate), data)),
         )  # fmt: skip
 
     def checkpoint() -> Path:

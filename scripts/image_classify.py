@@ -99,6 +99,7 @@ class Args:
     architecture: str = "resnet18"  # net of torchvision, or of timm as timm/<name>
     weights: str | None = None  # of the net: a file, or DEFAULT for ImageNet's, downloaded; None: random
     model_name: str | None = None  # instead of architecture: folder or Hub name of a classifier of transformers
+    trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
     num_classes: int | None = None  # checked against the data
     strategy: Literal["full", "head", "gradual"] = "full"  # what is trained: all, the head, or the head and then more
     unfreeze_every: int = 1  # gradual: epochs until the next layer below is trained too
@@ -181,6 +182,7 @@ ONLY_WITH = {
     "strategy gradual": ("unfreeze_every",),
     "trainer_type dp": ("noise_multiplier", "target_epsilon", "target_delta", "noise_seed"),
     "not model_name": ("architecture", "weights"),
+    "model_name": ("trust_remote_code",),
     "GPU": ("deterministic", "pin_memory"),
 }
 
@@ -214,7 +216,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     folder = Path(args.data_dir)
     if not args.data_dir:
         raise UserError("--data_dir is missing: a folder with raw/<class>/ or with train/<class>/ and val/<class>/")
-    args.image_size = args.image_size or own_image_size(args.model_name, args.architecture)
+    args.image_size = args.image_size or own_image_size(args.model_name, args.architecture, args.trust_remote_code)
     if any(not 8 <= size <= args.image_size for size in args.progressive_sizes):
         raise UserError(f"--progressive_sizes: sides from 8 up to --image_size {args.image_size}")
     left_out: list[str] = []
@@ -239,7 +241,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         splits = cached_images(splits, side, cache_folder(args.cache_dir), args.num_workers)
     counts = np.bincount(splits["train"].classes, minlength=len(names))
     weights = torch.from_numpy(counts.sum() / (len(counts) * np.maximum(counts, 1))).float()
-    mean, std = colour_statistics(args.model_name, args.architecture)
+    mean, std = colour_statistics(args.model_name, args.architecture, args.trust_remote_code)
     return Data(splits, names, weights, mean, std, ImageCollate())
 
 
@@ -263,7 +265,7 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
 
     labels = class_labels(data.label_names)
     if args.model_name:
-        model = open_classifier(args.model_name, **labels)
+        model = open_classifier(args.model_name, args.trust_remote_code, **labels)
     else:
         # Batch norms mix the images of a batch, which leaves no image a gradient of its own.
         group_norm = args.trainer_type == "dp" and args.strategy == "full"

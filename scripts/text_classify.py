@@ -27,14 +27,22 @@ from accelerando.data.tokens import TokenTable, tokenize_table
 from accelerando.inference.hub import check_push, push_best
 from accelerando.models.cpu import attention_for_cpu, speed_up_dropout
 from accelerando.models.overrides import override_config
-from accelerando.models.pretrained import class_labels, head_names, most_tokens, open_config, open_model
+from accelerando.models.pretrained import (
+    class_labels,
+    head_names,
+    match_tokenizer,
+    most_tokens,
+    open_config,
+    open_model,
+    pads_left,
+)
 from accelerando.report import page, results
 from accelerando.report.metrics import classification_metrics
 from accelerando.report.model_card import write_model_card
 from accelerando.report.predictions import worst_mistakes
 from accelerando.train.accelerator import is_sharded, log_trained, make_accelerator, prepare
 from accelerando.train.averages import Ema, averaged
-from accelerando.train.batches import TrainBatches
+from accelerando.train.batches import TrainBatches, first_batch
 from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
 from accelerando.train.lora import attach_lora
@@ -70,6 +78,7 @@ class Args:
     model_name: str = "bert-base-uncased"  # transformer: folder or Hub name
     from_scratch: bool = False  # transformer: random weights, the shape from model_name's config
     tokenizer_name: str | None = None  # folder or Hub name (default: model_name's; the cnn trains one)
+    trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
     tokenizer_type: Literal["wordpiece", "bpe"] = "wordpiece"  # what to train where there is no tokenizer
     strategy: Literal["full", "head", "lora"] = "full"  # what is trained: all, the head alone, LoRA and the head
     lora_r: int = 16  # lora: rank
@@ -154,7 +163,8 @@ ALIASES = {
 # Settings that matter only together with another one.
 ONLY_WITH = {
     "architecture transformer": (
-        "model_name", "from_scratch", "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout",
+        "model_name", "from_scratch", "trust_remote_code", "hidden_dropout_prob", "attention_probs_dropout_prob",
+        "classifier_dropout",
     ),
     "from_scratch": ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size"),
     "architecture cnn": ("vocab_size", "embed_size", "num_filters", "filter_sizes", "dropout_prob"),
@@ -206,7 +216,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     with main_process_first(accelerator):
         name = args.tokenizer_name or (args.model_name if args.architecture == "transformer" else None)
         if name:
-            tokenizer = open_tokenizer(name)
+            tokenizer = open_tokenizer(name, args.trust_remote_code)
         else:
             texts = tables["train"].texts
             tokenizer = train_tokenizer(texts, args.tokenizer_type, args.vocab_size, max_length=args.max_length)
@@ -252,17 +262,17 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> torch.nn.Mo
 def build_transformer(args: Args, data: Data, labels: dict, on_cpu: bool) -> PreTrainedModel:
     from transformers import AutoModelForSequenceClassification
 
-    config = open_config(args.model_name, **labels)
+    config = open_config(args.model_name, args.trust_remote_code, **labels)
     override_config(config, args, has_weights=not args.from_scratch)
-    if data.tokenizer.pad_token_id is None:
-        raise UserError(f"the tokenizer of {args.model_name} has no padding token: set one and save it to a folder")
-    config.pad_token_id = data.tokenizer.pad_token_id
     if args.from_scratch:
         config.vocab_size = max(len(data.tokenizer), 1)
-    attention = attention_for_cpu(config, on_cpu)
+        config.pad_token_id = data.tokenizer.pad_token_id
     model = open_model(
-        AutoModelForSequenceClassification, args.model_name, args.from_scratch, config=config, **attention
-    )
+        AutoModelForSequenceClassification, args.model_name, config, args.from_scratch,
+        trust_remote_code=args.trust_remote_code, **attention_for_cpu(config, on_cpu),
+    )  # fmt: skip
+    match_tokenizer(model, data.tokenizer, args.model_name)
+    data.collate.pad_token_id, data.collate.left = data.tokenizer.pad_token_id, pads_left(config)
     limit = most_tokens(model)
     if limit and args.max_length > limit:
         raise UserError(f"--max_length {args.max_length} exceeds the {limit} positions of {args.model_name}")
@@ -435,8 +445,9 @@ def main() -> None:
 
     def save_weights(name: str) -> None:
         save_model_folder(
-            accelerator, model, directory / name, lambda folder: write_beside_weights(folder, run, data, args)
-        )
+            accelerator, model, directory / name, lambda folder: write_beside_weights(folder, run, data, args),
+            outputs=lambda saved: compute_loss(saved, first_batch(train_data, data.collate), data, args)[1],
+        )  # fmt: skip
 
     def checkpoint() -> Path:
         return save(run, model, optimizer, schedule, ema)

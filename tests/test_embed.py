@@ -428,7 +428,7 @@ def test_siglips_square_is_its_own(run, tmp_path, photos) -> None:
         (["runs/x", "photos"], "runs/x: no such folder"),
         (["words.txt", "photos"], "words.txt: is a file, not a folder"),
         (["bert", "photos"], "bert is a bert, not a CLIP or SigLIP model"),
-        (["damaged", "photos"], "damaged cannot be opened"),
+        (["damaged", "photos"], "damaged: the model cannot be loaded"),
     ],
 )
 def test_bad_input_is_one_line(run, model, photos, tiny_bert, tmp_path, flags, message) -> None:

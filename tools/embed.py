@@ -62,6 +62,7 @@ class Args:
     input: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[INPUT]")] = None  # images or pairs
     texts: str | None = None  # embed the lines of this file too, or alone; blank lines are skipped
     adapter: str | None = None  # LoRA adapter that is merged into MODEL first
+    trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
     image_folder: str | None = None  # tables: folder of the images (default: the table's own)
     image_column: str = "image"  # tables: column of the image file
     caption_column: str = "caption"  # tables: column of the caption
@@ -271,12 +272,9 @@ def load_model(args: Args) -> tuple[ClipModel, Preprocessing]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     name, device = model_name(args.model), choose_device(args.device)
-    try:
-        preprocessing = open_preprocessing(name, args.max_length)
-        model = open_clip_model(name, args.adapter)
-        check_image_size(model, preprocessing)
-    except UserError as error:
-        raise UserError(str(error).removeprefix("--model_name ")) from None
+    preprocessing = open_preprocessing(name, args.max_length, args.trust_remote_code)
+    model = open_clip_model(name, args.adapter, trust_remote_code=args.trust_remote_code)
+    check_image_size(model, preprocessing)
     embed_in_forward(model)
     return model.eval().to(device), preprocessing
 

@@ -33,11 +33,12 @@ from accelerando.base.config import Alias, check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import check_can_be_made, whole_folder, write_text
 from accelerando.base.log import quiet_libraries
+from accelerando.base.model_folder import read_json
 from accelerando.base.processes import command_line
 from accelerando.data.folders import ImageFiles, class_folders, read_splits
 from accelerando.inference.answers import image_answers, with_progress
 from accelerando.inference.outputs import open_output, print_first, printable
-from accelerando.inference.runs import model_folder, predicted_files, read_json, read_results, read_settings, run_of
+from accelerando.inference.runs import model_folder, predicted_files, read_results, read_settings, run_of
 from accelerando.inference.saved import choose_device, import_user_module, open_image_model, task_of_saved
 from accelerando.report import page
 from accelerando.report.plots import plot_confusion
@@ -64,6 +65,7 @@ class Args:
     data_dir: str | None = None  # where the run's images lie now (default: where they were in training)
     # -- evaluation --
     import_module: str | None = None  # module of yours that defines the model's class, as --import my_module
+    trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
     batch_size: int = 64  # images in one forward pass
     num_workers: int = 8  # threads that read and decode images
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -221,7 +223,7 @@ def score(run: Classifier, images: LabelledImages, args: Args) -> Score:
     import numpy as np
 
     files, device = images.files, choose_device(args.device)
-    opened = open_image_model(run.folder, device, run.module)
+    opened = open_image_model(run.folder, device, run.module, args.trust_remote_code)
     tta = bool(run.settings.get("tta")) if args.tta is None else args.tta
     names = (str(files.path(row)) for row in range(len(files)))
     answers = image_answers(

@@ -48,6 +48,7 @@ from accelerando.base.errors import UserError, errors_in_one_line, first_line
 from accelerando.base.files import open_whole
 from accelerando.base.log import progress_bar, quiet_libraries
 from accelerando.inference.saved import choose_device
+from accelerando.models.checkpoints import read_state, without_prefixes
 
 if TYPE_CHECKING:
     import av
@@ -374,21 +375,12 @@ def sha256_of(path: Path) -> str:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict without classifiers; UserError where the file is no state dict. Nothing else is unpickled."""
-    import torch
-
+    """A state dict of :func:`models.checkpoints.read_state` without prefixes and classifiers."""
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        plain = {re.sub(r"^(module\.|_orig_mod\.)+", "", key): value for key, value in state.items()}
-    except Exception as error:  # zip, pickle and safetensors have errors of their own
-        reason = "it holds more than tensors" if "eights only" in str(error) else first_line(error)
-        raise UserError(f"--weights {path}: no state dict that can be read ({reason})") from None
-    return {key: value for key, value in plain.items() if not key.startswith(("fc.", "AuxLogits."))}
+        *_, (_, state) = without_prefixes(read_state(path))
+    except UserError as error:
+        raise UserError(f"--weights {error}") from None
+    return {key: value for key, value in state.items() if not key.startswith(("fc.", "AuxLogits."))}
 
 
 def build_model(weights: Path | None, seed: int, device: torch.device) -> torch.nn.Module:

@@ -35,12 +35,13 @@ from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from accelerando.base.config import Alias, check_ranges, parse_args, sections
-from accelerando.base.errors import UserError, errors_in_one_line, first_line
-from accelerando.data.tokenizer import VOCABULARY_FILES
+from accelerando.base.errors import UserError, errors_in_one_line
+from accelerando.base.model_folder import read_json
+from accelerando.data.tokenizer import open_tokenizer
 from accelerando.inference.answers import image_answers, with_progress
 from accelerando.inference.inputs import IMAGES, images_in, is_url
 from accelerando.inference.outputs import open_output, printable
-from accelerando.inference.runs import model_folder, read_json
+from accelerando.inference.runs import model_folder
 from accelerando.inference.saved import (
     TorchModel,
     choose_device,
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
 CHUNK = 4096  # texts that are read, sorted by length and predicted at once
 NO_LIMIT_LENGTH = 512  # tokens kept where neither tokenizer nor model names a limit
 TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
-TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")  # which is all that a tokenizer of bytes has
 Chunk = tuple[list[str], list[str] | None]  # texts, and second texts for a model of pairs
 ALIASES: dict[str, Alias] = {"import": "import_module"}  # Python's own word cannot name a field
 
@@ -79,6 +79,7 @@ class Args:
     text_pair: str | None = None  # texts: a second one, the same for every text
     # -- prediction --
     import_module: str | None = None  # module of yours that defines the model's class, as --import my_module
+    trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
     batch_size: int = 32  # texts, clips or images in one forward pass
     max_length: int | None = None  # texts: tokens kept (default: what the tokenizer or the model was made for)
     tta: bool = False  # images: the mean over each one and its mirror image
@@ -111,6 +112,7 @@ def load_text_model(
     max_length: int | None = None,
     pairs: bool = False,
     module: ModuleType | None = None,
+    trust_remote_code: bool = False,
 ) -> TextModel:
     """The model and tokenizer in ``folder``, for single texts or ``pairs``; ``module``: from ``--import``.
 
@@ -118,20 +120,12 @@ def load_text_model(
         UserError: no tokenizer, weights that are missing or do not fit, a ``max_length`` beyond the model's positions
             or too small for any text.
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        # Checked here, because AutoTokenizer may silently make an empty one.
-        raise UserError(f"{folder}: no tokenizer beside the model (tokenizer.json); copy it from the base model")
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModelForSequenceClassification
 
-    logging.set_verbosity_error()
     if config.get("model_type") == "text_cnn":
         import accelerando.models.text_cnn  # noqa: F401  (makes the auto classes know it)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:
-        raise UserError(f"{folder}: the tokenizer cannot be loaded ({first_line(error)[:200]})") from None
-    model = open_saved(AutoModelForSequenceClassification, folder, module)
+    tokenizer = open_tokenizer(str(folder), trust_remote_code, local_files_only=True)
+    model = open_saved(AutoModelForSequenceClassification, folder, module, trust_remote_code)
     names = model.config.id2label
     return TextModel(
         model=model.to(device),
@@ -154,12 +148,13 @@ def predict_chunk(
     import torch
 
     from accelerando.data.collate import collate_text
+    from accelerando.models.pretrained import pads_left
 
     tokenizer, config = loaded.tokenizer, loaded.model.config
     encoded = tokenizer(texts, pairs, truncation=True, max_length=loaded.max_length, return_attention_mask=False)
     if tokenizer.pad_token_id is None:
         batch_size = 1
-    collate = collate_text(tokenizer.pad_token_id or 0)
+    collate = collate_text(tokenizer.pad_token_id or 0, left=pads_left(config))
     embedded = getattr(loaded.model.get_input_embeddings(), "num_embeddings", None)
     names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
     order = sorted(range(len(texts)), key=lambda row: -len(encoded["input_ids"][row]))
@@ -224,7 +219,7 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any], module: Modu
         source = args.file or "standard input"
         raise UserError(f"{source}: no text in it; give texts on the command line, with --file or on standard input")
     device, pairs = choose_device(args.device), first[1] is not None
-    loaded = load_text_model(folder, config, device, args.max_length, pairs, module)
+    loaded = load_text_model(folder, config, device, args.max_length, pairs, module, args.trust_remote_code)
 
     import numpy as np
     from tqdm.auto import tqdm
@@ -411,7 +406,7 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
     if first is None:
         source = args.file or "standard input"
         raise UserError(f"{source}: no image in it; name images, folders or URLs behind the run, or in --file")
-    opened = open_image_model(folder, choose_device(args.device), module)
+    opened = open_image_model(folder, choose_device(args.device), module, args.trust_remote_code)
     # Typed paths are answered one by one.
     typed = not args.texts and not args.file and sys.stdin.isatty()
     batch_size, ahead = (1, 0) if typed else (args.batch_size, None)

@@ -12,21 +12,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def collate_text(pad_token_id: int, multiple_of: int = 1) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
+def collate_text(
+    pad_token_id: int, multiple_of: int = 1, left: bool = False
+) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
     """Collate for token samples: ``input_ids``, ``attention_mask`` (and ``token_type_ids``) [B, T], ``labels`` [B].
 
     T is the length of the longest text, rounded up to a multiple of ``multiple_of`` (8 suits a GPU's tensor cores, and
-    keeps the number of shapes small for torch.compile).
+    keeps the number of shapes small for torch.compile). ``left``: padding stands before the text.
     """
-    return TextCollate(pad_token_id, multiple_of)
+    return TextCollate(pad_token_id, multiple_of, left)
 
 
 class TextCollate:
     """See :func:`collate_text`; a class because worker processes need to pickle it."""
 
-    def __init__(self, pad_token_id: int, multiple_of: int = 1) -> None:
+    def __init__(self, pad_token_id: int, multiple_of: int = 1, left: bool = False) -> None:
         self.pad_token_id = pad_token_id
         self.multiple_of = multiple_of
+        self.left = left
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         import torch
@@ -34,6 +37,7 @@ class TextCollate:
         lengths = np.array([len(sample["input_ids"]) for sample in samples])
         width = -(-max(1, int(lengths.max())) // self.multiple_of) * self.multiple_of
         real = np.arange(width) < lengths[:, None]
+        real = real[:, ::-1] if self.left else real
         batch = {"attention_mask": real.astype(np.int64)}
         for name, padding in (("input_ids", self.pad_token_id), ("token_type_ids", 0)):
             if name in samples[0]:

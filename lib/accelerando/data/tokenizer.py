@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from accelerando.base.errors import UserError, first_line
+from accelerando.base.errors import UserError
+from accelerando.base.model_folder import opening
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -17,27 +19,28 @@ if TYPE_CHECKING:
     Texts = Iterable[str] | pa.Array | pa.ChunkedArray
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # ids 0 to 4
-# Without any of these, transformers may make an empty tokenizer instead of raising an error.
-VOCABULARY_FILES = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-)
 CHUNK = 4096  # texts held as Python strings at a time
 NO_LIMIT = int(1e30)  # transformers' model_max_length for a tokenizer that does not truncate
 
 
-def open_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder or under a name on the Hub; UserError: there is none."""
+def open_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder or under a name on the Hub.
+
+    Raises:
+        UserError: there is none, which transformers replaces by one that knows no word; or it is broken.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer in {name}: {first_line(error)}") from None
+    with opening(name, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        words = tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    files = tokenizer.vocab_files_names  # none for a tokenizer of bytes
+    there = {kind for kind, file in files.items() if (Path(name) / file).is_file()}
+    whole = "tokenizer_file" in there or (there and {"merges_file"} & files.keys() <= there)
+    if not words or (Path(name).is_dir() and files and not whole):
+        wanted = " or ".join(files.values()) or "a vocabulary"
+        raise UserError(f"{name}: no tokenizer beside the model ({wanted}); copy it from the base model")
+    return tokenizer
 
 
 def train_tokenizer(

@@ -28,8 +28,8 @@ class TokenTable:
     """Packed token ids of n texts; a map-style data set of ``{"input_ids", ("token_type_ids"), "label"}``.
 
     ``ids`` int32 [tokens] has the texts one after another, ``offsets`` int64 [n + 1] says where they begin; ``types``
-    uint8 [tokens] exists for pairs of texts; ``labels`` int64 [n] may be None. ``columns``: additional columns, [n]
-    each, in samples and batches under their names.
+    uint8 [tokens] exists for pairs of texts, and for a tokenizer that gives single ones types other than 0; ``labels``
+    int64 [n] may be None. ``columns``: additional columns, [n] each, in samples and batches under their names.
     """
 
     ids: np.ndarray
@@ -110,6 +110,7 @@ def _fingerprint(table: TextTable, tokenizer: PreTrainedTokenizerBase, max_lengt
 
 def _write(target: Path, table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     lengths: list[np.ndarray] = []
+    typed = False  # most tokenizers give single texts the type 0 alone
     with whole_folder(target) as draft:
         draft.mkdir()
         files = {name: draft / f"{name}.bin" for name in ("ids", "types")}
@@ -119,13 +120,14 @@ def _write(target: Path, table: TextTable, tokenizer: PreTrainedTokenizerBase, m
                 encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
                 lengths.append(np.array([len(row) for row in encoded["input_ids"]], dtype=np.int64))
                 np.concatenate([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]).tofile(ids_file)
-                if "token_type_ids" in encoded and pairs is not None:
-                    types = [np.asarray(row, dtype=np.uint8) for row in encoded["token_type_ids"]]
-                    np.concatenate(types).tofile(types_file)
+                if "token_type_ids" in encoded:
+                    types = np.concatenate([np.asarray(row, dtype=np.uint8) for row in encoded["token_type_ids"]])
+                    typed = typed or pairs is not None or bool(types.any())
+                    types.tofile(types_file)
                 progress.update(len(texts))
             progress.close()
         for (name, file), dtype in zip(files.items(), (np.int32, np.uint8), strict=True):
-            if file.stat().st_size:  # only pairs have types
+            if file.stat().st_size and (name == "ids" or typed):
                 np.save(draft / f"{name}.npy", np.memmap(file, dtype=dtype, mode="r"), allow_pickle=False)
             file.unlink()
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)

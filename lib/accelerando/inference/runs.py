@@ -6,7 +6,6 @@ A run folder contains ``config.yaml`` from the start, ``metrics.jsonl`` during t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,27 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from accelerando.base.config import flat_settings, read_yaml
 from accelerando.base.errors import UserError
+from accelerando.base.model_folder import read_json
 from accelerando.train.weights import TORCH_MODULE
 
 if TYPE_CHECKING:
     import numpy as np
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        UserError: no such file, invalid JSON, or not an object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: invalid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object, found a {type(content).__name__}")
-    return content
 
 
 # ------------------------------------------------------------------------------------------------- settings, results

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from accelerando.base.errors import UserError, first_line
-from accelerando.inference.runs import read_json, task_of_model
+from accelerando.base.model_folder import in_one_line, opening, read_json
+from accelerando.inference.runs import task_of_model
+from accelerando.models.pretrained import open_config, open_model
 from accelerando.train.weights import TORCH_MODULE
 
 if TYPE_CHECKING:
@@ -20,13 +22,7 @@ if TYPE_CHECKING:
 
     import torch
     from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
-
-
-class AutoClass(Protocol):
-    """One of transformers' auto classes."""
-
-    def from_pretrained(self, folder: Path, **options: object) -> Any:
-        """The model, or (model, loading report) with ``output_loading_info``."""
+    from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -101,33 +97,32 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def open_saved(auto_class: AutoClass, folder: Path, module: ModuleType | None = None) -> PreTrainedModel | TorchModel:
+def open_saved(
+    auto_class: type[_BaseAutoModelClass],
+    folder: Path,
+    module: ModuleType | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel | TorchModel:
     """The model in ``folder``, in float32, in evaluation mode: through one of transformers' auto classes, or with
     :func:`open_torch_module` if it was saved as a plain torch module. ``module``: the user's, from ``--import``.
 
     Raises:
         UserError: the weights are missing, corrupted or another model's, or the class is unknown.
     """
-    import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    config = read_json(folder / "config.json")
-    if config.get("model_type") == TORCH_MODULE:
-        return TorchModel(open_torch_module(folder, module), read_config(config))
+    content = read_json(folder / "config.json")
+    if content.get("model_type") == TORCH_MODULE:
+        return TorchModel(open_torch_module(folder, module), read_config(content))
     try:
-        model, report = auto_class.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+        config = open_config(str(folder), trust_remote_code, local_files_only=True)
+        model = open_model(
+            auto_class, str(folder), config, new_head=False, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except UserError:
-        raise
-    except Exception as error:  # each format of weights raises errors of its own
-        reason = f"{first_line(error)[:200]}){import_hint(config)}"
-        raise UserError(f"{folder}: the model cannot be loaded ({reason}") from None
-    unfit = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
-    if unfit:
-        raise UserError(f"{folder}: weights are missing ({', '.join(unfit[:3])}); is it a trained classifier?")
+    except UserError as error:
+        raise UserError(f"{error}{import_hint(content)}") from None
     return model.eval()
 
 
@@ -161,8 +156,7 @@ def open_torch_module(folder: Path, module: ModuleType | None) -> torch.nn.Modul
     try:
         missing, unexpected = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     except Exception as error:  # safetensors raises errors of its own; torch lists shapes on separate lines
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: the weights cannot be loaded into {name} ({reason})") from None
+        raise UserError(f"{folder}: the weights cannot be loaded into {name} ({in_one_line(error)})") from None
     if missing or unexpected:
         words = f"lack {missing[0]}" if missing else f"also contain {unexpected[0]}"
         raise UserError(f"{folder}: the weights are not those of {name}: they {words}")
@@ -238,7 +232,9 @@ class ImageModel:
     std: tuple[float, ...]
 
 
-def open_image_model(folder: Path, device: torch.device, module: ModuleType | None = None) -> ImageModel:
+def open_image_model(
+    folder: Path, device: torch.device, module: ModuleType | None = None, trust_remote_code: bool = False
+) -> ImageModel:
     """The classifier in ``folder``; images are preprocessed as in the evaluation of ``scripts/image_classify.py``, or
     by transformers' processor if ``preprocessor_config.json`` differs from that. ``module``: the user's, from
     ``--import``.
@@ -257,8 +253,9 @@ def open_image_model(folder: Path, device: torch.device, module: ModuleType | No
         raise UserError(f"{folder}: no preprocessor_config.json beside the model; copy it from the base model")
     settings = read_json(path)
     size = evaluation_size(settings)
-    prepare = SavedProcessor(folder) if size is None else partial(decode_for_evaluation, size=size)
-    model = open_saved(AutoModelForImageClassification, folder, module).to(device, memory_format=torch.channels_last)
+    prepare = SavedProcessor(folder, trust_remote_code) if size is None else partial(decode_for_evaluation, size=size)
+    model = open_saved(AutoModelForImageClassification, folder, module, trust_remote_code)
+    model = model.to(device, memory_format=torch.channels_last)
     names = model.config.id2label
     return ImageModel(
         model,
@@ -301,15 +298,13 @@ class SavedProcessor:
         UserError: the processor cannot be loaded.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
         from transformers import AutoImageProcessor
 
-        try:
+        with opening(folder, "image processor"):
             self.processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(
-                folder, backend="pil", local_files_only=True
+                folder, backend="pil", local_files_only=True, trust_remote_code=trust_remote_code
             )
-        except Exception as error:
-            raise UserError(f"{folder}: the image processor cannot be loaded ({first_line(error)[:200]})") from None
 
     def __call__(self, file: bytes) -> torch.Tensor:
         from PIL import Image

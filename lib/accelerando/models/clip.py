@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +11,10 @@ from types import MethodType
 from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError, first_line
+from accelerando.base.model_folder import opening, read_json, tensor_shapes
+from accelerando.data.tokenizer import open_tokenizer
 from accelerando.data.transforms import AugmentationName, ImageTransform
+from accelerando.models.pretrained import open_config, open_model
 from accelerando.models.processors import Resizing, described, input_colours, resizing_of
 
 if TYPE_CHECKING:
@@ -20,7 +22,12 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 
-def open_clip_model(name: str, adapter: str | None = None, attention_dropout: float | None = None) -> torch.nn.Module:
+def open_clip_model(
+    name: str,
+    adapter: str | None = None,
+    attention_dropout: float | None = None,
+    trust_remote_code: bool = False,
+) -> torch.nn.Module:
     """The model in a folder or on the Hub, in float32; ``name`` or ``adapter`` may be a LoRA adapter, which is merged.
 
     ``attention_dropout``: dropout of attention weights; None: the model's own.
@@ -28,23 +35,16 @@ def open_clip_model(name: str, adapter: str | None = None, attention_dropout: fl
     Raises:
         UserError: it cannot be opened, is not a CLIP or SigLIP model, or the adapter belongs to another base model.
     """
-    import torch
-    from safetensors import SafetensorError
     from transformers import AutoModel
 
     if (Path(name) / "adapter_config.json").is_file():
         if adapter is not None:
             raise UserError(f"--model_name {name} is itself an adapter: with --adapter, name its base model")
         adapter, name = name, _base_of(Path(name))
-    try:
-        model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"--model_name {name} cannot be opened: {first_line(error)}") from None
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise UserError(f"--model_name {name} lacks weights: {missing[0]} (and {len(missing) - 1} more)")
+    config = open_config(name, trust_remote_code)
+    model = open_model(AutoModel, name, config, new_head=False, trust_remote_code=trust_remote_code)
     if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
-        raise UserError(f"--model_name {name} is a {model.config.model_type}, not a CLIP or SigLIP model")
+        raise UserError(f"{name} is a {model.config.model_type}, not a CLIP or SigLIP model")
     model = model if adapter is None else merge_adapter(model, name, Path(adapter))
     if attention_dropout is not None:
         for module in model.modules():
@@ -60,35 +60,34 @@ def merge_adapter(model: torch.nn.Module, name: str, adapter: Path) -> torch.nn.
         UserError: there is no adapter, or it belongs to another base model.
     """
     from peft import PeftModel
-    from safetensors import SafetensorError, safe_open
 
     file = adapter / "adapter_model.safetensors"
     if not file.is_file():
         raise UserError(f"{adapter}: no adapter (adapter_model.safetensors) in it; a LoRA run has one in best/adapter")
-    try:
-        with safe_open(file, "pt") as tensors:
-            shapes = {key: tuple(tensors.get_slice(key).get_shape()) for key in tensors.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"{file}: corrupted ({first_line(error)})") from None
-    own = dict(model.named_parameters())
-    for key, shape in shapes.items():
-        plain = key.removeprefix("base_model.model.")
-        stem, lora, _ = plain.partition(".lora_A")
-        weight = own.get(f"{stem}.weight" if lora else plain)
-        if ".lora_B" in plain:
+    own, stored = dict(model.named_parameters()), tensor_shapes(file)
+    for key, shape in stored.items():
+        stem, lora, _ = key.removeprefix("base_model.model.").partition(".lora_")
+        weight = own.get(f"{stem}.weight" if lora else stem)
+        if lora and key.removesuffix(".weight").endswith("B"):
             continue
-        if weight is None or (shape[1] != weight.shape[1] if lora else shape != tuple(weight.shape)):
+        fits = weight is not None and ({*shape[1:2]} <= {*weight.shape} if lora else shape == weight.shape)
+        if not fits:
             raise UserError(
                 f"{adapter} is an adapter for another base model ({_base_of(adapter)}), not for {name}: {stem} differs"
             )
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    with opening(adapter, "adapter"):
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    wanted = sum(".lora_" in key for key, _ in adapted.named_parameters())
+    if (there := sum(".lora_" in key for key in stored)) != wanted:
+        raise UserError(f"{file}: {there} tensors for the {wanted} that adapter_config.json describes")
+    return adapted.merge_and_unload()
 
 
 def _base_of(adapter: Path) -> str:
-    try:
-        return json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError):
-        return "unknown"
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise UserError(f"{adapter / 'adapter_config.json'}: base_model_name_or_path names no base model")
+    return base
 
 
 def make_clip_model(
@@ -174,26 +173,20 @@ class Preprocessing:
         kind(image_processor=self.image_processor, tokenizer=self.tokenizer).save_pretrained(folder)
 
 
-def open_preprocessing(name: str, max_length: int | None) -> Preprocessing:
+def open_preprocessing(name: str, max_length: int | None, trust_remote_code: bool = False) -> Preprocessing:
     """Tokenizer and image processor of a model's folder or Hub name.
 
     Raises:
         UserError: they are missing, or ``max_length`` exceeds the model's number of positions.
     """
-    from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
-
-    from accelerando.data.tokenizer import VOCABULARY_FILES
+    from transformers import AutoImageProcessor
 
     if (Path(name) / "adapter_config.json").is_file():
         name = _base_of(Path(name))
-    try:
-        config = AutoConfig.from_pretrained(name)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        images = AutoImageProcessor.from_pretrained(name, backend="pil")
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name {name} cannot be opened: {first_line(error)}") from None
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in VOCABULARY_FILES):
-        raise UserError(f"--model_name {name}: no tokenizer in it ({', '.join(VOCABULARY_FILES)})")
+    config = open_config(name, trust_remote_code)
+    tokenizer = open_tokenizer(name, trust_remote_code)
+    with opening(name, "image processor"):
+        images = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=trust_remote_code)
     limit = getattr(getattr(config, "text_config", config), "max_position_embeddings", 77)
     if max_length is not None and max_length > limit:
         raise UserError(f"--max_length {max_length} exceeds the {limit} positions of {name}")
@@ -273,6 +266,12 @@ def saved_scale(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[
     if not model.has_own_bias:
         state = {name: tensor for name, tensor in state.items() if name != "logit_bias"}
     return {**state, "logit_scale": state["logit_scale"].reshape(model.saved_scale_shape)}
+
+
+def pair_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits [B, B] of images and texts by a model with or without :func:`embed_in_forward`."""
+    output = embed_pairs(model, **inputs)
+    return output["scale"] * output["image"] @ output["text"].T
 
 
 def embed_in_forward(model: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from accelerando.base.errors import UserError, first_line
+from accelerando.base.model_folder import opening
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,7 @@ class Colours(NamedTuple):
     blue_first: bool
 
 
-def open_processor(name: str, **options: str) -> BaseImageProcessor | None:
+def open_processor(name: str, trust_remote_code: bool = False, **options: str) -> BaseImageProcessor | None:
     """The image processor of a folder or a name on the Hub; None: it has none.
 
     Raises:
@@ -33,12 +34,12 @@ def open_processor(name: str, **options: str) -> BaseImageProcessor | None:
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(name, **options)
-    except Exception as error:  # each of transformers' and timm's processors raises errors of its own
-        there = [file for file in FILES if (Path(name) / file).is_file()]
-        if not there and isinstance(error, OSError | ValueError):  # a folder with only a config
-            return None
-        raise UserError(f"--model_name {name}: its image processor cannot be opened ({first_line(error)})") from None
+        with opening(name, "image processor"):
+            return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    except UserError:
+        if any((Path(name) / file).is_file() for file in FILES):
+            raise
+        return None  # a folder with only a config
 
 
 def input_colours(processor: BaseImageProcessor) -> Colours:
@@ -56,6 +57,8 @@ def input_colours(processor: BaseImageProcessor) -> Colours:
     if blue_first:
         slopes, black = slopes.flip(1), black.flip(0)
     slope = slopes.diagonal()
+    if not slopes.isfinite().all():
+        raise UserError(f"{described(processor)} gives no finite numbers: correct its image_mean and image_std")
     if (slope <= 0).any() or (slopes - slope.diag()).abs().max() > 1e-3 * slope.max():
         raise UserError(f"{described(processor)} mixes colours, which is not supported")
     measured = torch.stack([-black / slope, 1 / slope])

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from accelerando.base.errors import UserError, first_line
+from accelerando.models.checkpoints import read_state, without_prefixes
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -198,41 +199,63 @@ def replace_batch_norms(net: nn.Module) -> None:
 def load_pretrained(model: VisionNet, weights: str) -> str:
     """Loads ``weights`` into ``model``, except a head for other classes, and returns a line about what was loaded.
 
-    ``weights`` is DEFAULT (torchvision's or timm's best, downloaded) or a file: .safetensors, or a torch state dict,
-    loaded with ``weights_only``.
+    ``weights`` is DEFAULT (torchvision's or timm's best, downloaded), a file (:func:`checkpoints.read_state`) or a
+    folder. Known prefixes of its names (:func:`checkpoints.without_prefixes`) are taken off.
 
     Raises:
         UserError: they cannot be downloaded or read, or belong to another architecture.
     """
     architecture = model.config.architecture
-    state = _downloaded(architecture) if weights.upper() == "DEFAULT" else _read_state(Path(weights))
+    state = _downloaded(architecture) if weights.upper() == "DEFAULT" else _read_weights(weights)
+    prefix, state, unfit = min(
+        ((prefix, *_without_other_head(model, found)) for prefix, found in without_prefixes(state)),
+        key=lambda candidate: len(candidate[2]),
+    )
+    own = model.net.state_dict()
+    if unfit:
+        fitted = sum(name in own and own[name].shape == tensor.shape for name, tensor in state.items())
+        name = next(iter(unfit))
+        raise UserError(
+            f"--weights {weights}: not the weights of {architecture}: {fitted} of its {len(own)} tensors fit; "
+            f"{name} {unfit[name]}"
+        )
+    model.net.load_state_dict(state, strict=False)
+    heads = heads_of(model.net, model.config.num_labels)
+    other_head = any(name.rpartition(".")[0] in heads and name not in state for name in own)
+    return (
+        f"Loaded {len(state)} tensors from {weights}"
+        + (f", whose names begin with {prefix}" if prefix else "")
+        + (f", all except the head {', '.join(heads)}" if other_head else "")
+    )
+
+
+def _without_other_head(
+    model: VisionNet, state: dict[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """``state`` without a head for other classes and what ``model`` does not need; and what does not fit: name, why."""
     own = model.net.state_dict()
     heads = heads_of(model.net, model.config.num_labels)
-    prefix = "net." if all(name.startswith("net.") for name in state) else ""
-    state = {name.removeprefix(prefix): value for name, value in state.items()}
-    left_out = [
+    left_out = {
         name
         for name, value in state.items()
         if name.rpartition(".")[0] in heads and name in own and own[name].shape != value.shape
-    ]
+    }
     dropped = STATISTICS if model.config.group_norm else ()  # a group norm has only a batch norm's weight and bias
-    state = {
+    kept = {
         name: value
         for name, value in state.items()
         if name not in left_out and not name.startswith(AUXILIARY) and name.rpartition(".")[2] not in dropped
     }
-    wrong = [name for name in state if name not in own or own[name].shape != state[name].shape]
-    missing = [name for name in own if name not in state and name not in left_out]
-    if wrong or missing:
-        name = (wrong or missing)[0]
-        what = f"it has no {name}" if wrong and name not in own else f"{name} differs or is missing"
-        raise UserError(
-            f"--weights {weights}: not the weights of {architecture}: {what} "
-            f"({len(wrong) + len(missing)} of {len(own)} tensors)"
-        )
-    model.net.load_state_dict(state, strict=False)
-    rest = f", all except the head {', '.join(heads)}" if left_out else ""
-    return f"Loaded {len(state)} tensors from {weights}{rest}"
+    unfit = {name: "is not in this net" for name in kept if name not in own}
+    unfit |= {
+        name: f"has the shape {list(value.shape)}, not {list(own[name].shape)}"
+        for name, value in kept.items()
+        if name in own and own[name].shape != value.shape
+    }
+    counter = ".num_batches_tracked"  # of batch norms, without effect
+    lacking = [name for name in own if name not in kept and not name.endswith(counter)]
+    unfit |= {name: "is missing" for name in lacking if name.rpartition(".")[0] not in heads}
+    return kept, unfit
 
 
 def _downloaded(architecture: str) -> dict[str, torch.Tensor]:
@@ -249,31 +272,13 @@ def _downloaded(architecture: str) -> dict[str, torch.Tensor]:
         ) from None
 
 
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    import pickle
-
-    if path.is_dir():
-        path = path / "model.safetensors"
+def _read_weights(weights: str) -> dict[str, torch.Tensor]:
+    if not Path(weights).exists():
+        raise UserError(f"--weights {weights}: no such file; DEFAULT downloads weights, None starts from scratch")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(
-            f"--weights {path}: no such file; DEFAULT downloads weights, None starts from scratch"
-        ) from None
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"--weights {path}: not a weights file ({first_line(error)})") from None
-    except Exception as error:  # safetensors raises an error class of its own
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(f"--weights {path}: not a weights file ({first_line(error)})") from None
-    state = state.get("state_dict", state.get("model", state)) if isinstance(state, dict) else {}
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"--weights {path}: no state dict in it")
-    return {name.removeprefix("module."): value for name, value in state.items()}
+        return read_state(Path(weights))
+    except UserError as error:
+        raise UserError(f"--weights {error}") from None
 
 
 AutoConfig.register(VisionNetConfig.model_type, VisionNetConfig, exist_ok=True)

@@ -92,6 +92,14 @@ def as_training_data(dataset: TrainingData | Sequence[Any], lengths: np.ndarray 
     return dataset if isinstance(dataset, TrainingData) else Rows(dataset, lengths)
 
 
+def first_batch(
+    dataset: TrainingData | Sequence[Any], collate: Callable[[list[Any]], dict[str, torch.Tensor]], size: int = 4
+) -> dict[str, torch.Tensor]:
+    """A batch of the first samples, on the CPU."""
+    samples = as_training_data(dataset)
+    return collate([samples.at(row, 0) for row in range(min(size, len(samples)))])
+
+
 @dataclass
 class Window:
     """The micro-batches of one optimizer step on this process; iterate over it once.

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError
+from accelerando.base.log import log
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
-    from peft import PeftModel
+    from peft import LoraConfig, PeftModel
+
+MERGED = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")  # PEFT's layers, Linear also for GPT-2's Conv1D
+TOLERANCE = 1e-3  # of merged logits, relative to the largest one: above float32's error in deep models
 
 # The attention projections of each model type in transformers 5; PEFT has no default for most of these.
 ATTENTION_TARGETS: dict[str, tuple[str, ...]] = {
@@ -22,6 +31,7 @@ ATTENTION_TARGETS: dict[str, tuple[str, ...]] = {
     "deberta-v2": ("query_proj", "value_proj"),
     "distilbert": ("q_lin", "v_lin"),
     "electra": ("query", "value"),
+    "gpt2": ("c_attn",),
     "modernbert": ("Wqkv",),
     "mpnet": ("attn.q", "attn.v"),
     "roberta": ("query", "value"),
@@ -31,19 +41,25 @@ ATTENTION_TARGETS: dict[str, tuple[str, ...]] = {
 
 
 def lora_targets(model: torch.nn.Module) -> tuple[str, ...]:
-    """The linear layers that get an adapter: the query and value projections of this architecture.
+    """The layers that get an adapter: the query and value projections of this architecture.
 
     Raises:
         UserError: an unknown architecture; lists the names of its linear layers.
     """
-    import torch
-
-    kind = model.config.model_type
-    linear = {name.rsplit(".", 1)[-1] for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    kind, linear = model.config.model_type, linear_names(model)
     for targets in (ATTENTION_TARGETS.get(kind, ()), ("q_proj", "v_proj"), ("query", "value"), ("q_lin", "v_lin")):
         if targets and all(target.rsplit(".", 1)[-1] in linear for target in targets):
             return targets
-    raise UserError(f"no LoRA targets known for {kind}: name them with --lora_targets ({', '.join(sorted(linear))})")
+    raise UserError(f"no LoRA targets known for {kind}: name them with --lora_targets ({', '.join(linear)})")
+
+
+def linear_names(model: torch.nn.Module) -> list[str]:
+    """The last parts of the names of the linear layers, sorted."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    kinds = (torch.nn.Linear, Conv1D)
+    return sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, kinds)})
 
 
 def attach_lora(
@@ -53,30 +69,54 @@ def attach_lora(
     dropout: float,
     targets: Iterable[str] = (),
     modules_to_save: Iterable[str] = (),
-    within: str | None = None,
+    within: Sequence[str] = (),
 ) -> torch.nn.Module:
     """``model`` with adapters; all other parameters are frozen except ``modules_to_save`` (such as a new head).
 
-    ``within`` restricts the adapters to a part of the model (``vision_model``).
+    ``within``: the parts of the model that get adapters, such as ``vision_model``; by default the whole model.
 
     Raises:
-        UserError: a target is not a linear layer of the model.
+        UserError: a target is not in the model, or adapters for its kind of layer cannot be merged.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
-    targets = list(targets) or list(lora_targets(model))
+    if lacking := [name for name in within if not hasattr(model, name)]:
+        raise UserError(f"LoRA: a {model.config.model_type} has no {lacking[0]}")
+    parts = [model.get_submodule(name) for name in within] or [model]
+    targets = list(targets) or list(dict.fromkeys(name for part in parts for name in lora_targets(part)))
+    names = "|".join(re.escape(target) for target in targets)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=targets if within is None else rf"{within}\..*\.({'|'.join(targets)})",
+        target_modules=rf"({'|'.join(within)})\.(.*\.)?({names})" if within else targets,
         modules_to_save=list(modules_to_save) or None,
         bias="none",
     )
     try:
-        return get_peft_model(model, config)
+        adapted = _with_adapters(model, config)
     except ValueError as error:
         raise UserError(f"--lora_targets {' '.join(targets)}: {str(error).splitlines()[0]}") from None
+    for name, layer in adapted.named_modules():
+        if isinstance(layer, LoraLayer) and type(layer).__name__ not in MERGED:
+            raise UserError(f"--lora_targets {' '.join(targets)}: no adapter for {plain_name(name)}, which is a "
+                            f"{type(layer.get_base_layer()).__name__}")  # fmt: skip
+    for name in within:
+        layers = adapted.get_base_model().get_submodule(name).modules()
+        if not any(isinstance(layer, LoraLayer) for layer in layers):
+            there = ", ".join(linear_names(model.get_submodule(name)))
+            log.warning("--lora_targets %s: %s has none of them and gets no adapter; its layers are %s",
+                        " ".join(targets), name, there)  # fmt: skip
+    return adapted
+
+
+def _with_adapters(model: torch.nn.Module, config: LoraConfig) -> PeftModel:
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about fan_in_fan_out, which it sets right, and names of the base model
+        return get_peft_model(model, config)
 
 
 def is_lora(model: torch.nn.Module) -> bool:
@@ -85,24 +125,72 @@ def is_lora(model: torch.nn.Module) -> bool:
 
 
 def merged_state_dict(model: PeftModel, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of the base model with the adapters merged: W + (alpha / r) B A, as in PEFT.
+    """The weights of the base model with the adapters merged: W + what PEFT's layers add to it.
 
     ``state`` is the unsharded state dict of the PEFT ``model``; only the state dict is used, so that a sharded model
     need not be gathered.
     """
-    config = model.peft_config["default"]
-    scaling = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
-    merged = {}
-    for name, tensor in state.items():
-        plain = plain_name(name)
-        if plain is None:
-            continue
-        stem = name.removesuffix(".base_layer.weight")
-        if stem != name and f"{stem}.lora_A.default.weight" in state:
-            down, up = state[f"{stem}.lora_A.default.weight"], state[f"{stem}.lora_B.default.weight"]
-            tensor = (tensor.float() + scaling * (up.float() @ down.float())).to(tensor.dtype)
-        merged[plain] = tensor
+    from peft.tuners.lora import LoraLayer
+    from torch.func import functional_call
+
+    merged = {plain: tensor for name, tensor in state.items() if (plain := plain_name(name)) is not None}
+    for name, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            own = {f"layer.{key.removeprefix(f'{name}.')}": state[key] for key in state if f"{name}.lora_" in key}
+            added = functional_call(_delta_class()(layer), own, ())
+            plain = f"{plain_name(name)}.weight"
+            merged[plain] = (merged[plain].float() + added.float()).to(merged[plain].dtype)
     return merged
+
+
+@functools.cache
+def _delta_class() -> type[torch.nn.Module]:
+    """The class, created on first use so that importing this file does not import torch."""
+    import torch
+
+    class Delta(torch.nn.Module):
+        """What the adapter of a PEFT layer adds to its weight, which depends on the kind of layer."""
+
+        def __init__(self, layer: torch.nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self) -> torch.Tensor:
+            return self.layer.get_delta_weight("default")
+
+    return Delta
+
+
+def check_merged(
+    model: PeftModel,
+    state: dict[str, torch.Tensor],
+    folder: Path,
+    outputs: Callable[[torch.nn.Module], torch.Tensor],
+) -> None:
+    """Compares the merged model in ``folder`` with the trained one: base weights and adapters of ``state``.
+
+    ``outputs`` computes the logits of one batch with a model of the base's class. The trained one is built anew, since
+    that of the run may be sharded or under autocast. The random state is kept.
+
+    Raises:
+        UserError: the logits differ.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        plain = type(model.get_base_model()).from_pretrained(folder, dtype=torch.float32).eval()
+        merged = outputs(plain)
+        trained = _with_adapters(plain, copy.deepcopy(model.peft_config["default"]))  # puts the adapters into plain
+        own = trained.state_dict()
+        kept = {name: tensor.reshape(own[name].shape) for name, tensor in state.items() if name in own}
+        trained.load_state_dict(kept)
+        expected = outputs(plain.eval())
+    largest = float(expected.nan_to_num().abs().max())
+    if not torch.allclose(merged, expected, rtol=0, atol=TOLERANCE * max(largest, 1e-3), equal_nan=True):
+        raise UserError(
+            f"the merged weights give other results than the trained adapters ({merged.flatten()[0]:.4g} instead of "
+            f"{expected.flatten()[0]:.4g}): nothing was saved"
+        )
 
 
 def plain_name(name: str) -> str | None:

@@ -27,6 +27,7 @@ def save_model_folder(
     folder: Path,
     extra: Callable[[Path], None] | None = None,
     saved_form: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] = lambda state: state,
+    outputs: Callable[[torch.nn.Module], torch.Tensor] | None = None,
 ) -> None:
     """Saves the model in Hugging Face format, for ``from_pretrained``; call it on every process.
 
@@ -34,8 +35,11 @@ def save_model_folder(
     ``save_pretrained`` it gets ``model.safetensors`` and :func:`module_config`. ``extra`` writes further files
     (tokenizer, model card) into the folder that it is called with; ``saved_form`` converts the state dict of training
     to the one that the model's class expects, if they differ. Each file is replaced atomically.
+
+    With LoRA the saved model's ``outputs`` of one batch (its logits) are compared with the trained model's; a
+    difference is a UserError, and then nothing is saved.
     """
-    from accelerando.train.lora import is_lora, merged_state_dict
+    from accelerando.train.lora import check_merged, is_lora, merged_state_dict
 
     state = model_state(accelerator, model)
     plain = unwrapped(accelerator, model)
@@ -51,6 +55,9 @@ def save_model_folder(
             save_file(contiguous(left_over), draft / "model_training_only.safetensors", metadata={"format": "pt"})
         if is_lora(plain):
             plain.get_base_model().save_pretrained(draft, state_dict=contiguous(saved))
+            if outputs is None:
+                raise TypeError("with LoRA, save_model_folder needs outputs: merged and trained model are compared")
+            check_merged(plain, state, draft, outputs)
             plain.save_pretrained(draft / "adapter", state_dict=state, save_embedding_layers=False)
             with contextlib.suppress(FileNotFoundError):
                 (draft / "adapter" / "README.md").unlink()  # PEFT's template, which has only placeholders
@@ -71,19 +78,22 @@ def save_model_folder(
 
 @contextlib.contextmanager
 def main_process_writes(accelerator: Accelerator, what: str) -> Iterator[None]:
-    """Turns an OSError on the main process into a UserError on all processes, which would otherwise hang."""
+    """Turns an error on the main process into a UserError on all processes, which would otherwise hang."""
     from safetensors import SafetensorError
 
     problem = None
     try:
         yield
+    except UserError as error:
+        problem = f"{what}: {error}"
     except (OSError, SafetensorError) as error:
-        problem = getattr(error, "strerror", None) or first_line(error)
+        problem = (
+            f"cannot write {what}: {getattr(error, 'strerror', None) or first_line(error)}; "
+            "everything saved before is intact: free some space, then use --resume"
+        )
     problem = next((text for text in gather_objects(accelerator, problem) if text), None)
     if problem:
-        raise UserError(
-            f"cannot write {what}: {problem}; everything saved before is intact: free some space, then use --resume"
-        )
+        raise UserError(problem)
 
 
 def module_config(model: torch.nn.Module) -> dict[str, Any]:
