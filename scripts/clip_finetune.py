@@ -39,7 +39,7 @@ from accelerando.data.pairs import (
     open_pairs,
     split_locations,
 )
-from accelerando.data.tables import SUFFIXES
+from accelerando.data.tables import table_suffix
 from accelerando.data.transforms import AugmentationName, ImageTransform, normalise
 from accelerando.inference.hub import check_push, push_best
 from accelerando.models import clip
@@ -620,7 +620,7 @@ def main() -> None:
     model = build_model(args, data, accelerator)
     remote = f"s3://{args.s3_bucket}/{args.s3_checkpoint_prefix.strip('/')}" if args.enable_s3_checkpoints else None
     run = start_run(accelerator, args, directory, METRICS, model_title(args), remote)
-    tables = any(Path(where).suffix.lower() in SUFFIXES for where in locations(args).values())
+    tables = any(table_suffix(where) for where in locations(args).values())
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda", tables=tables):
         log.warning("%s", line)
 

@@ -173,22 +173,14 @@ def read_rows(args: Args, left_out: LeftOut) -> list[Row]:
 
 
 def _table_rows(args: Args, columns: list[str], left_out: LeftOut) -> Iterator[Row]:
-    from accelerando.data.tables import SUFFIXES, csv_records, json_records, similar_file
+    from accelerando.data.tables import SUFFIXES, check_table, table_records, table_suffix
 
     table = Path(args.captions or "")
-    suffix = table.suffix.lower()
-    if not table.is_file():
-        raise UserError(
-            f"--captions {table}: {'is a folder' if table.is_dir() else 'no such file'}{similar_file(table)}"
-        )
-    if suffix not in SUFFIXES:
+    check_table(table, "--captions")
+    if not table_suffix(table):
         raise UserError(f"--captions {table}: a table ends in {', '.join(SUFFIXES)}")
-    if table.stat().st_size == 0:
-        raise UserError(f"{table}: the file is empty")
-    if suffix == ".parquet":
-        records = _parquet_records(table, columns)
-    else:
-        records = csv_records(table, columns) if suffix in (".csv", ".tsv") else json_records(table)
+    parquet = table_suffix(table) == ".parquet"
+    records = _parquet_records(table, columns) if parquet else table_records(table, columns)
     empty = True
     for where, record in records:
         empty = False

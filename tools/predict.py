@@ -36,6 +36,7 @@ import tyro
 
 from accelerando.base.config import Alias, check_ranges, parse_args, sections
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
+from accelerando.data.tables import SUFFIXES, table_suffix
 from accelerando.data.tokenizer import VOCABULARY_FILES
 from accelerando.inference.answers import image_answers, with_progress
 from accelerando.inference.inputs import IMAGES, images_in, is_url
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
 
 CHUNK = 4096  # texts that are read, sorted by length and predicted at once
 NO_LIMIT_LENGTH = 512  # tokens kept where neither tokenizer nor model names a limit
-TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 TOKENIZER_FILES = (*VOCABULARY_FILES, "tokenizer_config.json")  # which is all that a tokenizer of bytes has
 Chunk = tuple[list[str], list[str] | None]  # texts, and second texts for a model of pairs
 ALIASES: dict[str, Alias] = {"import": "import_module"}  # Python's own word cannot name a field
@@ -193,8 +193,8 @@ def text_chunks(args: Args) -> tuple[int | None, Iterator[Chunk]]:
         raise UserError("texts and --file: give one of them")
     if args.text_pair is not None and args.text_pair_column:
         raise UserError("--text_pair and --text_pair_column: give one of them")
-    if args.text_pair_column and not (args.file and args.file.lower().endswith(TABLES)):
-        raise UserError(f"--text_pair_column needs a table: --file with a name in {' '.join(TABLES)}")
+    if args.text_pair_column and not (args.file and table_suffix(args.file)):
+        raise UserError(f"--text_pair_column needs a table: --file with a name in {' '.join(SUFFIXES)}")
     total: int | None = None
     if args.texts:
         total, chunks = len(args.texts), _paired(_chunks_of(args.texts), args.text_pair)
@@ -202,7 +202,7 @@ def text_chunks(args: Args) -> tuple[int | None, Iterator[Chunk]]:
         path = Path(args.file)
         if path.is_dir() or not path.exists():
             raise UserError(f"--file {path}: {'is a folder; name a file' if path.is_dir() else 'no such file'}")
-        if path.suffix.lower() in TABLES:
+        if table_suffix(path):
             total, chunks = _table_chunks(args)
         else:
             chunks = _paired(_line_chunks(path, str(path), CHUNK), args.text_pair)

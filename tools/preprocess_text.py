@@ -68,14 +68,14 @@ def read_folder(args: Args, dropped: Counter) -> dict[str, list[Row]]:
     """The cleaned rows of each split; "" holds what is still to be split."""
     from tqdm import tqdm
 
-    from accelerando.data.tables import SUFFIXES, read_text_table
+    from accelerando.data.tables import SUFFIXES, read_text_table, table_suffix
 
     folder = Path(args.input_dir)
     if not folder.is_dir():
         raise UserError(f"--input_dir {folder}: no such folder")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in folder.iterdir() if table_suffix(path))
     # Label names and summaries are not data.
-    files = [path for path in files if path.stem not in ("classes", "labels", "dataset_info")]
+    files = [path for path in files if path.name.partition(".")[0] not in ("classes", "labels", "dataset_info")]
     if not files:
         raise UserError(f"--input_dir {folder}: no file that ends in {', '.join(SUFFIXES)}")
     rows: dict[str, list[Row]] = {}

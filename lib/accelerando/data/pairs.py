@@ -17,7 +17,7 @@ from accelerando.base.errors import UserError, first_line
 from accelerando.base.log import progress_bar
 from accelerando.data.duplicates import join_pairs
 from accelerando.data.order import epoch_order
-from accelerando.data.tables import SUFFIXES, read_text_table
+from accelerando.data.tables import read_text_table, table_suffix
 from accelerando.data.transforms import ImageTransform
 
 
@@ -116,7 +116,7 @@ def open_pairs(
     if is_remote(where):
         remote = FileCache(cache / "remote", int(cache_gb * 1e9)) if cache_gb else RangeReader()
         return ShardPairs(list_remote(where), cache, remote)
-    if Path(where).suffix.lower() in SUFFIXES:
+    if table_suffix(where):
         folder = Path(image_folder) if image_folder else Path(where).parent
         return TablePairs(where, folder, image_column, caption_column)
     return ShardPairs(list_shards(where), cache)
