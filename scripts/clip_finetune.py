@@ -23,6 +23,7 @@ from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import cache_folder
 from accelerando.base.log import log
 from accelerando.base.processes import main_process_first
+from accelerando.base.texts import without_credentials
 from accelerando.data.collate import PairCollate
 from accelerando.data.pairs import (
     Captions,
@@ -593,7 +594,7 @@ def check_args(args: Args) -> None:
 def data_title(args: Args) -> str:
     """A short name of the data: the folder's or the bucket's own."""
     plain = ("", ".", "train", "validation", "val", "data")
-    parts = [part for part in locations(args)["train"].split("/") if part not in plain]
+    parts = [part for part in without_credentials(locations(args)["train"]).split("/") if part not in plain]
     return (parts[-1] if parts else "").split(".")[0].split("{")[0] or "data"
 
 

@@ -36,6 +36,7 @@ import tyro
 
 from accelerando.base.config import Alias, check_ranges, parse_args, sections
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
+from accelerando.base.texts import CONTROL, one_line
 from accelerando.data.tables import SUFFIXES, table_suffix
 from accelerando.data.tokenizer import VOCABULARY_FILES
 from accelerando.inference.answers import image_answers, with_progress
@@ -313,8 +314,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def write_json(stream: IO[str], result: dict[str, Any]) -> None:
-    """One object on a line of its own."""
-    stream.write(json.dumps(result, ensure_ascii=False) + "\n")
+    """One object on a line of its own; control characters are escaped as JSON does it."""
+    line = json.dumps(result, ensure_ascii=False)
+    stream.write(CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- signs
@@ -431,7 +433,8 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
             scores = scores_of(batch.logits.double(), opened.model.config).numpy()
             sound = [printable(name) for name, fault in zip(batch.names, batch.faults, strict=True) if fault is None]
             if as_csv:
-                writer.writerows(prediction_rows(sound, opened.label_names, scores))
+                rows = prediction_rows(sound, opened.label_names, scores)
+                writer.writerows([map(one_line, row) for row in rows] if stream.isatty() else rows)
             else:
                 each = iter(scores)
                 for name, fault in zip(map(printable, batch.names), batch.faults, strict=True):

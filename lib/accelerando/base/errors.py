@@ -9,9 +9,20 @@ import os
 import sys
 from collections.abc import Iterator
 
+from accelerando.base.texts import one_line, without_credentials
+
+# Errors of the system that say what is wrong with a path, wherever it is used.
+PATH_ERRORS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ELOOP, errno.EIO)
+
 
 class UserError(Exception):
     """An error that the user can fix: printed as one line, exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        # torch raises the error of a reading process again, with that process's traceback before the message.
+        start = f"\n{__name__}.UserError: "
+        message = message.rpartition(start)[2].strip() if start in message else message
+        super().__init__(without_credentials(one_line(message)))
 
 
 class Stopped(Exception):  # noqa: N818  (an end, not an error)
@@ -49,6 +60,9 @@ def errors_in_one_line() -> Iterator[None]:
             raise
         leave("error: a batch has a single sample, but batch norm needs at least two: change --batch_size by one", 2)
     except OSError as error:
+        if error.errno in PATH_ERRORS and error.filename is not None:
+            name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+            leave(f"error: {UserError(f'{name}: {error.strerror}')}", 2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         hint = "everything saved before is intact: free some space, then run it again (training: with --resume)"

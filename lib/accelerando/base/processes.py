@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from accelerando.base.errors import UserError
+from accelerando.base.texts import MARK, without_credentials
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -79,8 +80,9 @@ def _each(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 @functools.cache
 def command_line() -> str:
-    """The command that started this process, with ``accelerate launch`` if it was used."""
-    return shlex.join(launcher_command() or ["python", *sys.argv])
+    """The command that started this process, with ``accelerate launch`` if it was used, without credentials."""
+    words = launcher_command() or ["python", *sys.argv]
+    return shlex.join(without_credentials(word, MARK) for word in words)
 
 
 @functools.cache

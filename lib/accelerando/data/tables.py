@@ -217,7 +217,9 @@ def json_records(path: Path, columns: list[str]) -> Iterator[tuple[str, Any]]:
             lists = [value for value in content.values() if _is_list_of_rows(value)]
             if not any(name in content for name in columns) and len(lists) != 1:
                 listed = ", ".join(content) or "nothing"
-                raise UserError(f"{path}: expected a list of rows, or an object with one; found an object with {listed}")
+                raise UserError(
+                    f"{path}: expected a list of rows, or an object with one; found an object with {listed}"
+                )
             rows = [content] if any(name in content for name in columns) else lists[0]
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a list of rows, found a {type(rows).__name__}")
@@ -332,6 +334,21 @@ def _delimiter(header: str, columns: list[str]) -> str:
     there = [sign for sign in DELIMITERS if sign in header and header.strip() not in columns]
     fits = (sign for sign in there if {*columns} <= {*next(csv.reader([header], delimiter=sign), [])})
     return next(fits, there[0] if there else ",")
+
+
+# Beginnings of a cell that spreadsheets take for a formula, which may call up an address; some know wide signs.
+_FORMULA = re.compile("'*[=+\\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def formula_safe(cell: str) -> str:
+    """A cell of a CSV file that no spreadsheet takes for a formula: an apostrophe stands before what looks like one."""
+    return f"'{cell}" if _FORMULA.match(cell) and not _NUMBER.fullmatch(cell) else cell
+
+
+def without_formula_mark(cell: str) -> str:
+    """The inverse of :func:`formula_safe`, for reading the files that it was used for."""
+    return cell[1:] if cell.startswith("'") and _FORMULA.match(cell) else cell
 
 
 def _quoted_rows(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:

@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -146,7 +147,7 @@ def _prune(folder: Path, keep: int, newest: Path) -> None:
 
 def step_folders(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, newest first."""
-    found = [path for path in folder.glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
+    found = [path for path in folder.glob("step_*") if re.fullmatch("step_[0-9]+", path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
