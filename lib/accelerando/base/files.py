@@ -24,7 +24,7 @@ from accelerando.base.log import log
 
 T = TypeVar("T")
 
-MOST_NAMES = 1_000_000  # that a pattern with braces stands for
+MOST_NAMES = 100_000  # that a pattern with braces stands for
 LOCK = ".lock"  # in a run folder
 LOCK_PATIENCE = 5.0  # seconds to wait for a lock: a process that is asked to stop first saves
 STALE = 60.0  # seconds; a younger draft may belong to a process of another machine, which is not visible here

@@ -510,6 +510,8 @@ def _message(url: str, error: BaseException, kind: str) -> str:
     s3 = protocol_of(url) in ("s3", "s3a")
     server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
     place = f"{url} (at {server})" if s3 else url
+    if isinstance(error, FileNotFoundError) and error.__cause__:  # fsspec's message over http is the URL alone
+        error = error.__cause__
     detail = first_line(error)
     if kind == "missing":
         bucket = url.partition("://")[2].split("/")[0]

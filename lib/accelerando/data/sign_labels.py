@@ -388,7 +388,7 @@ def _check_frames(values: np.ndarray, key: str, width: int | None, add: Add) -> 
     """Checks the frames, [T, channels]; returns T, or None if it is unknown."""
     if values.dtype.kind != "f":
         add("wrong_dtype", f"{key} is {values.dtype}; save it as float32")
-    if values.ndim != 2:
+    if values.ndim != 2 or not values.shape[1]:
         add("wrong_ndim", f"{key} is {_shape(values)}, expected [frames, {width or 'channels'}]")
         return None
     if width is not None and values.shape[1] != width:

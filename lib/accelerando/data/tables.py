@@ -13,6 +13,7 @@ import gzip
 import json
 import lzma
 import re
+import unicodedata
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -613,8 +614,12 @@ def _check_labels(column: pa.ChunkedArray, name: str, source: str, all_text: boo
             return pc.cast(column, pa.int64())
         except pa.ArrowInvalid:
             raise UserError(f"{source}: a {name} does not fit into 64 bits; write it as text") from None
-    # Names that look the same are the same.
-    names = pc.utf8_trim_whitespace(pc.utf8_normalize(_check_texts(column, name, source, False), form="NFC"))
+    names = _check_texts(column, name, source, False)
+    spelled = names.unique().to_pylist()
+    plain = [unicodedata.normalize("NFC", one).strip() for one in spelled]
+    if plain != spelled:  # names that look the same are the same
+        numbers = pc.index_in(names, value_set=pa.array(spelled, pa.large_string()))
+        names = pc.take(pa.array(plain, pa.large_string()), numbers)
     if all_text and pc.all(pc.match_substring_regex(names, r"^(0|-?[1-9]\d{0,17})(\.0+)?$")).as_py():
         return pc.cast(pc.replace_substring_regex(names, r"\.0+$", ""), pa.int64())
     return names
