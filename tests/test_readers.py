@@ -102,6 +102,23 @@ def test_a_member_of_impossible_size(size: int, tmp_path: Path) -> None:
         pairs_of(tmp_path, tmp_path / "cache")
 
 
+def test_pipes_do_not_hold_a_reader(tmp_path: Path) -> None:
+    """Opening one would wait for a writer for ever."""
+    from accelerando.data.folders import read_index
+    from accelerando.inference.runs import read_json
+    from accelerando.train.checkpoint import MANIFEST, find_damage
+
+    for name in ("a.npz", "rows.txt", "config.json", MANIFEST):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="not an ordinary file"):
+        read_clip(tmp_path / "a.npz", "X")
+    with pytest.raises(UserError, match="not an ordinary file"):
+        read_index(tmp_path / "rows.txt", {"a": 0})
+    with pytest.raises(UserError, match="not an ordinary file"):
+        read_json(tmp_path / "config.json")
+    assert find_damage(tmp_path) == f"{MANIFEST} is missing or corrupted"
+
+
 def test_a_pattern_that_stands_for_too_many_names() -> None:
     assert expand_braces("a{08..10}.{x,y}") == [f"a{n}.{s}" for n in ("08", "09", "10") for s in "xy"]
     for pattern in ("{0..999999999}.tar", "{a,b}" * 40):
@@ -276,6 +293,15 @@ def test_a_path_of_more_than_255_bytes(train_here, capsys) -> None:
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"error: {'x' * 300}.json: File name too long"
+
+
+@pytest.mark.parametrize("line", [b'{"kind": "x\xda"}', b"[1]", b"1", b"{}", b'{"kind": '])
+def test_a_history_that_is_none(line: bytes, tmp_path: Path) -> None:
+    from accelerando.inference.runs import read_history
+
+    (tmp_path / "metrics.jsonl").write_bytes(line + b'\n{"kind": "test", "step": 1}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: not a row of metrics"):
+        read_history(tmp_path, "test")
 
 
 def test_folders_that_only_look_like_checkpoints(tmp_path: Path) -> None:

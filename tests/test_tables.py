@@ -384,6 +384,7 @@ def test_damaged_and_ambiguous_files_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": wrong, "label": [1, 0]}), tmp_path / "wrong.parquet")
     pq.write_table(pa.table([["a"], ["b"], ["c"]], names=["text", "text", "label"]), tmp_path / "two.parquet")
     cases = {
+        "returns.csv": (b"a\rb,text,label\nx,y,1\n", "line 1: invalid CSV"),
         "cut.csv.gz": (packed[:-30], "cut.csv.gz: cannot be read"),
         "spoilt.csv.gz": (bytes(spoilt), "spoilt.csv.gz: cannot be read"),
         "two.jsonl": (b'{"text": "a", "text": "b", "label": 1}\n', "line 1: invalid JSON .*two entries called 'text'"),

@@ -50,6 +50,8 @@ class Arrays:
 @contextmanager
 def open_npz(path: Path) -> Iterator[Arrays]:
     """The arrays of a file. ValueError or OSError: it is no NPZ file, or cannot be read."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError("not an ordinary file")
     with open(path, "rb") as file:
         head = file.read(32)
         if not head.startswith(b"PK"):

@@ -333,8 +333,11 @@ def csv_records(path: Path, columns: list[str]) -> Iterator[tuple[str, dict[str,
 def _delimiter(header: str, columns: list[str]) -> str:
     """What separates the fields of a CSV file: the first sign that gives its header all ``columns``, or any sign."""
     there = [sign for sign in DELIMITERS if sign in header and header.strip() not in columns]
-    fits = (sign for sign in there if {*columns} <= {*next(csv.reader([header], delimiter=sign), [])})
-    return next(fits, there[0] if there else ",")
+    for sign in there:
+        with contextlib.suppress(csv.Error):
+            if {*columns} <= {*next(csv.reader([header], delimiter=sign), [])}:
+                return sign
+    return there[0] if there else ","
 
 
 # Beginnings of a cell that spreadsheets take for a formula, which may call up an address; some know wide signs.
@@ -414,6 +417,14 @@ def read_parquet(path: Path) -> pa.Table:
             table = pq.ParquetFile(file).read()
     except (pa.ArrowException, OSError, MemoryError, OverflowError) as error:
         raise UserError(f"{path}: not a valid Parquet file ({first_line(error)})") from None
+    _check_content(table, str(path))
+    return _with_class_names(table, _classes_in_metadata(table), str(path))
+
+
+def _check_content(table: pa.Table, source: str) -> None:
+    """UserError for text that is not UTF-8, and for other damage that Arrow does not notice when it reads."""
+    import pyarrow as pa
+
     for name, column in zip(table.column_names, table.columns, strict=True):
         start = 0
         for chunk in column.chunks:
@@ -422,9 +433,8 @@ def read_parquet(path: Path) -> pa.Table:
             except pa.ArrowInvalid as error:
                 found = re.search(r"Invalid UTF8 sequence at string index (\d+)", str(error))
                 what = f"row {start + int(found[1]) + 1}: {name} is not UTF-8 text" if found else first_line(error)
-                raise UserError(f"{path}: {what if found else f'column {name!r} is damaged ({what})'}") from None
+                raise UserError(f"{source}: {what if found else f'column {name!r} is damaged ({what})'}") from None
             start += len(chunk)
-    return _with_class_names(table, _classes_in_metadata(table), str(path))
 
 
 def _classes_in_metadata(table: pa.Table) -> dict[str, list[str]]:
@@ -476,7 +486,9 @@ def _read_datasets(source: str, split: str) -> pa.Table:
             raise UserError(f"{source}: no split {split!r}; there are {', '.join(loaded)}{hint}")
         loaded = loaded[split]
     classes = {name: kind.names for name, kind in loaded.features.items() if isinstance(kind, datasets.ClassLabel)}
-    return _with_class_names(loaded.with_format("arrow")[:], classes, source)
+    table = loaded.with_format("arrow")[:]
+    _check_content(table, source)
+    return _with_class_names(table, classes, source)
 
 
 def _pack(

@@ -27,11 +27,13 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, invalid JSON, or not an object.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: is not an ordinary file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: invalid JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object, found a {type(content).__name__}")
@@ -89,15 +91,17 @@ def read_history(run: Path, kind: str | None = None) -> list[dict[str, Any]]:
         UserError: another line is invalid.
     """
     path = run / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            if kind in (None, row["kind"]):
+                rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number < len(lines):
-                raise UserError(f"{path}, line {number}: invalid JSON") from None
-    return [row for row in rows if kind in (None, row["kind"])]
+                raise UserError(f"{path}, line {number}: not a row of metrics") from None
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------- predictions

@@ -153,6 +153,8 @@ def step_folders(folder: Path) -> list[Path]:
 
 def find_damage(checkpoint: Path) -> str | None:
     """None for an intact checkpoint; otherwise a description of what is missing or corrupted."""
+    if not (checkpoint / MANIFEST).is_file():
+        return f"{MANIFEST} is missing or corrupted"
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in files.items():
@@ -163,7 +165,7 @@ def find_damage(checkpoint: Path) -> str | None:
                 return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
             if _sha256(path) != expected["sha256"]:
                 return f"{name} is corrupted (its checksum differs)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is missing or corrupted"
     return None
 
