@@ -1,4 +1,4 @@
-# make demo (TASK=clip|text|sign|image) · make test · make test-fast · make setup · make bench · make torture · make lint
+# make demo (TASK=clip|text|sign|image) · make test · make test-fast · make setup · make bench · make torture · make fuzz · make lint
 # VENV=path chooses the virtual environment, PYTHON=python3.x the interpreter it is made with.
 
 VENV ?= .venv
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONPATH := $(CURDIR)/lib
 
-.PHONY: setup demo demo_clip demo_text demo_sign demo_image test test-fast bench bench_clip bench_text bench_sign bench_image bench_gpu torture lint link
+.PHONY: setup demo demo_clip demo_text demo_sign demo_image test test-fast bench bench_clip bench_text bench_sign bench_image bench_gpu torture fuzz lint link
 
 setup: $(STAMP) link
 
@@ -68,6 +68,10 @@ test-fast: setup
 
 torture: setup
 	$(BIN)/python -m pytest tests/torture.py -s $(PYTEST_ARGS)
+
+# At least a thousand malformed inputs for every reader; SEED=2 damages them in other ways.
+fuzz: setup
+	$(BIN)/python tests/fuzz.py --seed $(or $(SEED),1)
 
 bench: bench_$(TASK)
 

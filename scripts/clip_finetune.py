@@ -23,6 +23,7 @@ from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import cache_folder
 from accelerando.base.log import log
 from accelerando.base.processes import main_process_first
+from accelerando.base.texts import without_credentials
 from accelerando.data.collate import PairCollate
 from accelerando.data.pairs import (
     Captions,
@@ -39,7 +40,7 @@ from accelerando.data.pairs import (
     open_pairs,
     split_locations,
 )
-from accelerando.data.tables import SUFFIXES
+from accelerando.data.tables import table_suffix
 from accelerando.data.transforms import AugmentationName, normalise
 from accelerando.inference.hub import check_push, push_best
 from accelerando.models import clip
@@ -606,7 +607,7 @@ def check_args(args: Args) -> None:
 def data_title(args: Args) -> str:
     """A short name of the data: the folder's or the bucket's own."""
     plain = ("", ".", "train", "validation", "val", "data")
-    parts = [part for part in locations(args)["train"].split("/") if part not in plain]
+    parts = [part for part in without_credentials(locations(args)["train"]).split("/") if part not in plain]
     return (parts[-1] if parts else "").split(".")[0].split("{")[0] or "data"
 
 
@@ -634,7 +635,7 @@ def main() -> None:
     model = build_model(args, data, accelerator)
     remote = f"s3://{args.s3_bucket}/{args.s3_checkpoint_prefix.strip('/')}" if args.enable_s3_checkpoints else None
     run = start_run(accelerator, args, directory, METRICS, model_title(args), data.splits, {}, remote)
-    tables = any(Path(where).suffix.lower() in SUFFIXES for where in locations(args).values())
+    tables = any(table_suffix(where) for where in locations(args).values())
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda", tables=tables):
         log.warning("%s", line)
 

@@ -198,5 +198,5 @@ def test_class_names_come_from_a_table(table: ClipTable, tmp_path: Path) -> None
     assert names["gloss"] == ["HELLO", "1", "2", "RED", "4", "5", "6"]
     assert names["cat"] == ["GREETING", "COLOUR", "2"]
     (tmp_path / "other.csv").write_text("id,name\n0,HELLO\n")
-    with pytest.raises(UserError, match=r"other\.csv, line 2: expected the columns"):
+    with pytest.raises(UserError, match=r"other\.csv: no column 'gloss'; there are id, name"):
         class_names(splits, tmp_path, str(tmp_path / "other.csv"), None, None)

@@ -488,10 +488,10 @@ def test_features_are_added_to_files(stub, tmp_path, capsys) -> None:
 def test_files_that_do_not_fit_are_left_as_they_are(stub, tmp_path, capsys) -> None:
     faults = {
         "a": ([0, 9000], {}, "timestamps_ms of kp/a.npz go to 9.0 s, the video to 0.1 s"),
-        "b": ([0, 33], {"timestamps_ms": None}, "kp/b.npz: 'timestamps_ms is not a file in the archive'"),
+        "b": ([0, 33], {"timestamps_ms": None}, "kp/b.npz: no array 'timestamps_ms'"),
         "c": ([0, 33], {"X": np.zeros((3, 156), np.float32)}, "kp/c.npz: 3 rows of X, but 2 of timestamps_ms"),
         "d": ([33, 0], {}, "kp/d.npz: timestamps_ms are no rising whole numbers"),
-        "e": ([0, 33], {}, "kp/e.npz: File is not a zip file"),
+        "e": ([0, 33], {}, "kp/e.npz: no zip archive"),
         "f": ([0, 33], {}, "kp/f.npz: No such file"),
         "g": ([0, 33, 66], {}, ""),
     }

@@ -240,7 +240,7 @@ def test_lists_and_urls(run_folder: Path, photos: Path, server: str, call, tmp_p
         monkeypatch.delenv(name, raising=False)
     lines = {
         f"{server}/a b.gif": None, f"{server}/moved": None, f"{server}/none": "404", f"{server}/cut": "truncated",
-        f"{server}/large": "larger than 100 MB", f"{server}/ftp": "unknown url type", f"{server}/round": "redirect",
+        f"{server}/large": "larger than 100 MB", f"{server}/ftp": "to something else", f"{server}/round": "redirect",
         f"{server}/silent": "timed out", "http://127.0.0.1:1/x": "refused", "ftp://localhost/x": "only http",
         str(photos / "a.gif"): None, str(photos / "gone.png"): "No such file", str(photos): "directory",
     }  # fmt: skip

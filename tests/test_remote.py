@@ -25,6 +25,7 @@ import pytest
 from harness import ROOT
 
 from accelerando.base.errors import UserError
+from accelerando.base.texts import without_credentials
 from accelerando.data import remote
 from accelerando.data.remote import (
     FileCache,
@@ -33,7 +34,6 @@ from accelerando.data.remote import (
     fetch_file,
     is_remote,
     list_remote,
-    without_credentials,
 )
 from accelerando.data.shards import ShardPairs, list_shards
 from accelerando.train import remote_checkpoints

@@ -318,3 +318,106 @@ def test_preprocessing_deletes_nothing_else_and_splits_no_text(tmp_path: Path) -
         PREPROCESS, "--input_dir", "raw", "--output_dir", "new", "--val_fraction", "1.2", cwd=tmp_path, check=False
     )
     assert (done.code, "--val_fraction 1.2" in done.err) == (2, True)
+
+
+TSV = 'text\tlabel\n"What a film", said one\tpos\n"begins and never ends\tneg\nhe said "no"\tneg\nthe end"\tpos\n'
+
+
+def test_quotes_in_a_tsv_file_are_characters_unless_they_enclose_fields(tmp_path: Path) -> None:
+    def texts(content: str) -> list[str]:
+        (tmp_path / "a.tsv").write_text(content)
+        return read_text_table(str(tmp_path / "a.tsv")).texts.to_pylist()
+
+    assert texts(TSV) == ['"What a film", said one', '"begins and never ends', 'he said "no"', 'the end"']
+    assert texts('text\tlabel\n"a\tpos\nb"\tneg\n') == ['"a', 'b"']
+    assert texts('text\tlabel\n"a"\tpos\nb\tneg\n') == ['"a"', "b"]
+    assert texts('"text"\t"label"\n"a"\t"pos"\n"b"\t"neg"\n') == ["a", "b"]
+    assert texts('text\tlabel\n"say ""hi"""\tpos\n"a\tb"\tneg\n') == ['say "hi"', "a\tb"]
+    with pytest.raises(UserError, match=r"row 2 \(line 3\): 3 fields, but 2 columns"):
+        texts('text\tlabel\n"a\tpos\nb\tneg\tmore\nc"\tneg\n')
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "labels"),
+    [
+        ("a.csv", "text,label\na,pos\nb,pos \nc, neg\n", ["pos", "pos", "neg"]),
+        ("a.csv", "text,label\na,1\nb,1.0\n", [1, 1]),
+        ("a.csv", "text,label\na,caf\u00e9\nb,cafe\u0301\n", ["café", "café"]),
+        ("a.jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": 1.0}\n', [1, 1]),
+        ("a.csv", "text;label\na;1\nb;0\n", [1, 0]),
+        ("a.csv", "text\tlabel\na\t1\nb\t0\n", [1, 0]),
+        ("a.json", '{"data": [{"text": "a", "label": 1}, {"text": "b", "label": 0}]}', [1, 0]),
+        ("a.json", '{"version": 2,\n "data": [\n{"text": "a", "label": 1},\n{"text": "b", "label": 0}]}', [1, 0]),
+        ("a.json", '{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n', [1, 0]),
+        ("a.json", '{"text": "a", "label": 1, "tags": ["x"]}', [1]),
+    ],
+)
+def test_labels_that_look_the_same_are_one_and_layouts_are_understood(
+    name: str, content: str, labels: list, tmp_path: Path
+) -> None:
+    import gzip
+
+    for path, data in (
+        (tmp_path / name, content.encode()),
+        (tmp_path / f"{name}.gz", gzip.compress(content.encode())),
+    ):
+        path.write_bytes(data)
+        assert read_text_table(str(path)).labels.to_pylist() == labels
+
+
+def test_classes_keep_their_names_in_parquet_and_in_saved_sets(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    saved = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [1, 0, 1]}, features=features)
+    saved.to_parquet(tmp_path / "a.parquet")
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "set")
+    for source in ("a.parquet", "set"):
+        assert read_text_table(str(tmp_path / source)).labels.to_pylist() == ["yes", "no", "yes"]
+    with pytest.raises(UserError, match=r"no split 'test'; there are train; name one by its folder: .*set/train"):
+        read_text_table(str(tmp_path / "set"), split="test")
+    assert len(read_text_table(str(tmp_path / "set" / "train"), split="test")) == 3
+    unlabelled = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, -1]}, features=features)
+    unlabelled.to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"row 2: label is empty \(1 of 2 rows; -1 .* stands for none\)"):
+        read_text_table(str(tmp_path / "b.parquet"))
+    assert len(read_text_table(str(tmp_path / "b.parquet"), require_labels=False)) == 2
+
+
+def test_unlabelled_rows_say_so(tmp_path: Path) -> None:
+    table = read_text_table(save([{"text": "a", "label": 1}, {"text": "b", "label": -1}], tmp_path / "a.jsonl"))
+    with pytest.raises(UserError, match=r"row 2: the label is -1, that is, none \(1 of 2 rows\)"):
+        encode_labels(table, ["0", "1"])
+    assert encode_labels(table, ["-1", "1"]).tolist() == [1, 0]  # where training has it, it is a class
+
+
+def test_damaged_and_ambiguous_files_are_refused(tmp_path: Path) -> None:
+    import gzip
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    packed = gzip.compress(b"text,label\n" + b"".join(b"row %d,1\n" % number for number in range(500)))
+    spoilt = bytearray(packed)
+    spoilt[60:70] = b"\xff" * 10  # zlib's error, not gzip's
+    offsets = pa.py_buffer(np.array([0, 1, 2], np.int32).tobytes())
+    wrong = pa.Array.from_buffers(pa.string(), 2, [None, offsets, pa.py_buffer(b"a\xff")])
+    pq.write_table(pa.table({"text": wrong, "label": [1, 0]}), tmp_path / "wrong.parquet")
+    pq.write_table(pa.table([["a"], ["b"], ["c"]], names=["text", "text", "label"]), tmp_path / "two.parquet")
+    cases = {
+        "returns.csv": (b"a\rb,text,label\nx,y,1\n", "line 1: invalid CSV"),
+        "cut.csv.gz": (packed[:-30], "cut.csv.gz: cannot be read"),
+        "spoilt.csv.gz": (bytes(spoilt), "spoilt.csv.gz: cannot be read"),
+        "two.jsonl": (b'{"text": "a", "text": "b", "label": 1}\n', "line 1: invalid JSON .*two entries called 'text'"),
+        "lists.json": (
+            b'{"a": [{"text": "x"}], "b": [{"text": "y"}]}',
+            "an object with one; found an object with a, b",
+        ),
+        "wrong.parquet": (None, "row 2: text is not UTF-8 text"),
+        "two.parquet": (None, "two columns are called 'text'"),
+    }
+    for name, (content, message) in cases.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            read_text_table(str(tmp_path / name))

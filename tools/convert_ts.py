@@ -19,6 +19,7 @@ import tyro
 from accelerando.base.config import parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import open_whole
+from accelerando.data.tables import formula_safe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +95,7 @@ def main() -> None:
         (
             target / "gloss_names.csv",
             ("gloss", "label", "cat", "category"),
-            [(n, name, 0, "all") for n, name in enumerate(names)],
+            [(n, formula_safe(name), 0, "all") for n, name in enumerate(names)],
         ),
         (target / "labels.csv", ("file", "gloss", "cat"), rows),
     ):

@@ -30,7 +30,7 @@ import tyro
 
 from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
-from accelerando.base.files import cache_folder
+from accelerando.base.files import cache_folder, visible_files
 from accelerando.base.log import progress_bar, quiet_libraries
 from accelerando.data.pairs import TablePairs
 from accelerando.inference.inputs import IMAGES
@@ -114,11 +114,7 @@ def list_images(folder: Path) -> Files:
     """The image files in a folder and the folders in it, by path. UserError where there is none."""
     import pyarrow as pa
 
-    found: list[bytes] = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        there = [name for name in files if name.lower().endswith(IMAGES) and not name.startswith(".")]
-        found += [os.fsencode((Path(place) / name).relative_to(folder).as_posix()) for name in there]
+    found = [os.fsencode(path.relative_to(folder).as_posix()) for path in visible_files(folder, IMAGES)]
     if not found:
         raise UserError(f"{folder}: no image in it ({' '.join(IMAGES)}), nor shards (*.tar)")
     return Files(pa.array(sorted(found), pa.large_binary()), folder=folder)
@@ -151,13 +147,15 @@ def open_sources(args: Args) -> list[Source]:
         UserError: something is missing or broken, or there is nothing of what ``--parts`` asks for.
     """
     from accelerando.data.pairs import open_pairs
+    from accelerando.data.shards import has_shards
 
     sources: list[Source] = []
     if args.input is not None:
         path = Path(args.input)
         if path.suffix.lower() == ".txt":
             raise UserError(f"{path}: texts are given with --texts; INPUT is for images, with or without captions")
-        if path.is_dir() and not any(path.glob("*.tar")):
+        images = path.is_dir() and next(visible_files(path, IMAGES), None)
+        if path.is_dir() and not any(path.glob("*.tar")) and (images or not has_shards(path)):
             sources.append(list_images(path))
         else:
             table = (args.image_folder, args.image_column, args.caption_column)
@@ -327,17 +325,12 @@ def embedded(
         source.prefetch(rows)
     plan = Plan([rows[start : start + args.batch_size] for start in range(0, len(rows), args.batch_size)])
     key = key_of(source)
-    try:
-        for batch in make_loader(samples, collate, plan, args.num_workers, model.logit_scale.device):
-            rows = [(key(row), fault) for row, fault in zip(batch["index"].tolist(), batch["faults"], strict=True)]
-            sound = [key for key, fault in rows if fault is None]
-            found = embed(model, batch, preprocessing, args.amp) if sound else {}
-            table = make_table(schema, sound, batch["captions"], found)
-            yield table, [f"{key}: {fault}" for key, fault in rows if fault is not None]
-    except UserError as error:  # a worker's comes with its traceback before it
-        raise UserError(
-            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        ) from None
+    for batch in make_loader(samples, collate, plan, args.num_workers, model.logit_scale.device):
+        rows = [(key(row), fault) for row, fault in zip(batch["index"].tolist(), batch["faults"], strict=True)]
+        sound = [key for key, fault in rows if fault is None]
+        found = embed(model, batch, preprocessing, args.amp) if sound else {}
+        table = make_table(schema, sound, batch["captions"], found)
+        yield table, [f"{key}: {fault}" for key, fault in rows if fault is not None]
 
 
 # ----------------------------------------------------------------------------------------------------------- output

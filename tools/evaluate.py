@@ -35,6 +35,7 @@ from accelerando.base.files import check_can_be_made, whole_folder, write_text
 from accelerando.base.log import quiet_libraries
 from accelerando.base.model_folder import read_json
 from accelerando.base.processes import command_line
+from accelerando.base.texts import one_line
 from accelerando.data.folders import ImageFiles, class_folders, read_splits
 from accelerando.inference.answers import image_answers, with_progress
 from accelerando.inference.outputs import open_output, print_first, printable
@@ -326,8 +327,8 @@ def warn_of_other_images(run: Classifier, images: LabelledImages, found: Score) 
     if odd := sorted(before ^ now):
         change = "is new" if odd[0] in now else "is missing"
         print(
-            f"warning: {len(odd):,} {images.split} images differ from those in {path} ({odd[0]} {change}): if the data "
-            "was split again, the run may have been trained on some",
+            f"warning: {len(odd):,} {images.split} images differ from those in {path} ({one_line(odd[0])} {change}): "
+            "if the data was split again, the run may have been trained on some",
             file=sys.stderr,
         )
 

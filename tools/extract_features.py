@@ -35,6 +35,7 @@ import sys
 import threading
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -47,6 +48,7 @@ from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
 from accelerando.base.files import open_whole
 from accelerando.base.log import progress_bar, quiet_libraries
+from accelerando.base.texts import one_line
 from accelerando.inference.saved import choose_device
 from accelerando.models.checkpoints import read_state, without_prefixes
 
@@ -276,10 +278,15 @@ def read_times(path: Path) -> list[int]:
     """``timestamps_ms`` [T] of an NPZ file; ValueError where they cannot be used."""
     import numpy as np
 
+    from accelerando.data.npz import open_npz
+
     try:
-        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:  # np.load alone takes other files too
-            times, rows = file["timestamps_ms"], len(file["X"]) if "X" in file.files else None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        with open_npz(path) as arrays:
+            if "timestamps_ms" not in arrays.names:
+                raise ValueError("no array 'timestamps_ms'")
+            times = arrays.read("timestamps_ms")
+            rows = len(np.atleast_1d(arrays.read("X"))) if "X" in arrays.names else None
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or first_line(error)}") from None
     whole = times.ndim == 1 and times.dtype.kind in "iu" and len(times) > 0
     if not whole or times[0] < 0 or (np.diff(times.astype(np.int64)) < 0).any():
@@ -444,15 +451,15 @@ def settings(clip: Clip, args: Args, digest: str) -> dict[str, Any]:
 
 def is_done(clip: Clip, args: Args, digest: str) -> bool:
     """Whether the features are there; UserError where writing would lose something, or mix two kinds of features."""
-    import numpy as np
+    from accelerando.data.npz import open_npz
 
     path, made = clip.target, None
     if not path.exists():
         return False
     try:
-        with zipfile.ZipFile(path) as file:
-            keys = {name.removesuffix(".npy") for name in file.namelist()}
-    except (OSError, zipfile.BadZipFile):
+        with open_npz(path) as arrays:
+            keys = set(arrays.names)
+    except (OSError, ValueError):
         if args.add_to or args.overwrite:  # reading it will name it as damaged, or it is replaced
             return False
         raise UserError(f"{path}: no NPZ file; --overwrite replaces it") from None
@@ -460,8 +467,8 @@ def is_done(clip: Clip, args: Args, digest: str) -> bool:
         raise UserError(f"{path} also holds {', '.join(others)}: --add_to {path.parent} adds features to such files")
     if args.overwrite or "X2048" not in keys:
         return False
-    with contextlib.suppress(OSError, ValueError, KeyError), np.load(path, allow_pickle=False) as file:
-        made = json.loads(str(file["X2048_meta" if args.add_to else "meta"]))
+    with contextlib.suppress(OSError, ValueError, RecursionError), open_npz(path) as arrays:
+        made = json.loads(str(arrays.read("X2048_meta" if args.add_to else "meta")))
     if isinstance(made, dict) and "weights" in made:
         for name, value in settings(clip, args, digest).items():
             if made.get(name) != value:
@@ -559,10 +566,10 @@ def main() -> None:
                 if not clip.fault:
                     try:
                         save(clip, args, digest)
-                    except (ValueError, zipfile.BadZipFile) as error:
+                    except (ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
                         clip.fault = f"{clip.target}: {first_line(error)}"
                 if clip.fault:
-                    tqdm.write(f"failed: {clip.source}: {clip.fault}", file=sys.stderr)
+                    tqdm.write(one_line(f"failed: {clip.source}: {clip.fault}"), file=sys.stderr)
                 ended, failed = ended + 1, failed + bool(clip.fault)
                 clip.parts, clip.counts, clip.times = [], [], []
                 bar.update()

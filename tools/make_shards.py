@@ -35,9 +35,10 @@ from typing import Any, NamedTuple
 
 from accelerando.base.config import check_ranges, flat, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line, first_line
-from accelerando.base.files import check_can_be_made, whole_folder
+from accelerando.base.files import check_can_be_made, visible_files, whole_folder
 from accelerando.base.log import with_progress
 from accelerando.base.processes import map_in_processes
+from accelerando.base.texts import one_line
 from accelerando.inference.inputs import IMAGES
 from accelerando.inference.outputs import print_first
 
@@ -172,22 +173,14 @@ def read_rows(args: Args, left_out: LeftOut) -> list[Row]:
 
 
 def _table_rows(args: Args, columns: list[str], left_out: LeftOut) -> Iterator[Row]:
-    from accelerando.data.tables import SUFFIXES, csv_records, json_records, similar_file
+    from accelerando.data.tables import SUFFIXES, check_table, table_records, table_suffix
 
     table = Path(args.captions or "")
-    suffix = table.suffix.lower()
-    if not table.is_file():
-        raise UserError(
-            f"--captions {table}: {'is a folder' if table.is_dir() else 'no such file'}{similar_file(table)}"
-        )
-    if suffix not in SUFFIXES:
+    check_table(table, "--captions")
+    if not table_suffix(table):
         raise UserError(f"--captions {table}: a table ends in {', '.join(SUFFIXES)}")
-    if table.stat().st_size == 0:
-        raise UserError(f"{table}: the file is empty")
-    if suffix == ".parquet":
-        records = _parquet_records(table, columns)
-    else:
-        records = csv_records(table, columns) if suffix in (".csv", ".tsv") else json_records(table)
+    parquet = table_suffix(table) == ".parquet"
+    records = _parquet_records(table, columns) if parquet else table_records(table, columns)
     empty = True
     for where, record in records:
         empty = False
@@ -231,35 +224,26 @@ def _parquet_records(table: Path, columns: list[str]) -> Iterator[tuple[str, dic
 
 def _rows_beside(args: Args, left_out: LeftOut) -> Iterator[Row]:
     folder, found = Path(args.images), 0
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in sorted(files):
-            if name.startswith(".") or not name.lower().endswith(IMAGES):
-                continue
-            found += 1
-            path = Path(place) / name
-            image, text, fields = (
-                path.relative_to(folder).as_posix(),
-                path.with_suffix(".txt"),
-                path.with_suffix(".json"),
-            )
-            content: dict[str, Any] = {}
-            beside = fields
-            try:
-                if fields.is_file():
-                    content = json.loads(fields.read_text(encoding="utf-8-sig"))
-                    if not isinstance(content, dict):
-                        raise ValueError(f"expected an object, found a {type(content).__name__}")
-                beside = text
-                if text.is_file():
-                    content = {**content, args.caption_column: text.read_text(encoding="utf-8-sig")}
-            except (OSError, ValueError, RecursionError) as error:
-                left_out(image, f"{beside.name} beside it: {first_line(error)}")
-                continue
-            if not content:
-                left_out(image, f"no caption beside it ({text.name} or {fields.name})")
-                continue
-            yield Row(image, image, content)
+    for path in visible_files(folder, IMAGES):
+        found += 1
+        image, text, fields = path.relative_to(folder).as_posix(), path.with_suffix(".txt"), path.with_suffix(".json")
+        content: dict[str, Any] = {}
+        beside = fields
+        try:
+            if fields.is_file():
+                content = json.loads(fields.read_text(encoding="utf-8-sig"))
+                if not isinstance(content, dict):
+                    raise ValueError(f"expected an object, found a {type(content).__name__}")
+            beside = text
+            if text.is_file():
+                content = {**content, args.caption_column: text.read_text(encoding="utf-8-sig")}
+        except (OSError, ValueError, RecursionError) as error:
+            left_out(image, f"{beside.name} beside it: {first_line(error)}")
+            continue
+        if not content:
+            left_out(image, f"no caption beside it ({text.name} or {fields.name})")
+            continue
+        yield Row(image, image, content)
     if not found:
         raise UserError(f"--images {folder}: no image in it (.jpg, .png, .webp)")
 
@@ -591,7 +575,7 @@ def main() -> None:
         (draft / "shards.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         if skipped:
             with open(draft / "skipped.txt", "w", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(line + "\n" for line in skipped)
+                file.writelines(one_line(line) + "\n" for line in skipped)
 
     print_first(skipped, "left out", NAMED)
     print(report(counts))

@@ -37,6 +37,8 @@ import tyro
 from accelerando.base.config import Alias, check_ranges, parse_args, sections
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.model_folder import read_json
+from accelerando.base.texts import CONTROL, one_line
+from accelerando.data.tables import SUFFIXES, table_suffix
 from accelerando.data.tokenizer import open_tokenizer
 from accelerando.inference.answers import image_answers, with_progress
 from accelerando.inference.inputs import IMAGES, images_in, is_url
@@ -61,7 +63,6 @@ if TYPE_CHECKING:
 
 CHUNK = 4096  # texts that are read, sorted by length and predicted at once
 NO_LIMIT_LENGTH = 512  # tokens kept where neither tokenizer nor model names a limit
-TABLES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 Chunk = tuple[list[str], list[str] | None]  # texts, and second texts for a model of pairs
 ALIASES: dict[str, Alias] = {"import": "import_module"}  # Python's own word cannot name a field
 
@@ -188,8 +189,8 @@ def text_chunks(args: Args) -> tuple[int | None, Iterator[Chunk]]:
         raise UserError("texts and --file: give one of them")
     if args.text_pair is not None and args.text_pair_column:
         raise UserError("--text_pair and --text_pair_column: give one of them")
-    if args.text_pair_column and not (args.file and args.file.lower().endswith(TABLES)):
-        raise UserError(f"--text_pair_column needs a table: --file with a name in {' '.join(TABLES)}")
+    if args.text_pair_column and not (args.file and table_suffix(args.file)):
+        raise UserError(f"--text_pair_column needs a table: --file with a name in {' '.join(SUFFIXES)}")
     total: int | None = None
     if args.texts:
         total, chunks = len(args.texts), _paired(_chunks_of(args.texts), args.text_pair)
@@ -197,7 +198,7 @@ def text_chunks(args: Args) -> tuple[int | None, Iterator[Chunk]]:
         path = Path(args.file)
         if path.is_dir() or not path.exists():
             raise UserError(f"--file {path}: {'is a folder; name a file' if path.is_dir() else 'no such file'}")
-        if path.suffix.lower() in TABLES:
+        if table_suffix(path):
             total, chunks = _table_chunks(args)
         else:
             chunks = _paired(_line_chunks(path, str(path), CHUNK), args.text_pair)
@@ -308,8 +309,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def write_json(stream: IO[str], result: dict[str, Any]) -> None:
-    """One object on a line of its own."""
-    stream.write(json.dumps(result, ensure_ascii=False) + "\n")
+    """One object on a line of its own; control characters are escaped as JSON does it."""
+    line = json.dumps(result, ensure_ascii=False)
+    stream.write(CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", line) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------- signs
@@ -426,7 +428,8 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
             scores = scores_of(batch.logits.double(), opened.model.config).numpy()
             sound = [printable(name) for name, fault in zip(batch.names, batch.faults, strict=True) if fault is None]
             if as_csv:
-                writer.writerows(prediction_rows(sound, opened.label_names, scores))
+                rows = prediction_rows(sound, opened.label_names, scores)
+                writer.writerows([map(one_line, row) for row in rows] if stream.isatty() else rows)
             else:
                 each = iter(scores)
                 for name, fault in zip(map(printable, batch.names), batch.faults, strict=True):

@@ -16,9 +16,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerando.base.config import parse_args
+from accelerando.base.config import check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import check_can_be_made, whole_folder
+from accelerando.base.texts import one_line
 
 SPLITS = {"train": "train", "training": "train", "validation": "validation", "val": "validation", "dev": "validation",
           "valid": "validation", "test": "test"}  # fmt: skip
@@ -71,14 +72,14 @@ def read_folder(args: Args, dropped: Counter) -> dict[str, list[Row]]:
     """The cleaned rows of each split; "" holds what is still to be split."""
     from tqdm import tqdm
 
-    from accelerando.data.tables import SUFFIXES, read_text_table
+    from accelerando.data.tables import SUFFIXES, read_text_table, table_suffix
 
     folder = Path(args.input_dir)
     if not folder.is_dir():
         raise UserError(f"--input_dir {folder}: no such folder")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in folder.iterdir() if table_suffix(path))
     # Label names and summaries are not data.
-    files = [path for path in files if path.stem not in ("classes", "labels", "dataset_info")]
+    files = [path for path in files if path.name.partition(".")[0] not in ("classes", "labels", "dataset_info")]
     if not files:
         raise UserError(f"--input_dir {folder}: no file that ends in {', '.join(SUFFIXES)}")
     rows: dict[str, list[Row]] = {}
@@ -87,7 +88,12 @@ def read_folder(args: Args, dropped: Counter) -> dict[str, list[Row]]:
         table = read_text_table(str(path), **columns, allow_blank=True)
         kept = rows.setdefault(SPLITS.get(re.split(r"[-_.]", path.stem.lower())[0], ""), [])
         for text, label in tqdm(
-            zip(table.texts, table.labels, strict=True), path.name, len(table), delay=2, disable=None, leave=False
+            zip(table.texts, table.labels, strict=True),
+            one_line(path.name),
+            len(table),
+            delay=2,
+            disable=None,
+            leave=False,
         ):
             cleaned = clean(text.as_py(), args)
             if len(cleaned) < max(1, args.min_length):
@@ -160,9 +166,10 @@ def summary(rows: dict[str, list[Row]], dropped: Counter) -> str:
     names = [name for name in ("train", "validation", "test") if name in rows]
     counts = {name: Counter(label for _, label in rows[name]) for name in names}
     labels = sorted({label for counter in counts.values() for label in counter}, key=lambda x: (isinstance(x, str), x))
-    width = max(len("label"), *(len(str(label)) for label in labels))
+    shown = {label: one_line(str(label)) for label in labels}
+    width = max(len("label"), *map(len, shown.values()))
     lines = [f"{'label':<{width}}" + "".join(f"{name:>12}" for name in names)]
-    lines += [f"{label!s:<{width}}" + "".join(f"{counts[name][label]:>12,}" for name in names) for label in labels]
+    lines += [f"{shown[label]:<{width}}" + "".join(f"{counts[name][label]:>12,}" for name in names) for label in labels]
     lines.append(f"{'total':<{width}}" + "".join(f"{len(rows[name]):>12,}" for name in names))
     if dropped:
         lines += ["", "dropped"] + [f"{count:>8,}  {reason}" for reason, count in sorted(dropped.items())]
@@ -171,6 +178,7 @@ def summary(rows: dict[str, list[Row]], dropped: Counter) -> str:
 
 def main() -> None:
     args = parse_args(Args, foreign=FOREIGN)
+    check_ranges(args, min_length=(0, 2**40), max_chars=(1, 2**40))
     target = Path(args.output_dir)
     if target.exists() and not target.is_dir():
         raise UserError(f"--output_dir {target} is a file")

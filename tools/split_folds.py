@@ -34,6 +34,7 @@ from accelerando.base.errors import UserError, errors_in_one_line, first_line
 from accelerando.base.files import check_can_be_made, whole_folder
 from accelerando.base.log import with_progress
 from accelerando.base.processes import map_in_processes
+from accelerando.base.texts import one_line
 from accelerando.data.folders import class_folders
 from accelerando.inference.outputs import print_first
 
@@ -242,7 +243,7 @@ def write_all(
     if copies:
         write("duplicates.txt", copies)
     if skipped:
-        write("skipped.txt", skipped)
+        write("skipped.txt", map(one_line, skipped))
 
 
 def list_copies(
@@ -275,6 +276,7 @@ def report(side: np.ndarray, classes: np.ndarray, names: list[str], args: Args) 
     """An aligned table, a line for each part; of up to 20 classes another one, and the classes that a part lacks."""
     import numpy as np
 
+    names = [one_line(name) for name in names]
     counts = np.zeros((args.folds + 1, len(names)), np.int64)
     np.add.at(counts, (side, classes), 1)
     sizes = counts.sum(1)
@@ -305,7 +307,7 @@ def report(side: np.ndarray, classes: np.ndarray, names: list[str], args: Args) 
 
 def main() -> None:
     args = parse_args(Args, ALIASES)
-    check_ranges(args, folds=(2, 1000), test_fraction=(0, 0.9), near_duplicates=(0, 16), seed=(0, 2**63))
+    check_ranges(args, folds=(2, 1000), test_fraction=(0, 0.9), near_duplicates=(0, 16))
     raw = Path(args.raw_data)
     raw = raw.resolve() if raw.name in ("", "..") else raw  # its name begins each line
     target = Path(args.output_dir) if args.output_dir else raw.parent / "splits"

@@ -135,7 +135,7 @@ def check_output(target: Path, args: Args) -> None:
 
 def main() -> None:
     args = parse_args(Args, {"val_fraction": "validation_fraction"})
-    check_ranges(args, validation_fraction=(0, 1), test_fraction=(0, 1), seed=(0, 2**63))
+    check_ranges(args, validation_fraction=(0, 1), test_fraction=(0, 1))
     if args.validation_fraction + args.test_fraction > 0.999:
         raise UserError(
             f"--validation_fraction {args.validation_fraction} and --test_fraction {args.test_fraction}: "

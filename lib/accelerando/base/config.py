@@ -28,9 +28,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from accelerando.base.errors import UserError, is_main_rank
+from accelerando.base.errors import UserError, first_line, is_main_rank
+from accelerando.base.texts import MARK, MARKED, without_credentials
 
 if TYPE_CHECKING:
+    import yaml
     from _typeshed import DataclassInstance
 
 T = TypeVar("T")
@@ -79,6 +81,7 @@ COMMON_ALIASES: dict[str, Alias] = {
 }
 
 TRACKERS = ("wandb.", "mlflow.")  # sections of a YAML file that are those of a tracker
+MOST_VALUES = 20_000  # in a YAML file
 
 # The value of a flag that is given without one.
 BARE = {"resume": "auto", "amp": "auto"}
@@ -128,6 +131,9 @@ def parse_args(
 
     args, message = _run_parser(cls, from_yaml + argv)
     if message is None:
+        for name, value in dataclasses.asdict(args).items():
+            if isinstance(value, str) and MARKED.search(value):
+                raise UserError(f"--{name} {value}: was saved without its credentials: give it on the command line")
         return args
     # Parsing the command line alone shows which of the two has the error.
     _, alone = _run_parser(cls, argv)
@@ -162,7 +168,10 @@ NOT_REPEATED = ("config", "resume", "overwrite", "allow_changed_data")
 
 
 def grouped(args: DataclassInstance) -> dict[str, dict[str, object]]:
-    """``args`` by section, tuples as lists: the content of ``config.yaml``, without ``NOT_REPEATED``."""
+    """``args`` by section, tuples as lists: the content of ``config.yaml``, without ``NOT_REPEATED``.
+
+    Credentials are left out, since this is what files, trackers and model cards are made of.
+    """
     values = dataclasses.asdict(args)
     return {
         heading: {name: _plain(values[name]) for name, _ in rows if name not in NOT_REPEATED}
@@ -243,6 +252,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "save_every": (0, 2**40),
     "scheduler_factor": (0, 0.999999),
     "scheduler_step_size": (1, 2**30),
+    "seed": (0, 2**32 - 1),
     "warmup_steps": (0, 2**40),
     "weight_decay": (0, 1e6),
 }
@@ -253,7 +263,8 @@ def check_ranges(args: DataclassInstance, **others: tuple[float, float]) -> None
     for name, (low, high) in {**RANGES, **others}.items():
         value = getattr(args, name, None)
         if value is not None and not low <= value <= high:
-            limit = f"at least {low:g}" if high > 2**19 else f"between {low:g} and {high:g}"
+            wide = high > 2**19 and value < low
+            limit = f"at least {low:g}" if wide else f"between {low:g} and {high if high > 2**19 else f'{high:g}'}"
             raise UserError(f"--{name} {value}: {limit}")
 
 
@@ -301,11 +312,16 @@ def to_yaml(args: DataclassInstance) -> str:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; UserError names the file and line of a syntax error."""
+    """The mapping in a YAML file; UserError names the file and line of a syntax error.
+
+    An alias may stand for a value that has aliases itself; what that amounts to is limited to ``MOST_VALUES``.
+    """
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        _check_yaml(path, yaml.compose(text, yaml.SafeLoader))
+        content = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
@@ -313,7 +329,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: invalid YAML ({getattr(error, 'problem', error)})") from None
+        raise UserError(
+            f"{path}{where}: invalid YAML ({getattr(error, 'problem', None) or first_line(error)})"
+        ) from None
+    except RecursionError:
+        raise UserError(f"{path}: invalid YAML (nested too deeply)") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a date or a tagged value that is none
+        raise UserError(f"{path}: invalid YAML ({first_line(error)})") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -321,11 +343,34 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
+def _check_yaml(path: Path, root: yaml.Node | None) -> None:
+    """UserError for a document with more than ``MOST_VALUES`` values, as one with aliases within aliases, or one that
+    contains itself; and for a key that a mapping has twice."""
+    import yaml
+
+    pending, count = [root] if root else [], 0
+    while pending:
+        node = pending.pop()
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            if repeated := [key for key in keys if keys.count(key) > 1]:
+                raise UserError(f"{path}, line {node.start_mark.line + 1}: {repeated[0]!r} stands there twice")
+            pending += [one for pair in node.value for one in pair]
+            count += len(node.value)
+        elif isinstance(node, yaml.SequenceNode):
+            pending += node.value
+            count += len(node.value)
+        if count > MOST_VALUES:
+            raise UserError(f"{path}: more than {MOST_VALUES:,} values, counting those that aliases stand for")
+
+
 def _target(alias: Alias) -> str:
     return alias if isinstance(alias, str) else alias[0]
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, str):
+        return without_credentials(value, MARK)
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 

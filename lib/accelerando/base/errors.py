@@ -11,9 +11,17 @@ import sys
 import time
 from collections.abc import Iterator
 
+from accelerando.base.texts import one_line, without_credentials
+
 
 class UserError(Exception):
     """An error that the user can fix: printed as one line, exit code 2."""
+
+    def __init__(self, message: str) -> None:
+        # torch raises the error of a reading process again, with that process's traceback before the message.
+        start = f"\n{__name__}.UserError: "
+        message = message.rpartition(start)[2].strip() if start in message else message
+        super().__init__(without_credentials(one_line(message)))
 
 
 class Stopped(Exception):  # noqa: N818  (an end, not an error)
@@ -61,7 +69,9 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(re.search(words, str(error)))
 
 
-NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+# Errors of the system that say what is wrong with a path, wherever it is used.
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG,
+             errno.ELOOP, errno.EIO)  # fmt: skip
 
 
 def _cause_outside(error: Exception) -> str | None:
@@ -71,7 +81,9 @@ def _cause_outside(error: Exception) -> str | None:
         hint = "everything saved before is intact: free some space, then run it again (training: with --resume)"
         return f"{reason}; {hint}"
     if isinstance(error, OSError) and error.errno in NO_ACCESS and error.filename:
-        return f"cannot use {error.filename}: {error.strerror}; name another path or change its permissions"
+        name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else error.filename
+        line = f"cannot use {name}: {error.strerror}; name another path or change its permissions"
+        return str(UserError(line))
     if "Expected more than 1 value per channel" in str(error):  # raised by torch's batch norm
         return "a batch has a single sample, but batch norm needs at least two: change --batch_size by one"
     return None

@@ -8,6 +8,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -24,6 +25,7 @@ from accelerando.base.log import log
 
 T = TypeVar("T")
 
+MOST_NAMES = 100_000  # that a pattern with braces stands for
 LOCK = ".lock"  # in a run folder
 LOCK_PATIENCE = 5.0  # seconds to wait for a lock: a process that is asked to stop first saves
 STALE = 600.0  # seconds without a write, after which a draft is left behind whose process is not visible here
@@ -31,13 +33,26 @@ DAMAGED = (OSError, ValueError, EOFError, KeyError)  # the errors that reading a
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """``a{00..02}.tar`` -> a00.tar, a01.tar, a02.tar; ``{x,y}`` -> x, y; several braces are combined."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    """``a{00..02}.tar`` -> a00.tar, a01.tar, a02.tar; ``{x,y}`` -> x, y; several braces are combined.
+
+    Raises:
+        UserError: more than ``MOST_NAMES``.
+    """
+    names = list(itertools.islice(_expanded(pattern), MOST_NAMES + 1))
+    if len(names) > MOST_NAMES:
+        raise UserError(f"{pattern}: its braces stand for more than {MOST_NAMES:,} names")
+    return names
+
+
+def _expanded(pattern: str) -> Iterator[str]:
+    match = re.search(r"\{(?:([0-9]{1,18})\.\.([0-9]{1,18})|([^{}]*,[^{}]*))\}", pattern)
     if not match:
-        return [pattern]
+        yield pattern
+        return
     low, high, choices = match.groups()
-    words = choices.split(",") if choices else [str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)]
-    return [rest for word in words for rest in expand_braces(pattern[: match.start()] + word + pattern[match.end() :])]
+    numbers = (str(n).zfill(len(low)) for n in range(int(low), int(high) + 1)) if low else ()
+    for word in choices.split(",") if choices else numbers:
+        yield from _expanded(pattern[: match.start()] + word + pattern[match.end() :])
 
 
 # ------------------------------------------------------------------------------------------------- files and folders
@@ -50,6 +65,36 @@ def check_can_be_made(path: Path, flag: str) -> None:
         raise UserError(f"{flag} {path}: {above} is not a folder; name another path")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{flag} {path}: {above} is not writable; name another path")
+
+
+def folders_below(top: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """(folder, names of its subfolders, names of its files), sorted, for ``top`` and all folders below it.
+
+    Links are followed, but no folder is entered twice. A subfolder that the caller removes from the list is not
+    entered.
+
+    Raises:
+        UserError: a folder cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
+
+    seen = set()
+    for place, folders, files in os.walk(top, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield Path(place), folders, sorted(files)
+
+
+def visible_files(top: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    """The files below ``top`` with one of ``suffixes``, in any case, without hidden files and folders."""
+    for place, folders, files in folders_below(top):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        yield from (place / name for name in files if name.lower().endswith(suffixes) and not name.startswith("."))
 
 
 @contextlib.contextmanager
@@ -95,6 +140,7 @@ def whole_folder(folder: Path, file_by_file: bool = False) -> Iterator[Path]:
     draft = _draft_of(target)
     try:
         yield draft
+        _follow_umask(draft)
         for path in (draft, *draft.rglob("*")):
             _sync(path)
         if file_by_file:
@@ -112,6 +158,17 @@ def whole_folder(folder: Path, file_by_file: bool = False) -> Iterator[Path]:
         restore_folder(target)
         _remove(draft)
     _remove(old)
+
+
+def _follow_umask(draft: Path) -> None:
+    """Gives files the mode of any new file: safetensors makes its own readable to their owner alone."""
+    probe = draft / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in draft.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode != mode:
+            path.chmod(mode)
 
 
 def restore_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import logging.handlers
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from accelerando.base.errors import is_main_rank
+from accelerando.base.texts import one_line, without_credentials
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -54,6 +56,9 @@ class _LineFormatter(logging.Formatter):
         self.colour = colour
 
     def format(self, record: logging.LogRecord) -> str:
+        record = copy.copy(record)
+        lines = record.getMessage().split("\n") if "\n" in str(record.msg) else [record.getMessage()]
+        record.msg, record.args = without_credentials("\n".join(map(one_line, lines))), ()
         line = super().format(record)
         if not self.colour:
             return line

@@ -30,6 +30,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, invalid JSON, or not an object.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: is not an ordinary file")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from accelerando.base.errors import UserError
+from accelerando.base.texts import MARK, without_credentials
 
 if TYPE_CHECKING:
     from concurrent.futures import Future
@@ -80,13 +81,17 @@ def _each(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 @functools.cache
 def command_line() -> str:
-    """The command that started this process, with ``accelerate launch`` if it was used, and the variables it needs."""
+    """The command that started this process, with ``accelerate launch`` if it was used, and the variables it needs.
+
+    Credentials are left out.
+    """
     launcher = launcher_command()
     given = _environment_of(os.getppid()) if launcher else os.environ  # a launcher adds variables for its scripts
     variables = [
         f"{name}={shlex.quote(value)}" for name, value in sorted(given.items()) if re.match(NEEDED_VARIABLES, name)
     ]
-    return " ".join([*variables, shlex.join(launcher or ["python", *sys.argv])])
+    words = [without_credentials(word, MARK) for word in launcher or ["python", *sys.argv]]
+    return " ".join([*variables, shlex.join(words)])
 
 
 # Variables on which a run depends: Accelerate's, and those of devices and threads.

@@ -162,6 +162,8 @@ def read_index(path: Path, class_map: dict[str, int], folder: Path | None = None
             class that is not in ``class_map``.
     """
     folder = folder or path.absolute().parent.parent
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{path}: is not an ordinary file")
     try:
         lines = path.read_bytes().decode("utf-8-sig").split("\n")
     except FileNotFoundError:

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import errno
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from accelerando.base.log import progress_bar
 from accelerando.data.digest import digest, digest_of, file_sizes
 from accelerando.data.duplicates import join_pairs
 from accelerando.data.order import epoch_order
-from accelerando.data.tables import SUFFIXES, read_text_table
+from accelerando.data.tables import read_text_table, table_suffix
 from accelerando.data.transforms import ImageTransform
 
 
@@ -111,7 +112,7 @@ def open_pairs(
     if is_remote(where):
         remote = FileCache(cache / "remote", int(cache_gb * 1e9)) if cache_gb else RangeReader()
         return ShardPairs(list_remote(where), cache, remote)
-    if Path(where).suffix.lower() in SUFFIXES:
+    if table_suffix(where):
         folder = Path(image_folder) if image_folder else Path(where).parent
         return TablePairs(where, folder, image_column, caption_column)
     return ShardPairs(list_shards(where), cache)
@@ -127,6 +128,8 @@ class TablePairs:
     unit: ClassVar[str] = "pairs"
 
     def __init__(self, table: str, folder: Path, image_column: str = "image", caption_column: str = "caption") -> None:
+        import pyarrow as pa
+
         rows = read_text_table(
             table,
             text_column=caption_column,
@@ -138,11 +141,15 @@ class TablePairs:
         self.table, self.folder, self.captions, self.names = table, folder, rows.texts, rows.pairs
         self.others = rows.others
         there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-        for row, name in enumerate(self.names.to_pylist()):
-            if name not in there:
-                close = difflib.get_close_matches(name, there, n=1)
-                hint = f"; did you mean {close[0]}?" if close else ""
-                raise UserError(f"{table}: row {row + 1}: no image {name} in {folder}{hint}")
+        names = self.names.to_pylist()
+        paths = [name if name in there else _image_path(folder, name, there) for name in names]
+        if None in paths:
+            row = paths.index(None)
+            close = difflib.get_close_matches(names[row], there, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"{table}: row {row + 1}: no image {names[row]} in {folder}{hint}")
+        # Relative to the folder, or absolute.
+        self.paths = self.names if paths == names else pa.array(paths, pa.large_string())
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -154,7 +161,7 @@ class TablePairs:
 
     def read(self, row: int) -> tuple[bytes, bytes]:
         """The image file and the caption of a row."""
-        return (self.folder / self.names[row].as_py()).read_bytes(), self.captions[row].as_py().encode()
+        return (self.folder / self.paths[row].as_py()).read_bytes(), self.captions[row].as_py().encode()
 
     def metadata(self, row: int) -> dict[str, Any]:
         """The row's other columns."""
@@ -169,7 +176,21 @@ class TablePairs:
 
     def where(self, row: int) -> str:
         """Table, row and image of a row, for a message."""
-        return f"{self.table}: row {row + 1}: {self.folder / self.names[row].as_py()}"
+        return f"{self.table}: row {row + 1}: {self.folder / self.paths[row].as_py()}"
+
+
+def _image_path(folder: Path, name: str, there: set[str]) -> str | None:
+    """The path, relative to ``folder`` or absolute, of an image that a table names in any spelling; None: no such file.
+
+    Spaces around it, ``./``, backslashes, absolute paths and paths through links are understood.
+    """
+    for spelled in (name, name.strip(), name.strip().replace("\\", "/")):
+        path = os.path.normpath(spelled) if spelled else ""
+        if path in there:
+            return path
+        if path and "\0" not in path and (folder / spelled).is_file():  # outside, or behind a link
+            return spelled
+    return None
 
 
 @dataclass

@@ -25,6 +25,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.files import expand_braces, locked, open_whole, remove_drafts
+from accelerando.base.texts import without_credentials
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -33,10 +34,12 @@ T = TypeVar("T")
 
 TRIES = 4
 FIRST_DELAY = 0.2  # seconds before the second try; doubled before each further one
+PATIENCE = 60.0  # seconds for a request without a large answer, and between parts of any answer
+LISTING = 600.0  # seconds for the list of a folder
+SLOWEST = 10_000  # bytes per second
 RANGE_BLOCK = 4 * 2**20  # bytes per request when a file is read sequentially
 POLL = 0.2  # seconds between checks of what other processes have requested
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs"}
-SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN", "AWS_ACCESS_KEY_ID")
 
 SIGNATURE = (
     r"(?i)(x-amz-|x-goog-|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id|token|s[a-z]{1,2}=)"
@@ -59,21 +62,6 @@ def is_remote(path: str) -> bool:
     return bool(match) and match.group(1).lower() not in ("file", "local")
 
 
-def without_credentials(text: str) -> str:
-    """``text`` without user names and query strings in its URLs, and without keys, secrets and tokens."""
-    for name in SECRETS:
-        value = os.environ.get(name, "")
-        if len(value) >= 5:  # a shorter value is no real secret and would match parts of words
-            text = text.replace(value, "***")
-    text = re.sub(r"(\b(?:s3a?|gs|gcs)://)[^\s/@:]+:[^\s@]*@", r"\1", text)  # a secret of AWS may contain a /
-    text = re.sub(r"(://)[^\s/?#\"']*@", r"\1", text)
-    text = re.sub(r"(\bhttps?://[^\s?\"']*)\?[^\s\"']*", r"\1", text)  # elsewhere a ? is a wildcard
-    text = re.sub(r"(://[^\s?\"']*)\?[^\s\"']*=[^\s\"']*", r"\1", text)
-    text = re.sub(r"\b(AKIA|ASIA)[A-Z0-9]{12,}", "***", text)
-    words = r"(secret|token|password|signature|credential|authorization|access.?key(?:.?id)?)"
-    return re.sub(rf"(?i)\b([\w-]*{words}[\w-]*\s*[=:]\s*)(?:(?:Bearer|Basic)\s+)?[^\s,;&\"']+", r"\1***", text)
-
-
 # -------------------------------------------------------------------------------------------------- list and fetch
 
 
@@ -94,24 +82,24 @@ def list_remote(url: str, suffix: str = ".tar") -> list[RemoteFile]:
         http = _is_http(pattern)
         parent, _, name = path_on(fs, pattern).rpartition("/")
         if any(sign in pattern for sign in ("*[" if http else "*?[")):
-            entries = list(retried(pattern, lambda fs=fs, at=pattern: fs.glob(at, detail=True)).values())
+            entries = list(_ask(fs, "glob", pattern, pattern).values())
             if http:  # a page of links has no sizes
-                entries = [retried(pattern, lambda fs=fs, at=entry["name"]: fs.info(at)) for entry in entries]
+                entries = [_ask(fs, "info", entry["name"], pattern) for entry in entries]
         elif len(patterns) > 1 and not http:
             if parent not in folders:
-                folders[parent] = retried(pattern, lambda fs=fs, at=parent: fs.ls(at, detail=True))
+                folders[parent] = _ask(fs, "ls", parent, pattern)
             entries = [entry for entry in folders[parent] if entry["name"].rpartition("/")[2] == name]
         else:
-            info = retried(pattern, lambda fs=fs, at=pattern: fs.info(at))
+            info = _ask(fs, "info", pattern, pattern)
             entries = [info]
             if info["type"] == "directory":
-                inside = retried(pattern, lambda fs=fs, at=pattern: fs.ls(at, detail=True))
+                inside = _ask(fs, "ls", pattern, pattern)
                 entries = [entry for entry in inside if fnmatchcase(entry["name"], f"*{suffix}")]
         files = [_remote_file(fs, entry) for entry in entries if entry["type"] == "file"]
         if not files:
             bucket = path_on(fs, pattern).split("/")[0]
             if not http:  # the answer is also empty if the bucket does not exist
-                retried(pattern, lambda fs=fs, at=bucket: fs.ls(at, detail=True))
+                _ask(fs, "ls", bucket, pattern)
             raise UserError(f"{without_credentials(pattern)}: nothing found (a folder is searched for *{suffix})")
         found.update({file.signed or file.url: file for file in files})
     return [found[key] for key in sorted(found)]
@@ -129,7 +117,7 @@ def fetch_file(url: str, target: Path, size: int | None = None, version: str = "
     fs = filesystem(url)
 
     def attempt() -> None:
-        fs.get_file(path_on(fs, url), file.name)
+        fs.get_file(path_on(fs, url), file.name, **_limit_for(fs, size))
         facts = facts_of(fs, url)  # after the download, to notice a file that was replaced meanwhile
         if version and facts["version"] and facts["version"] != version:
             raise UserError(f"{without_credentials(url)}: the file changed after it was listed: start again")
@@ -158,7 +146,7 @@ def facts_of(fs: AbstractFileSystem, url: str) -> dict[str, Any]:
     """``size``, ``version`` and ``md5`` of a file as the server reports them now; None: not reported."""
     path = path_on(fs, url)
     if protocol_of(url) not in ("s3", "s3a"):
-        info = fs.info(path)
+        info = fs.info(path, **_limit(fs, PATIENCE))
         return {"size": info["size"], "version": _version(info), "md5": None}
     bucket, key, _ = fs.split_path(path)
     head = fs.call_s3("head_object", Bucket=bucket, Key=key)
@@ -166,6 +154,23 @@ def facts_of(fs: AbstractFileSystem, url: str) -> dict[str, Any]:
     plain = head.get("ServerSideEncryption") in (None, "AES256") and not head.get("SSECustomerAlgorithm")
     md5 = _version(head) if plain and re.fullmatch(r"[0-9a-f]{32}", _version(head)) else None
     return {"size": head["ContentLength"], "version": _version(head), "md5": md5}
+
+
+def _ask(fs: AbstractFileSystem, question: str, path: str, shown: str) -> Any:
+    """The answer of a server to ``info``, ``ls`` or ``glob`` about ``path``; ``shown`` is the URL for messages."""
+    options = {"detail": True} if question != "info" else {}
+    seconds = PATIENCE if question == "info" else LISTING
+    return retried(shown, lambda: getattr(fs, question)(path, **options, **_limit(fs, seconds)))
+
+
+def _limit(fs: AbstractFileSystem, seconds: float) -> dict[str, float]:
+    """The option that ends a request after so many seconds, however slowly its answer trickles in."""
+    return {"timeout": seconds} if fs.async_impl else {}
+
+
+def _limit_for(fs: AbstractFileSystem, size: int | None) -> dict[str, float]:
+    """The same for the transfer of ``size`` bytes on a slow line; a day if the size is not known."""
+    return _limit(fs, PATIENCE + size / SLOWEST if size is not None else 86_400.0)
 
 
 def _remote_file(fs: AbstractFileSystem, entry: dict[str, Any]) -> RemoteFile:
@@ -346,7 +351,7 @@ class RangeReader:
 
         def attempt() -> bytes:
             fs = filesystem(url)
-            content = fs.cat_file(path_on(fs, url), start=first, end=end)
+            content = fs.cat_file(path_on(fs, url), start=first, end=end, **_limit_for(fs, end - first))
             if len(content) != end - first:
                 raise ConnectionError(f"received {len(content):,} bytes instead of {end - first:,}")
             return content
@@ -423,7 +428,7 @@ def _made_filesystem(pid: int, protocol: str, settings: tuple[tuple[str, str], .
         elif protocol in ("http", "https"):
             import aiohttp
 
-            limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=30)  # a large file may take hours
+            limits = aiohttp.ClientTimeout(total=None, sock_connect=10, sock_read=PATIENCE)
             options |= {"client_kwargs": {"timeout": limits}}
         fs = fsspec.filesystem(protocol, **options)
         if protocol in ("s3", "s3a"):
@@ -505,6 +510,8 @@ def _message(url: str, error: BaseException, kind: str) -> str:
     s3 = protocol_of(url) in ("s3", "s3a")
     server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
     place = f"{url} (at {server})" if s3 else url
+    if isinstance(error, FileNotFoundError) and error.__cause__:  # fsspec's message over http is the URL alone
+        error = error.__cause__
     detail = first_line(error)
     if kind == "missing":
         bucket = url.partition("://")[2].split("/")[0]

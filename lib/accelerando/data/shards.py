@@ -1,12 +1,13 @@
 """WebDataset shards (tar files of images and captions) with random access through an index of their members' offsets.
 
-A sample consists of consecutive members with the same key: ``abc.jpg``, ``abc.txt`` and perhaps ``abc.json``. The
-index of a shard is made once and cached. Reading then takes one ``pread`` per member (or one request per sample, if
-remote shards are not cached), so order, resume and exact evaluation work as with single files.
+A sample consists of consecutive members with the same key: ``abc.jpg``, ``abc.txt`` and perhaps ``abc.json``, which may
+also hold the caption. The index of a shard is made once and cached. Reading then takes one ``pread`` per member (or one
+request per sample, if remote shards are not cached), so order, resume and exact evaluation work as with single files.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -18,40 +19,66 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from accelerando.base.errors import UserError, first_line
-from accelerando.base.files import derived, expand_braces, open_whole
+from accelerando.base.files import derived, expand_braces, folders_below, open_whole, visible_files
+from accelerando.base.log import log
 from accelerando.data.digest import digest
 
 if TYPE_CHECKING:
     from accelerando.data.remote import FileCache, RangeReader, RemoteFile
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of several in a sample, the first in this order is taken
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+UNPACK = "compressed: unpack it (gunzip), since samples are read from any place of it"
+SPLITS = {"train", "val", "validation", "test"}
+CAPTION_IN_JSON = (0, 0)  # start and size of a text that is the "caption" of the sample's JSON
 INDEX = np.dtype([(f"{part}_{field}", "<u8") for part in ("image", "text", "json") for field in ("start", "size")])
 SHARDS_AT_ONCE = 4  # an epoch shuffles the shards, then the samples within groups of this many shards
 OPEN_FILES = 64
 
 
 def list_shards(source: str) -> list[Path]:
-    """The local shards that ``source`` names, sorted: a folder, a tar file or a brace or glob pattern.
+    """The local shards that ``source`` names, sorted: a folder and those below it, a tar file, or a brace or glob
+    pattern.
 
     Raises:
-        UserError: nothing was found.
+        UserError: nothing was found, or something that is no tar file.
     """
     found: list[Path] = []
     for pattern in expand_braces(source):
         path = Path(pattern)
-        if path.is_dir():
-            found += path.glob("*.tar")
-        elif any(sign in pattern for sign in "*?["):
-            found += (path.parent if path.parent.is_dir() else Path()).glob(path.name)
-        elif path.is_file():
+        if path.is_dir() and path.suffix.lower() != ".tar":
+            found += _shards_below(path)
+        elif any(sign in pattern for sign in "*?[") and not path.exists():
+            found += map(Path, glob.glob(pattern, recursive=True))  # noqa: PTH207  (Path.glob refuses absolute patterns)
+        elif path.exists():
             found.append(path)
         else:
             raise UserError(f"{pattern}: no such shard or folder")
+    for path in found:
+        if not path.is_file():
+            kind = "a folder; pack it as a tar file, or move it away" if path.is_dir() else "not an ordinary file"
+            raise UserError(f"{path}: is {kind}")
     if not found:
-        raise UserError(
-            f"{source}: no shards (*.tar) in it; tools/make_shards.py packs images and captions into shards"
-        )
+        packed = Path(source).is_dir() and next(visible_files(Path(source), COMPRESSED), None)
+        hint = "tools/make_shards.py packs images and captions into shards"
+        raise UserError(f"{source}: no shards (*.tar) in it; {f'{packed} is {UNPACK}' if packed else hint}")
     return sorted(found)
+
+
+def has_shards(folder: Path) -> bool:
+    """True if there are shards in ``folder`` or below it."""
+    return next(visible_files(folder, (".tar", *COMPRESSED)), None) is not None
+
+
+def _shards_below(folder: Path) -> list[Path]:
+    found = []
+    for place, folders, files in folders_below(folder):
+        found += [place / name for name in (*folders, *files) if name.endswith(".tar") and not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.endswith(".tar") and not name.startswith(".")]
+    splits = {path.relative_to(folder).parts[0] for path in found} & SPLITS
+    if len(splits) > 1:
+        raise UserError(f"{folder}: holds {' and '.join(sorted(splits))}: name one of them")
+    return found
 
 
 def index_shard(
@@ -93,56 +120,93 @@ def _read_index(path: Path) -> np.ndarray:
 
 def _scan(file: IO[bytes], size: int, shown: str) -> np.ndarray:
     rows: list[tuple[int, ...]] = []
-    sample: dict[str, tuple[int, int]] = {}
+    sample: dict[str, tuple[int, int]] = {}  # suffix -> start, size
     current = None
+    without_image = 0
 
     def close() -> None:
-        if current is None or not sample:
+        nonlocal without_image
+        if not sample:
             return
-        for part, name in (("image", "image (.jpg, .png or .webp)"), ("text", "caption (.txt)")):
-            if part not in sample:
+        parts = {"text": sample.get("txt"), "json": sample.get("json")}
+        parts["image"] = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
+        # Only the JSON of a sample that lacks something is read: the caption may be in it, or why there is no image.
+        about = {}
+        if parts["json"] and not (parts["image"] and parts["text"]):
+            about = _json_of(file, *parts["json"])
+        if not parts["image"] and about.get("status") not in (None, "success"):
+            without_image += 1
+            return
+        if not parts["text"] and not isinstance(about.get("caption"), str):
+            parts["text"] = None
+        elif not parts["text"]:
+            parts["text"] = CAPTION_IN_JSON
+        for part, name in (("image", "image (.jpg, .png or .webp)"), ("text", "caption (.txt, or caption in a .json)")):
+            if parts[part] is None:
                 raise UserError(
                     f"{shown}: sample {current!r} has no {name}: each needs both; "
                     "pack it again with tools/make_shards.py"
                 )
-        rows.append(tuple(number for part in ("image", "text", "json") for number in sample.get(part, (0, 0))))
+        rows.append(tuple(number for part in ("image", "text", "json") for number in parts[part] or (0, 0)))
 
+    magic = file.read(6)
+    if magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        raise UserError(f"{shown}: is {UNPACK}")
+    file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
+            reached = 0
             for member in tar:
+                # A size may be negative or beyond the file; tarfile would go round in circles.
+                wrong = member.isfile() and not 0 <= member.size <= size - member.offset_data
+                if wrong or member.offset_data <= reached:
+                    raise tarfile.ReadError(f"truncated, or the size of {member.name!r:.80} is wrong")
+                reached = member.offset_data
                 if not member.isfile():
                     continue
                 folder, slash, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
-                part = _kind_of(suffix.lower())
-                if part is None:
+                suffix = suffix.lower()
+                if suffix not in (*IMAGE_SUFFIXES, "txt", "json"):
                     continue
-                if folder + slash + stem != current or part in sample:
+                if member.issparse():
+                    raise tarfile.ReadError(f"{member.name!r:.80} is stored with holes")
+                if folder + slash + stem != current or suffix in sample:
                     close()
                     sample, current = {}, folder + slash + stem
-                sample[part] = (member.offset_data, member.size)
+                sample[suffix] = (member.offset_data, member.size)
             close()
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):  # the end marker of a tar
                 raise tarfile.ReadError("truncated: no end marker")
-    except (tarfile.TarError, EOFError) as error:
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{shown}: {error.strerror or error}") from None
+    except Exception as error:  # tarfile passes on errors of numbers, texts and memory
         raise UserError(
             f"{shown}: a corrupted or truncated tar ({first_line(error)}): fetch or pack it again"
         ) from None
-    except OSError as error:
-        raise UserError(f"{shown}: {error.strerror or error}") from None
-    if rows and max(row[at] + row[at + 1] for row in rows for at in (0, 2, 4)) > size:
-        raise UserError(f"{shown}: a truncated tar (its last sample is incomplete): fetch or pack it again")
+    if without_image:
+        log.info("%s: %d samples without an image, which was not downloaded, are left out", shown, without_image)
     return np.array(rows, dtype=INDEX) if rows else np.zeros(0, INDEX)
+
+
+def _json_of(file: IO[bytes], start: int, size: int) -> dict[str, Any]:
+    """The object at a place of a tar file, empty if there is none; the position in the file is kept."""
+    before = file.tell()
+    file.seek(start)
+    try:
+        content = json.loads(file.read(size))
+    except (ValueError, RecursionError):
+        content = None
+    file.seek(before)
+    return content if isinstance(content, dict) else {}
 
 
 def part_of(entry: np.ndarray, part: str) -> tuple[int, int]:
     """Start and size, in bytes, of a part (image, text or json) from a sample's entry in the index."""
     return int(entry[f"{part}_start"]), int(entry[f"{part}_size"])
-
-
-def _kind_of(suffix: str) -> str | None:
-    return "image" if suffix in IMAGE_SUFFIXES else {"txt": "text", "json": "json"}.get(suffix)
 
 
 class ShardPairs:
@@ -188,7 +252,9 @@ class ShardPairs:
     def read(self, row: int) -> tuple[bytes, bytes]:
         """The image file and the caption of a row, as stored."""
         shard, entry = self._entry(row)
-        return tuple(self._read(shard, [part_of(entry, "image"), part_of(entry, "text")]))
+        in_json = part_of(entry, "text") == CAPTION_IN_JSON
+        image, text = self._read(shard, [part_of(entry, "image"), part_of(entry, "json" if in_json else "text")])
+        return image, json.loads(text)["caption"].encode(errors="replace") if in_json else text
 
     def metadata(self, row: int) -> dict[str, Any]:
         """The content of the sample's .json; empty if it has none.
@@ -201,7 +267,7 @@ class ShardPairs:
             return {}
         try:
             content = json.loads(self._read(shard, [part_of(entry, "json")])[0])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{self.where(row)}: invalid JSON ({first_line(error)})") from None
         if not isinstance(content, dict):
             raise UserError(f"{self.where(row)}: its .json contains a {type(content).__name__}, not an object")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-import zipfile
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,7 +17,9 @@ from accelerando.base.errors import UserError, first_line
 from accelerando.base.files import derived, whole_folder
 from accelerando.data.digest import digest
 from accelerando.data.keypoints import NUM_POINTS, WIDTH, ClipAugmentation, NormalisationName, normalise_by_body
+from accelerando.data.npz import open_npz
 from accelerando.data.order import balanced_rows, epoch_order, number_repeats
+from accelerando.data.tables import check_table, csv_records, without_formula_mark
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike
@@ -138,24 +139,29 @@ def read_clip(path: Path, key: str, width: int | None = None) -> tuple[np.ndarra
         UserError: no such file, not an NPZ, no such key, not ``width`` channels, no frames, non-finite values.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if key not in arrays.files:
-                raise UserError(f"{path}: no array {key!r}, only {', '.join(arrays.files)}: name the key to read")
-            frames = arrays[key]
-            mask = arrays["mask"] if "mask" in arrays.files else None
+        with open_npz(path) as arrays:
+            if key not in arrays.names:
+                listed = ", ".join(arrays.names) or "none"
+                raise UserError(f"{path}: no array {key!r}, only {listed}: name the key to read")
+            frames = arrays.read(key)
+            mask = arrays.read("mask") if "mask" in arrays.names else None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file, but the labels list it") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        raise UserError(f"{path}: not a readable NPZ file ({first_line(error)})") from None
-    if frames.ndim != 2 or not np.issubdtype(frames.dtype, np.number):
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{path}: not a readable NPZ file ({reason})") from None
+    if frames.ndim != 2 or frames.dtype.kind not in "fiu" or not frames.shape[1]:
         raise UserError(f"{path}: {key} is {frames.dtype} {list(frames.shape)}; expected numbers [T, {width or 'D'}]")
     if width is not None and frames.shape[1] != width:
         raise UserError(f"{path}: {key} has {frames.shape[1]} channels per frame, the other clips {width}")
     if not len(frames):
         raise UserError(f"{path}: {key} has no frames")
-    frames = frames.astype(np.float32)
+    with np.errstate(over="ignore"):  # what is beyond float32 becomes infinite
+        frames = frames.astype(np.float32)
     if not np.isfinite(frames).all():
         raise UserError(f"{path}: {key} has values that are not finite; tools/validate_npz.py lists such files")
+    if mask is not None and mask.dtype.kind not in "biuf":
+        raise UserError(f"{path}: mask is {mask.dtype}; save it as bool")
     if mask is not None and (mask.shape != (len(frames), NUM_POINTS) or frames.shape[1] != WIDTH):
         mask = None  # it belongs to other keypoints
     return frames, None if mask is None else mask.astype(bool)
@@ -285,17 +291,13 @@ def class_names(
     path = next((path for path in candidates if named or path.is_file()), None)
     if path is None:
         return names
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except OSError as error:
-        raise UserError(f"--names_csv {path}: {error.strerror}") from None
-    for head, number, column in (("gloss", "gloss", "label"), ("cat", "cat", "category")):
-        for line, row in enumerate(rows, start=2):
-            if row.get(column) is None or not str(row.get(number, "")).strip().isdigit():
-                raise UserError(f"{path}, line {line}: expected the columns gloss, label, cat and category")
+    check_table(path, "--names_csv" if named else "")
+    for where, row in csv_records(path, ["gloss", "label", "cat", "category"]):
+        for head, number, column in (("gloss", "gloss", "label"), ("cat", "cat", "category")):
+            if not re.fullmatch("[0-9]{1,18}", row[number].strip()):
+                raise UserError(f"{path}: {where}: {number} is {row[number]!r:.40}, not a whole number")
             if int(row[number]) < counts[head]:
-                names[head][int(row[number])] = row[column]
+                names[head][int(row[number])] = without_formula_mark(row[column])
     return names
 
 

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from accelerando.base.errors import UserError, first_line
-from accelerando.data.tables import csv_records, similar_file
+from accelerando.base.texts import one_line
+from accelerando.data.npz import open_npz
+from accelerando.data.tables import check_table, csv_records
 
 if TYPE_CHECKING:
-    from numpy.lib.npyio import NpzFile
+    from accelerando.data.npz import Arrays
 
     Add = Callable[[str, str], None]  # called with the kind and the text of a problem
 
@@ -30,6 +32,7 @@ COLUMNS = ("file", "gloss", "cat")
 KEYPOINTS = 156  # channels of a frame: x and y of 78 points
 FEATURES = 2048
 ORDER = "pose25,left_hand21,right_hand21,face11"
+MOST_CLASSES = 100_000  # a larger number is a mistake, and each class takes memory
 MARGIN = 0.05  # coordinates are in [0, 1]; a point may be outside the image by this much
 
 # kind -> (severity, what it means)
@@ -115,8 +118,8 @@ class Clip(NamedTuple):
 
 
 def make_problem(kind: str, file: str, text: str, severity: str | None = None) -> Problem:
-    """A problem with a one-line text that names the file; unprintable characters are escaped."""
-    file, text = ("".join(c if c.isprintable() else ascii(c)[1:-1] for c in part) for part in (file, text))
+    """A problem with a one-line text that names the file; control characters are escaped."""
+    file, text = one_line(file), one_line(text)
     return Problem(kind, file, f"{file}: {text}", severity or KINDS[kind][0])
 
 
@@ -157,10 +160,7 @@ def label_records(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
     Raises:
         UserError: as in :func:`read_labels`, but values are not checked.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}{similar_file(path)}")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: the file is empty")
+    check_table(path)
     try:
         first = next(iter(csv_records(path, [])), None)
         if first is None:
@@ -171,6 +171,8 @@ def label_records(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
         if missing:
             raise UserError(f"{path}: no column {missing[0]!r}; there are {', '.join(there)}{_hint(missing[0], there)}")
         wanted = [name for name in spelled if name.strip() in COLUMNS]
+        if len(wanted) > len(COLUMNS):
+            raise UserError(f"{path}: two columns are called {max(wanted, key=wanted.count).strip()!r}")
         for where, record in csv_records(path, wanted):
             yield where, {name.strip(): value for name, value in record.items()}
     except OSError as error:
@@ -178,8 +180,6 @@ def label_records(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
 
 
 def _hint(column: str, there: list[str]) -> str:
-    if len(there) == 1 and (match := re.search("[;\t|]", there[0])):
-        return f"; separate columns by commas, not by {match[0]!r}"
     plain = {name.lower(): name for name in there}
     close = difflib.get_close_matches(column, plain, n=1, cutoff=0.5)
     return f"; rename {plain[close[0]]!r}?" if close else f"; expected the header {','.join(COLUMNS)}"
@@ -249,8 +249,12 @@ def label_problems(
             problems.append(make_problem("missing_file", f"{name}.npz", text))
         first.setdefault(name, row)
         for column, values, count in (("gloss", labels.gloss, num_gloss), ("cat", labels.cat, num_cat)):
-            if values[row] < 0 or (count is not None and values[row] >= count):
-                allowed = f"--num_{column} {count} allows 0 to {count - 1}" if count else "classes count from 0"
+            if values[row] < 0 or values[row] >= (count or MOST_CLASSES):
+                allowed = (
+                    f"--num_{column} {count} allows 0 to {count - 1}"
+                    if count
+                    else (f"classes count from 0, without gaps, to {MOST_CLASSES - 1:,} at most")
+                )
                 text = f"{column} {values[row]} in {where}; {allowed}"
                 problems.append(make_problem(f"{column}_out_of_range", f"{name}.npz", text))
         if name in seen_in_train and row == first[name]:
@@ -315,22 +319,16 @@ def inspect_clip(
 
     arrays: dict[str, np.ndarray] = {}
     try:
-        with open(path, "rb") as file:
-            head = file.read(2)
-            if head != b"PK":
-                add("unreadable", "not an .npz file (no zip archive)" if head else "the file is empty")
-                return Clip(problems, None, None)
-            file.seek(0)
-            with np.load(file, allow_pickle=False) as archive:
-                there = archive.files
-                wanted = [key, "X2048", "mask", "timestamps_ms", "meta"]
-                if frames_only:
-                    wanted = [key] if key in there else ["X2048"]
-                for member in dict.fromkeys(wanted):
-                    if member in there:
-                        _read(archive, member, arrays, add)
-    except Exception as error:  # the system, zip and numpy raise errors of their own
-        add("unreadable", f"corrupted or truncated ({first_line(error)})")
+        with open_npz(path) as archive:
+            there = archive.names
+            wanted = [key, "X2048", "mask", "timestamps_ms", "meta"]
+            if frames_only:
+                wanted = [key] if key in there else ["X2048"]
+            for member in dict.fromkeys(wanted):
+                if member in there:
+                    _read(archive, member, arrays, add)
+    except (OSError, ValueError) as error:
+        add("unreadable", f"not an .npz file ({getattr(error, 'strerror', None) or first_line(error)})")
         return Clip(problems, None, None)
     frames, features = arrays.pop(key, None), arrays.pop("X2048", None)
     if key == "X2048":
@@ -364,20 +362,15 @@ def inspect_clip(
     return Clip(problems, length, digest)
 
 
-def _read(archive: NpzFile, member: str, arrays: dict[str, np.ndarray], add: Add) -> None:
+def _read(archive: Arrays, member: str, arrays: dict[str, np.ndarray], add: Add) -> None:
     try:
-        value = archive[member]
-    except Exception as error:  # zip, zlib and numpy raise errors of their own; a header may claim any size
+        arrays[member] = archive.read(member)
+    except ValueError as error:
         if "allow_pickle" in str(error):
             instead = "json.dumps(meta)" if member == "meta" else "plain numbers"
             add("object_array", f"{member} contains Python objects; save {instead}")
         else:
-            add("unreadable", f"{member} is corrupted or truncated ({first_line(error)})")
-        return
-    if isinstance(value, np.ndarray):
-        arrays[member] = value
-    else:
-        add("unreadable", f"{member} is not a numpy array")
+            add("unreadable", f"{member} cannot be read: {first_line(error)}")
 
 
 def _digest(values: np.ndarray | None) -> int | None:
@@ -395,7 +388,7 @@ def _check_frames(values: np.ndarray, key: str, width: int | None, add: Add) -> 
     """Checks the frames, [T, channels]; returns T, or None if it is unknown."""
     if values.dtype.kind != "f":
         add("wrong_dtype", f"{key} is {values.dtype}; save it as float32")
-    if values.ndim != 2:
+    if values.ndim != 2 or not values.shape[1]:
         add("wrong_ndim", f"{key} is {_shape(values)}, expected [frames, {width or 'channels'}]")
         return None
     if width is not None and values.shape[1] != width:

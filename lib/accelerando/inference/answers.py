@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.processes import map_ahead
+from accelerando.base.texts import one_line
 from accelerando.inference.inputs import fault_of, read_image
 from accelerando.inference.outputs import printable
 from accelerando.inference.saved import image_logits
@@ -106,7 +107,7 @@ def with_progress(answers: Iterable[Answers], total: int | None, what: str, hidd
         for batch in answers:
             for name, fault in zip(batch.names, batch.faults, strict=True):
                 if fault is not None:
-                    tqdm.write(f"cannot be read: {printable(name)}: {fault}", file=sys.stderr)
+                    tqdm.write(f"cannot be read: {one_line(printable(name))}: {one_line(fault)}", file=sys.stderr)
             yield batch
             done += len(batch.names)
             bar.update(len(batch.names))

@@ -7,19 +7,17 @@ import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from accelerando.base.errors import UserError, first_line
+from accelerando.base.errors import first_line
+from accelerando.base.files import visible_files
 from accelerando.data.folders import IMAGE_SUFFIXES
-
-if TYPE_CHECKING:
-    from urllib.request import OpenerDirector
 
 URLS = ("http://", "https://")
 # Suffixes of image files, with some that Pillow may not support, so that such files are reported, not ignored.
 IMAGES = (*IMAGE_SUFFIXES, ".gif")
 MOST_BYTES = 100_000_000  # of a downloaded file
-PATIENCE = 20.0  # seconds without an answer from the server
+PATIENCE = 20.0  # seconds until a server answers, and between parts of its answer
+SLOWEST = 1000  # bytes per second
 LONGEST_FETCH = 120.0  # seconds for a file in total
 
 
@@ -41,57 +39,65 @@ def fetch(url: str) -> bytes:
     """The file at an http or https URL; follows redirects.
 
     Raises:
-        OSError, ValueError: the server refuses, does not answer for 20 s or takes more than 120 s, or the file is
-            truncated or larger than 100 MB.
+        OSError, ValueError: the server refuses, does not answer within 20 s, takes more than 120 s or sends less than a
+            kB per second, or the file is truncated or larger than 100 MB.
     """
+    import asyncio
+
+    import aiohttp
+
+    try:
+        return asyncio.run(_fetch(url))
+    except TimeoutError:
+        raise ValueError("timed out") from None
+    except aiohttp.ClientConnectorError as error:
+        raise ValueError(os.strerror(error.errno) if error.errno else first_line(error)) from None
+    except aiohttp.ClientPayloadError:
+        raise ValueError("truncated: the connection was closed") from None
+    except aiohttp.NonHttpUrlClientError:
+        raise ValueError("redirected to something else than http:// or https://") from None
+    except aiohttp.TooManyRedirects:
+        raise ValueError("redirected too often") from None
+    except aiohttp.ClientError as error:
+        raise ValueError(first_line(error)) from None
+
+
+async def _fetch(url: str) -> bytes:
+    import asyncio
     import urllib.parse
-    import urllib.request
+
+    import aiohttp
+    import yarl
 
     # Lists of URLs may contain spaces and non-ASCII letters.
-    url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]|")
-    request = urllib.request.Request(url, headers={"User-Agent": "accelerando", "Accept": "image/*,*/*;q=0.5"})
-    deadline = time.monotonic() + LONGEST_FETCH
-    with _opener().open(request, timeout=PATIENCE) as answer:
-        stated = answer.headers.get("Content-Length") or ""
-        expected = int(stated) if stated.isascii() and stated.isdigit() else None
-        parts, size = [], 0
-        while (expected or 0) <= MOST_BYTES and (part := answer.read1(2**16)):
-            parts.append(part)
-            size += len(part)
+    address = yarl.URL(urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]|"), encoded=True)
+    headers = {"User-Agent": "accelerando", "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"}
+    limits = aiohttp.ClientTimeout(total=LONGEST_FETCH, sock_read=PATIENCE)
+    started = time.monotonic()
+    async with aiohttp.ClientSession(timeout=limits, trust_env=True, headers=headers) as session:
+        async with asyncio.timeout(PATIENCE):  # for the answer to begin, after all redirects
+            answer = await session.get(address)
+        async with answer:
+            if answer.status >= 400:
+                raise ValueError(f"HTTP error {answer.status}: {answer.reason}")
+            parts, size = [], answer.content_length or 0
+            if size <= MOST_BYTES:
+                size = 0
+                async for part in answer.content.iter_any():
+                    parts.append(part)
+                    size += len(part)
+                    seconds = time.monotonic() - started
+                    if seconds > PATIENCE and size < SLOWEST * seconds:
+                        raise ValueError(f"less than {SLOWEST // 1000} kB per second")
+                    if size > MOST_BYTES:
+                        break
             if size > MOST_BYTES:
-                break
-            if time.monotonic() > deadline:
-                raise ValueError(f"not complete after {LONGEST_FETCH:g} s")
-    if max(size, expected or 0) > MOST_BYTES:
-        raise ValueError(f"larger than {MOST_BYTES // 10**6} MB")
-    if expected is not None and size < expected:
-        raise ValueError(f"truncated: {size:,} of {expected:,} bytes")
+                raise ValueError(f"larger than {MOST_BYTES // 10**6} MB")
     return b"".join(parts)
-
-
-def _opener() -> OpenerDirector:
-    """An opener for http and https only: urllib's default would follow a redirect to FTP."""
-    from urllib import request
-
-    opener = request.OpenerDirector()
-    for handler in (
-        request.ProxyHandler,
-        request.UnknownHandler,
-        request.HTTPHandler,
-        request.HTTPSHandler,
-        request.HTTPDefaultErrorHandler,
-        request.HTTPRedirectHandler,
-        request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
-    return opener
 
 
 def fault_of(error: BaseException) -> str:
     """Why an image cannot be read, in one line."""
-    reason = getattr(error, "reason", None)
-    if isinstance(reason, BaseException):  # wrapped by urllib
-        error = reason
     return " ".join(str(getattr(error, "strerror", None) or first_line(error)).split())
 
 
@@ -102,16 +108,4 @@ def images_in(folder: Path) -> Iterator[str]:
         UserError: a folder in it cannot be listed.
     """
 
-    def refuse(error: OSError) -> None:
-        raise UserError(f"{error.filename}: {error.strerror}") from None
-
-    seen = set()
-    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        if (real := os.path.realpath(place)) in seen:  # a link to a folder above it
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in sorted(files):
-            if name.lower().endswith(IMAGES) and not name.startswith("."):
-                yield str(Path(place) / name)
+    return map(str, visible_files(folder, IMAGES))

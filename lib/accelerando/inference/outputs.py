@@ -12,10 +12,12 @@ from typing import IO, Any
 
 from accelerando.base.errors import UserError
 from accelerando.base.files import open_whole
+from accelerando.base.texts import one_line, without_credentials
 
 
 def printable(name: str) -> str:
-    """A file name as text that can be encoded as UTF-8, even if its bytes are not UTF-8."""
+    """A file name as text that can be encoded as UTF-8, even if its bytes are not UTF-8; a URL without credentials."""
+    name = without_credentials(name) if "://" in name else name
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -23,7 +25,7 @@ def print_first(lines: Sequence[str], what: str, count: int, total: int | None =
     """Prints the first ``count`` of ``lines`` on stderr, each after ``what``, and how many more there are of ``total``
     (default: the number of ``lines``)."""
     for line in lines[:count]:
-        print(printable(f"{what}: {line}"), file=sys.stderr)
+        print(one_line(printable(f"{what}: {line}")), file=sys.stderr)
     total = len(lines) if total is None else total
     if total > count:
         print(f"... and {total - count:,} more", file=sys.stderr)

@@ -108,12 +108,13 @@ def _predictions_file(run: Path, split: str) -> Path:
 
 
 def _prediction_records(run: Path, split: str, columns: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    from accelerando.data.tables import csv_records
+    from accelerando.data.tables import csv_records, without_formula_mark
 
     path = _predictions_file(run, split)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    return csv_records(path, ["file", *columns])
+    for where, record in csv_records(path, ["file", *columns]):
+        yield where, {name: without_formula_mark(cell) for name, cell in record.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------ models

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from accelerando.base.texts import one_line
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
@@ -61,6 +63,7 @@ def report_text(matrix: np.ndarray, names: list[str]) -> str:
     """scikit-learn's classification report from a confusion matrix, without truncated names."""
     values = per_class(matrix)
     total = max(1, int(matrix.sum()))
+    names = [one_line(name) for name in names]
     width = max(12, *(len(name) for name in names))
     lines = [f"{'':{width}}  precision    recall        f1   support", ""]
     columns = ("precision", "recall", "f1")

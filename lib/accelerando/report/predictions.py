@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from accelerando.base.files import write_text
+from accelerando.data.tables import formula_safe
 
 
 def worst_mistakes(
@@ -67,8 +68,8 @@ def prediction_header(label_names: list[str], labelled: bool = False) -> list[st
 def prediction_rows(
     files: Sequence[str], label_names: list[str], probabilities: np.ndarray, labels: np.ndarray | None = None
 ) -> Iterator[list[str]]:
-    """The rows of a CSV of predictions; see :func:`write_predictions`."""
+    """The rows of a CSV of predictions, safe to open in a spreadsheet; see :func:`write_predictions`."""
     for row, (file, best) in enumerate(zip(files, probabilities.argmax(axis=1).tolist(), strict=True)):
         label = [label_names[labels[row]]] if labels is not None else []
         numbers = [f"{value:.6f}" for value in (probabilities[row, best], *probabilities[row])]
-        yield [file, *label, label_names[best], *numbers]
+        yield [*map(formula_safe, (file, *label, label_names[best])), *numbers]

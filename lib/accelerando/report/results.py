@@ -15,6 +15,7 @@ import numpy as np
 
 from accelerando.base.config import grouped
 from accelerando.base.files import write_text
+from accelerando.base.texts import one_line, without_credentials
 from accelerando.report import page
 from accelerando.report.metrics import confusion_matrix, per_class, report_text
 from accelerando.report.plots import Curve, plot_confusion, plot_curves
@@ -47,7 +48,7 @@ def write_summary(run: Run, columns: Columns, notes: Mapping[str, str] | None = 
         **(notes or {}),
     }
     width = max(map(len, rows))
-    lines = [f"{name:<{width}}  {value}" for name, value in rows.items()]
+    lines = [f"{name:<{width}}  {without_credentials(one_line(value))}" for name, value in rows.items()]
     columns = {title: values for title, values in columns.items() if values}
     lines += ["", metrics_table(run, columns), ""] if columns else [""]
     lines += ["Repeat it with:", f"  {repeat_command(run)}", ""]

@@ -250,7 +250,7 @@ class TrainBatches:
 
     def _next(self, batches: Iterator[dict[str, torch.Tensor]], counts: bool) -> dict[str, torch.Tensor]:
         started = time.perf_counter()
-        batch = _next_of(batches)
+        batch = next(batches)
         batch["weight"] = _weights(batch, counts)
         if "valid" in batch:
             batch["weight"] *= batch["valid"]
@@ -310,7 +310,7 @@ def evaluation_batches(
     plan = Plan([share.micro_batches[0] for share in shares])
     batches = start_workers(make_loader(dataset, collate, plan, num_workers, device))
     for share in shares:
-        batch = _next_of(batches)
+        batch = next(batches)
         yield to_device({**batch, "weight": _weights(batch, share.counts[0])}, device)
 
 
@@ -465,15 +465,6 @@ def _exit_on_sigterm_from(parent: int) -> None:
 def to_device(batch: dict[str, torch.Tensor], device: torch.device | str) -> dict[str, torch.Tensor]:
     """The batch with every tensor on ``device``."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
-
-
-def _next_of(batches: Iterator[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    try:
-        return next(batches)
-    except UserError as error:  # the message of an error in a worker contains the worker's traceback
-        raise UserError(
-            str(error).strip().splitlines()[-1].removeprefix(f"{UserError.__module__}.UserError: ")
-        ) from None
 
 
 def _weights(batch: dict[str, torch.Tensor], counts: bool) -> torch.Tensor:

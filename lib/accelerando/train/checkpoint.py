@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -148,12 +149,14 @@ def _prune(folder: Path, keep: int, newest: Path) -> None:
 
 def step_folders(folder: Path) -> list[Path]:
     """The checkpoints in ``folder``, newest first."""
-    found = [path for path in folder.glob("step_*") if path.name[5:].isdigit() and path.is_dir()]
+    found = [path for path in folder.glob("step_*") if re.fullmatch("step_[0-9]+", path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def find_damage(checkpoint: Path) -> str | None:
     """None for an intact checkpoint; otherwise a description of what is missing or corrupted."""
+    if not (checkpoint / MANIFEST).is_file():
+        return f"{MANIFEST} is missing or corrupted"
     try:
         files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in files.items():
@@ -167,7 +170,7 @@ def find_damage(checkpoint: Path) -> str | None:
         known = "state.json" not in files or _read_state(checkpoint).get("format") == FORMAT
         if unlisted := [name for name in REQUIRED if name not in files and known]:
             return f"{MANIFEST} does not list {', '.join(unlisted)}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is missing or corrupted"
     return None
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from accelerando.base.errors import UserError
 from accelerando.base.files import whole_folder
+from accelerando.base.texts import without_credentials
 from accelerando.data.remote import (
     compare,
     facts_of,
@@ -19,7 +21,6 @@ from accelerando.data.remote import (
     path_on,
     protocol_of,
     retried,
-    without_credentials,
 )
 from accelerando.train.checkpoint import MANIFEST, find_damage
 
@@ -140,7 +141,7 @@ def _fetch_step(url: str, name: str, draft: Path) -> str | None:
 def _remote_steps(url: str) -> list[str]:
     """Names of the checkpoints under ``url``, complete or not, newest first."""
     names = [entry["name"].rstrip("/").rpartition("/")[2] for entry in _inside(url, "ls") if entry["type"] != "file"]
-    steps = {name for name in names if name.startswith("step_") and name[5:].isdigit()}
+    steps = {name for name in names if re.fullmatch("step_[0-9]+", name)}
     return sorted(steps, key=lambda name: int(name[5:]), reverse=True)
 
 

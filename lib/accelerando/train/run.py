@@ -181,7 +181,7 @@ def _fetch_newer(run: Run) -> Path | None:
 
 def _find_checkpoint_to_resume(run: Run, fetched: Path | None) -> None:
     """Sets ``run.resumed``, ``state`` and ``history`` from the newest complete checkpoint, or the named one."""
-    named = Path(run.args.resume) if re.fullmatch(r"step_\d+", Path(run.args.resume).name) else None
+    named = Path(run.args.resume) if re.fullmatch("step_[0-9]+", Path(run.args.resume).name) else None
     found = find_checkpoint(run.accelerator, named or run.checkpoints, log.warning, verified=fetched)
     if named and not found:
         there = ", ".join(path.name for path in step_folders(run.checkpoints)) or "none"

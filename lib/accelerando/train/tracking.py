@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerando.base.config import flat, to_yaml
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.files import write_text
+from accelerando.base.texts import MARK, without_credentials
 
 if TYPE_CHECKING:
     from accelerando.train.state import Run
@@ -55,15 +58,17 @@ def read_history(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:
         UserError: another line is invalid.
     """
     path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    lines = path.read_bytes().splitlines() if path.is_file() else []
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            if kind in (None, row["kind"]):
+                rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError):
             if number < len(lines):
-                raise UserError(f"{path}, line {number}: invalid JSON") from None
-    return [row for row in rows if kind in (None, row["kind"])]
+                raise UserError(f"{path}, line {number}: not a row of metrics") from None
+    return rows
 
 
 def write_history(run: Run) -> None:
@@ -96,7 +101,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 def start_trackers(run: Run) -> None:
     """Starts Accelerate's trackers; their ids are saved so that a resumed run continues the same records."""
-    args, names = run.args, [name for name in run.args.report_to if name != "none"]
+    names, settings = [name for name in run.args.report_to if name != "none"], flat(run.args)
     if not run.accelerator.is_main_process:
         return
     from accelerate import tracking
@@ -109,30 +114,43 @@ def start_trackers(run: Run) -> None:
         identity = run.state.trackers.get("wandb")
         run.trackers.append(
             tracking.WandBTracker(
-                args.wandb_project,
-                entity=args.wandb_entity,
-                name=args.wandb_name or run_name,
-                tags=list(args.wandb_tags) or None,
-                notes=args.wandb_notes,
+                settings["wandb_project"],
+                entity=settings["wandb_entity"],
+                name=settings["wandb_name"] or run_name,
+                tags=settings["wandb_tags"] or None,
+                notes=settings["wandb_notes"],
                 dir=str(run.directory),
                 **({"id": identity, "resume": "allow"} if identity else {}),
             )
         )
     if "mlflow" in names:
         run.trackers.append(
-            tracking.MLflowTracker(args.experiment_name, run_id=run.state.trackers.get("mlflow"), run_name=run_name)
+            tracking.MLflowTracker(
+                settings["experiment_name"], run_id=run.state.trackers.get("mlflow"), run_name=run_name
+            )
         )
     for tracker in run.trackers:
         try:
-            tracker.start()
+            with _argv_without_credentials():
+                tracker.start()
             if tracker.name == "wandb":
                 run.state.trackers["wandb"] = tracker.run.id
             if tracker.name == "mlflow":
                 run.state.trackers["mlflow"] = tracker.active_run.info.run_id
             if tracker.name != "tensorboard" and not run.resumed:  # TensorBoard shows the settings as text instead
-                tracker.store_init_configuration(flat(args))
+                tracker.store_init_configuration(settings)
         except Exception as error:  # the errors of trackers have no common base class
             raise UserError(f"--report_to {tracker.name}: {first_line(error)}") from error
     for tracker in run.trackers:
         if tracker.name == "tensorboard" and not run.resumed:
-            tracker.writer.add_text("config", "```yaml\n" + to_yaml(args) + "```", 0)
+            tracker.writer.add_text("config", "```yaml\n" + to_yaml(run.args) + "```", 0)
+
+
+@contextlib.contextmanager
+def _argv_without_credentials() -> Iterator[None]:
+    """wandb records the command line of the process."""
+    before, sys.argv = sys.argv, [without_credentials(word, MARK) for word in sys.argv]
+    try:
+        yield
+    finally:
+        sys.argv = before
