@@ -623,11 +623,13 @@ def default_name(args: Args) -> str:
     return default_run_name(args, data_title(args), model_title(args), *settings, named=named)
 
 
+LOOK_IN_BUCKET = "; --resume without a folder looks in the bucket"
+
+
 def main() -> None:
     args = parse_args(Args, ALIASES)
     check_args(args)
-    hint = "; --resume without a folder looks in the bucket" if args.enable_s3_checkpoints else ""
-    directory = choose_directory(args, default_name(args), hint)
+    directory = choose_directory(args, default_name(args), LOOK_IN_BUCKET if args.enable_s3_checkpoints else "")
 
     # Data, model and the run's folder.
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
