@@ -549,7 +549,7 @@ def test_bad_weights_are_one_line(run, tmp_path) -> None:
     torch.save([1, 2], "list.pth")
     Path("cut.safetensors").write_bytes(b"x" * 50)
     for name, message in {
-        "evil.pth": "not a weights file (it holds a Python object, posix.mkdir",
+        "evil.pth": "not a weights file (it is damaged, or holds a Python object, posix.mkdir",
         "list.pth": "no state dict in it", "cut.safetensors": "truncated or not",
         "other.pth": "not of torchvision's Inception v3 (it has no Conv2d_1a_3x3.conv.weight)",
         "none.pth": "no such file", "clip": "is a folder",

@@ -82,8 +82,10 @@ def in_one_line(error: BaseException) -> str:
     """An error's message without line breaks and ANSI codes, shortened; with its class if that says more than it."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own, which is not run: if you have read and trust it, add --trust_remote_code"
-    if unpickled := re.search(r"Unsupported (?:global|class|operand)\S*:? (?:GLOBAL )?([\w.]+)", str(error)):
-        return f"it holds a Python object, {unpickled[1]}, which is not unpickled: save its tensors alone"
+    if "Weights only load failed" in str(error):  # torch's error is a page that advises to unpickle anything
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        kind = f", {found[1]}," if found else ""
+        return f"it is damaged, or holds a Python object{kind} which is not unpickled: save its tensors alone"
     text = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(error).split()))
     text = text if len(text) <= 250 else f"{text[:250]} ..."
     if type(error) is not Exception and not isinstance(error, SPEAKING):
@@ -111,6 +113,8 @@ def _cause(folder: Path, what: str, error: Exception) -> str:
     vocabularies = ("tokenizer.json", "vocab.*", "*.model", "*.vocab")
     if what == "tokenizer" and not any(any(folder.glob(pattern)) for pattern in vocabularies):
         return "no tokenizer in it: copy tokenizer.json and tokenizer_config.json from the base model"
+    if what == "image processor" and not any((folder / name).exists() for name in READ[what][:2]):
+        return "no preprocessor_config.json in it: copy it from the base model"
     text = in_one_line(error)
     if isinstance(error, SPEAKING):
         return text
@@ -122,16 +126,25 @@ def _cause(folder: Path, what: str, error: Exception) -> str:
 def _check_file(path: Path) -> None:
     """UserError for invalid JSON, weights that are not whole, and an index that names files which are not there."""
     if path.suffix == ".json":
-        content = read_json(path)
-        if path.name.endswith(".index.json"):
-            names = content.get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                raise UserError(f"{path}: weight_map does not name a file for each tensor")
-            missing = sorted(name for name in set(names.values()) if not (path.parent / name).is_file())
-            if missing:
-                raise UserError(f"{path.parent / missing[0]}: no such file, but {path.name} names it")
+        read_json(path)
+        if path.name.endswith(".index.json") and (
+            missing := [name for name in shard_names(path) if not (path.parent / name).is_file()]
+        ):
+            raise UserError(f"{path.parent / missing[0]}: no such file, but {path.name} names it")
     else:
         tensor_shapes(path)
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that the index of sharded weights names.
+
+    Raises:
+        UserError: it is broken.
+    """
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+        raise UserError(f"{index}: weight_map does not name a file for each tensor")
+    return sorted(set(names.values()))
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:

@@ -33,6 +33,7 @@ def open_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -
 
     with opening(name, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+        tokenizer("a")  # which meets settings of a wrong kind
         words = tokenizer.get_vocab().keys() - {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
     files = tokenizer.vocab_files_names  # none for a tokenizer of bytes
     there = {kind for kind, file in files.items() if (Path(name) / file).is_file()}
@@ -40,6 +41,8 @@ def open_tokenizer(name: str, trust_remote_code: bool = False, **options: Any) -
     if not words or (Path(name).is_dir() and files and not whole):
         wanted = " or ".join(files.values()) or "a vocabulary"
         raise UserError(f"{name}: no tokenizer beside the model ({wanted}); copy it from the base model")
+    if isinstance(tokenizer.model_max_length, bool) or not isinstance(tokenizer.model_max_length, int):
+        raise UserError(f"{name}: model_max_length in tokenizer_config.json is not a whole number")
     return tokenizer
 
 

@@ -148,7 +148,8 @@ def task_of_model(folder: Path, config: Mapping[str, Any]) -> str:
     Raises:
         UserError: it is not a classifier of these.
     """
-    architectures = [str(name) for name in config.get("architectures") or []]
+    named = config.get("architectures")
+    architectures = [str(name) for name in named] if isinstance(named, list) else []
     kind = str(config.get("model_type", "of unknown kind"))
     if config.get("task") in ("text", "image", "sign"):
         return str(config["task"])

@@ -17,10 +17,13 @@ from accelerando.inference.runs import task_of_model
 from accelerando.models.pretrained import open_config, open_model
 from accelerando.train.weights import TORCH_MODULE
 
+LARGEST_SIDE = 8192  # of an image for a model, in pixels
+
 if TYPE_CHECKING:
     from types import ModuleType
 
     import torch
+    from PIL import Image
     from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
@@ -57,7 +60,7 @@ def import_hint(config: Mapping[str, Any]) -> str:
     from transformers import CONFIG_MAPPING
 
     kind = config.get("model_type")
-    if kind is None or kind in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind in CONFIG_MAPPING:
         return ""
     return f"; transformers does not know the model type {kind!r}: if a module of yours does, use --import my_module"
 
@@ -74,7 +77,7 @@ def task_of_saved(folder: Path, config: Mapping[str, Any], module: ModuleType | 
         import transformers
 
         kind = config.get("model_type")
-        if module is not None and kind in transformers.CONFIG_MAPPING:
+        if module is not None and isinstance(kind, str) and kind in transformers.CONFIG_MAPPING:
             registered = transformers.CONFIG_MAPPING[kind]
             if registered in transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING:
                 return "image"
@@ -262,8 +265,8 @@ def open_image_model(
         device,
         [str(names[number]) for number in range(model.config.num_labels)],
         prepare,
-        tuple(settings.get("image_mean") or ()),
-        tuple(settings.get("image_std") or ()),
+        channel_values(settings, "image_mean"),
+        channel_values(settings, "image_std"),
     )
 
 
@@ -287,8 +290,15 @@ def evaluation_size(settings: dict[str, Any]) -> int | None:
         "do_rescale": True,
         "do_normalize": True,
     }
-    coloured = all(len(settings.get(name) or ()) == 3 for name in ("image_mean", "image_std"))
+    coloured = all(channel_values(settings, name) for name in ("image_mean", "image_std"))
     return side if coloured and all(settings.get(name) == value for name, value in ours.items()) else None
+
+
+def channel_values(settings: dict[str, Any], name: str) -> tuple[float, ...]:
+    """The three numbers of a processor's setting; empty if it has others or none."""
+    values = settings.get(name)
+    whole = isinstance(values, list) and len(values) == 3 and all(isinstance(value, int | float) for value in values)
+    return tuple(values) if whole else ()
 
 
 class SavedProcessor:
@@ -299,12 +309,19 @@ class SavedProcessor:
     """
 
     def __init__(self, folder: Path, trust_remote_code: bool = False) -> None:
+        from PIL import Image
         from transformers import AutoImageProcessor
 
         with opening(folder, "image processor"):
             self.processor: BaseImageProcessor = AutoImageProcessor.from_pretrained(
                 folder, backend="pil", local_files_only=True, trust_remote_code=trust_remote_code
             )
+            for name in ("size", "crop_size"):
+                asked = dict(getattr(self.processor, name, None) or {})
+                side = max(asked.get(part) or 0 for part in ("height", "width", "shortest_edge", "longest_edge"))
+                if side > LARGEST_SIDE:
+                    raise UserError(f"{folder}: {name} of its image processor is {side:,} pixels")
+            self.prepare(Image.new("RGB", (64, 48)))  # which meets settings of a wrong kind
 
     def __call__(self, file: bytes) -> torch.Tensor:
         from PIL import Image
@@ -315,7 +332,10 @@ class SavedProcessor:
         size = dict(getattr(self.processor, "size", None) or {})
         if getattr(self.processor, "do_center_crop", False) and size.get("shortest_edge"):
             pixels = pixels[middle_of(*pixels.shape[:2], size["shortest_edge"])]
-        image = Image.fromarray(pixels)
+        return self.prepare(Image.fromarray(pixels))
+
+    def prepare(self, image: Image.Image) -> torch.Tensor:
+        """A decoded image as the model takes it."""
         return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
 
 

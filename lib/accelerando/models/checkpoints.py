@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError
-from accelerando.base.model_folder import check_pointer, in_one_line, read_json, tensor_shapes
+from accelerando.base.model_folder import check_pointer, in_one_line, shard_names, tensor_shapes
 
 if TYPE_CHECKING:
     import torch
@@ -111,5 +111,5 @@ def stored_files(name: str) -> list[Path]:
         if path := local(file):
             if not file.endswith(".index.json"):
                 return [path]
-            return [part for name in sorted(set(read_json(path)["weight_map"].values())) if (part := local(name))]
+            return [part for name in shard_names(path) if (part := local(name))]
     return []

@@ -80,7 +80,8 @@ def merge_adapter(model: torch.nn.Module, name: str, adapter: Path) -> torch.nn.
     wanted = sum(".lora_" in key for key, _ in adapted.named_parameters())
     if (there := sum(".lora_" in key for key in stored)) != wanted:
         raise UserError(f"{file}: {there} tensors for the {wanted} that adapter_config.json describes")
-    return adapted.merge_and_unload()
+    with opening(adapter, "adapter"):
+        return adapted.merge_and_unload()
 
 
 def _base_of(adapter: Path) -> str:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 
-# Settings of a config that are a side of a tensor, beside its width.
-SIZES = ("hidden_size", "dim", "d_model", "vocab_size", "max_position_embeddings", "n_positions", "type_vocab_size",
-         "intermediate_size", "hidden_dim", "projection_dim")  # fmt: skip
+# Settings of a config that are a side of a tensor; those in POSITIVE are 1 or more.
+SIZES = ("max_position_embeddings", "n_positions", "type_vocab_size", "projection_dim")
+POSITIVE = ("vocab_size", *(key for kind in SHAPE if kind != "num_layers" for key in SHAPE[kind]))
 SPARE = 10_000_000  # numbers that a model may have beside its stored ones: a new head, positions without weights
 MOST_LAYERS = 1000
 
@@ -140,13 +140,13 @@ def _check_size(name: str, config: PreTrainedConfig) -> None:
     if not stored:
         return
     for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
-        sizes = {key: getattr(part, key, None) for key in (*SIZES, *SHAPE["num_layers"])}
+        sizes = {key: getattr(part, key, None) for key in (*SIZES, *POSITIVE, *SHAPE["num_layers"])}
         sizes = {key: size for key, size in sizes.items() if type(size) is int}
         width = next((sizes[key] for key in SHAPE["hidden_size"] if key in sizes), 1)
         for key, size in sizes.items():
             too_many = size > MOST_LAYERS if key in SHAPE["num_layers"] else width * size > stored + SPARE
-            if too_many:
-                raise UserError(f"{name}: {key} {size:,} in config.json is more than its weights can have")
+            if too_many or (size < 1 and key in POSITIVE):
+                raise UserError(f"{name}: {key} {size:,} in config.json does not fit its weights")
 
 
 def most_tokens(model: PreTrainedModel) -> int | None:
