@@ -70,5 +70,5 @@ def test_what_is_wrong_is_one_line(run: Path) -> None:
     (run / "predictions_test.csv").write_text("file,label,p_a\nx.jpg,b,0.5\n")
     refused("unknown label or not a number", runs.read_predictions, run, "test", ["a"])
     (run / "metrics.jsonl").write_text('{"kind": "tr\n{"kind": "train"}\n')
-    refused("metrics.jsonl, line 1: invalid JSON", runs.read_history, run)
+    refused("metrics.jsonl, line 1: not a row of metrics", runs.read_history, run)
     refused("no model here", runs.model_folder, run)
