@@ -35,12 +35,8 @@ if TYPE_CHECKING:
 
     import psutil
 
-STOPPING = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGUSR1,
-    signal.SIGHUP,
-)  # a script saves and exits
+# A script saves and exits when it receives one of these.
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # -P: a file in the current folder with the name of a package does not shadow it.
 LAUNCHER = [sys.executable, "-P", "-m", "accelerando.launch"]
 POLL = 0.2  # seconds between looks at a running process

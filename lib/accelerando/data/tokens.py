@@ -58,8 +58,8 @@ class TokenTable:
 
     def digest(self) -> dict[str, str]:
         """See :class:`data.digest.Digested`: another tokenizer makes other tokens of the same texts."""
-        parts = {"texts or tokens": (self.ids, self.offsets, self.types), "labels": (self.labels,)}
-        return {name: digest(*part) for name, part in {**parts, **{k: (v,) for k, v in self.columns.items()}}.items()}
+        further = {name: digest(values) for name, values in self.columns.items()}
+        return {"texts or tokens": digest(self.ids, self.offsets, self.types), "labels": digest(self.labels), **further}
 
 
 def tokenize_table(
