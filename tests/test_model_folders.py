@@ -34,8 +34,10 @@ from transformers import (
 from accelerando.base.errors import UserError
 from accelerando.data.collate import collate_text
 from accelerando.data.tokenizer import open_tokenizer, train_tokenizer
+from accelerando.models.clip import open_clip_model
 from accelerando.models.pretrained import match_tokenizer, most_tokens, open_config, open_model, pads_left
 from accelerando.models.vision import VisionNet, VisionNetConfig, load_pretrained
+from accelerando.train.lora import attach_lora
 
 pytestmark = pytest.mark.usefixtures("no_figures")
 METADATA = {"format": "pt"}
@@ -320,3 +322,139 @@ def test_code_of_a_model_runs_only_if_it_is_trusted(
     assert code == 2 and "add --trust_remote_code" in err and not marker.exists()
     code, _, err = call_tool(predict, run, "goal", "--trust_remote_code")
     assert code == 0, err
+
+
+# ------------------------------------------------------------------------------------------------------- broken files
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0000\nsize 12345\n"
+WHOLE = "model.safetensors"
+# File, what it holds instead (None: nothing is there; a dict: changed entries), a part of the message.
+BROKEN: dict[str, list[tuple[str, object, str]]] = {
+    "text": [
+        (WHOLE, b"", "model.safetensors: truncated or not a .safetensors file"),
+        (WHOLE, "half", "model.safetensors: truncated or not a .safetensors file"),
+        (WHOLE, POINTER, "model.safetensors: a git-LFS pointer, not the file itself: run git lfs pull"),
+        (WHOLE, None, "no file named model.safetensors"),
+        ("config.json", b"", "config.json: invalid JSON"),
+        ("config.json", b"[]", "config.json: expected an object, found a list"),
+        ("config.json", b"[" * 100_000, "config.json: invalid JSON"),
+        ("config.json", b'{"a": "\xff"}', "config.json: invalid JSON"),
+        ("config.json", b"{}", "Unrecognized model"),
+        ("config.json", {"model_type": "nothing"}, "nothing"),
+        ("config.json", {"hidden_size": "32"}, "hidden_size"),
+        ("config.json", {"hidden_size": 10**9}, "hidden_size 1,000,000,000 in config.json does not fit its weights"),
+        ("config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers 1,000,000,000 in config.json does not fit"),
+        ("config.json", {"num_attention_heads": -1}, "num_attention_heads -1 in config.json does not fit"),
+        ("config.json", {"hidden_act": "nothing"}, "nothing"),
+        ("tokenizer.json", b"[]", "tokenizer.json"),
+        ("tokenizer.json", POINTER, "tokenizer.json: a git-LFS pointer"),
+        ("tokenizer.json", {"model": {}}, "tokenizer.json is damaged, or of a newer format"),
+        ("tokenizer_config.json", {"model_max_length": "x"}, "tokenizer"),
+        ("tokenizer_config.json", {"model_max_length": 1.5}, "model_max_length in tokenizer_config.json"),
+        ("tokenizer_config.json", {"pad_token": 3}, "tokenizer"),
+    ],
+    "image": [
+        (WHOLE, "half", "model.safetensors: truncated or not a .safetensors file"),
+        ("config.json", {"image_size": 16}, "position_embeddings has the shape"),
+        ("preprocessor_config.json", b"{", "preprocessor_config.json: invalid JSON"),
+        ("preprocessor_config.json", {"image_mean": "x"}, "image_mean and image_std are not three numbers"),
+    ],
+    "clip": [
+        (WHOLE, POINTER, "model.safetensors: a git-LFS pointer"),
+        ("config.json", {"text_config": []}, "config"),
+        ("processor_config.json", b"[]", "processor_config.json: expected an object"),
+        ("processor_config.json", None, "no preprocessor_config.json in it"),
+        ("tokenizer_config.json", None, "the tokenizer cannot be loaded"),
+    ],
+}  # fmt: skip
+
+
+def break_file(path: Path, content: object) -> None:
+    """Replaces a file by ``content`` of ``BROKEN``."""
+    if isinstance(content, dict):
+        path.write_text(json.dumps(json.loads(path.read_text()) | content))
+    elif content is None:
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content == "half" else content)
+
+
+@pytest.mark.parametrize(
+    ("task", "file", "content", "words"), [(task, *case) for task, cases in BROKEN.items() for case in cases]
+)
+def test_a_broken_file_is_one_line(task, file, content, words, request, copy_of, tmp_path) -> None:
+    model = {"text": "tiny_bert", "image": "tiny_vit", "clip": "tiny_clip_folder"}[task]
+    train = request.getfixturevalue({"text": "train_here", "image": "image_here", "clip": "clip_here"}[task])
+    folder = copy_of(request.getfixturevalue(model))
+    break_file(folder / file, content)
+    with pytest.raises(UserError) as caught:
+        train("--model_name", folder)
+    message = str(caught.value)
+    assert words in message and str(folder) in message
+    assert "\n" not in message and "\x1b" not in message
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model.safetensors.index.json", b"{", "model.safetensors.index.json: invalid JSON"),
+        ("model.safetensors.index.json", {"weight_map": None}, "weight_map does not name a file for each tensor"),
+        ("model-00002-of-00003.safetensors", None, "model-00002-of-00003.safetensors: no such file"),
+        ("model-00002-of-00003.safetensors", "half", "model-00002-of-00003.safetensors: truncated"),
+        ("model-00002-of-00003.safetensors", POINTER, "model-00002-of-00003.safetensors: a git-LFS pointer"),
+    ],
+)
+def test_broken_shards_are_one_line(file, content, words, tiny_bert: Path, copy_of) -> None:
+    folder = copy_of(tiny_bert, without=(WHOLE,))
+    AutoModelForSequenceClassification.from_pretrained(tiny_bert).save_pretrained(folder, max_shard_size="40KB")
+    open_text(folder)
+    break_file(folder / file, content)
+    with pytest.raises(UserError) as caught:
+        open_text(folder)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_pickle_in_a_folder_is_refused(tiny_bert: Path, copy_of) -> None:
+    folder = copy_of(tiny_bert, without=(WHOLE,))
+    torch.save({"a": argparse.Namespace()}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"a Python object, argparse.Namespace, which is not unpickled") as caught:
+        open_text(folder)
+    assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("adapter_config.json", b"[]", "expected an object, found a list"),
+        ("adapter_config.json", {"peft_type": "NOTHING"}, "the adapter cannot be loaded"),
+        ("adapter_config.json", {"r": "x"}, "the adapter cannot be loaded"),
+        ("adapter_config.json", {"r": 5}, "the adapter cannot be loaded"),
+        ("adapter_config.json", {"target_modules": ["q_proj"]}, "tensors for the"),
+        ("adapter_model.safetensors", "half", "adapter_model.safetensors: truncated"),
+        ("adapter_model.safetensors", POINTER, "git-LFS pointer"),
+    ],
+)
+def test_a_broken_adapter_is_one_line(file, content, words, tiny_clip_folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    attach_lora(open_clip_model(str(tiny_clip_folder)), 4, 8, 0.0).save_pretrained(adapter)
+    open_clip_model(str(tiny_clip_folder), str(adapter))
+    break_file(adapter / file, content)
+    with pytest.raises(UserError) as caught:
+        open_clip_model(str(tiny_clip_folder), str(adapter))
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", {"architectures": 3}), ("preprocessor_config.json", {"size": 10**9}),
+     ("preprocessor_config.json", {"rescale_factor": "x"}), ("preprocessor_config.json", {"image_mean": 3})],
+)  # fmt: skip
+def test_a_broken_image_model_does_not_predict(file, content, tiny_vit: Path, copy_of, call_tool, tmp_path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    folder = copy_of(tiny_vit)
+    break_file(folder / file, content)
+    code, _, err = call_tool(predict, folder, tmp_path / "a.png")
+    assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1, err
