@@ -296,7 +296,8 @@ def test_names_are_the_scripts_own(tool, image_args, image_set: Path) -> None:
     assert str(target) == "out/y_cv_folds_0_2"
     assert commands[1] == ["--config", "recipe.yaml", "--lr", "0.1", "--fold", "2", "--run_name", "y_fold2"]
 
-    source = IMAGE.read_text().replace("join_name(data_title(args), model_title(args), *settings)", '"mine"')
+    name = "default_run_name(args, data_title(args), model_title(args), *settings, named=named)"
+    source = IMAGE.read_text().replace(name, '"mine"')
     Path("copy.py").write_text(source)
     folds, commands, target, _ = plan(Path("copy.py"), image_args, ())
     assert [fold.directory.name for fold in folds] == ["mine_fold0", "mine_fold1", "mine_fold2"]
