@@ -448,6 +448,7 @@ def test_a_broken_adapter_is_one_line(file, content, words, tiny_clip_folder: Pa
 @pytest.mark.parametrize(
     ("file", "content"),
     [("config.json", {"architectures": 3}), ("preprocessor_config.json", {"size": 10**9}),
+     ("preprocessor_config.json", {"size": {"height": 40, "width": 40}}),
      ("preprocessor_config.json", {"rescale_factor": "x"}), ("preprocessor_config.json", {"image_mean": 3})],
 )  # fmt: skip
 def test_a_broken_image_model_does_not_predict(file, content, tiny_vit: Path, copy_of, call_tool, tmp_path) -> None:

@@ -258,6 +258,9 @@ def open_image_model(
     size = evaluation_size(settings)
     prepare = SavedProcessor(folder, trust_remote_code) if size is None else partial(decode_for_evaluation, size=size)
     model = open_saved(AutoModelForImageClassification, folder, module, trust_remote_code)
+    if isinstance(prepare, SavedProcessor) and not isinstance(model, TorchModel):
+        with opening(folder, "model"), torch.inference_mode():  # its images may have a size that the model refuses
+            model(pixel_values=prepare.prepare(Image.new("RGB", (64, 48)))[None])
     model = model.to(device, memory_format=torch.channels_last)
     names = model.config.id2label
     return ImageModel(

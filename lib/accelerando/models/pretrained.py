@@ -143,7 +143,7 @@ def _check_size(name: str, config: PreTrainedConfig) -> None:
         sizes = {key: getattr(part, key, None) for key in (*SIZES, *POSITIVE, *SHAPE["num_layers"])}
         sizes = {key: size for key, size in sizes.items() if type(size) is int}
         width = next((sizes[key] for key in SHAPE["hidden_size"] if key in sizes), 1)
-        for key, size in sizes.items():
+        for key, size in sorted(sizes.items(), key=lambda each: -each[1]):  # the largest is the one to blame
             too_many = size > MOST_LAYERS if key in SHAPE["num_layers"] else width * size > stored + SPARE
             if too_many or (size < 1 and key in POSITIVE):
                 raise UserError(f"{name}: {key} {size:,} in config.json does not fit its weights")
