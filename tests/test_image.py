@@ -220,7 +220,7 @@ def test_folders_that_come_split_need_no_index(image_here, image_set: Path, tmp_
         (("--fold", "7"), "there are folds 0 to 2"),
         (("--num_classes", "5"), "--num_classes 5, but .* has 3 classes"),
         (("--model_name", "None", "--architecture", "resnet81"), "did you mean resnet18"),
-        (("--model_name", "nowhere"), "nowhere: the image processor cannot be loaded .there is no such folder"),
+        (("--model_name", "nowhere"), "nowhere: the config cannot be loaded .there is no such folder"),
         (("--model_name", "x", "--weights", "y"), "drop one"),
         (("--model_name", "None", "--weights", "nowhere.pth"), "no such file"),
         (("--progressive_sizes", "64"), "up to --image_size 32"),

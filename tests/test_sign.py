@@ -260,7 +260,7 @@ def test_resume_by_folder_prolongs(sign_here) -> None:
     ("kind", "words"),
     [
         ("no folder", "--keypoints_train is missing"), ("no labels", "labels.csv"), ("missing clip", "not in the folder"),
-        ("gloss out of range", "--num_gloss"), ("parallel", "accelerate launch --config_file"),
+        ("gloss out of range", "--num_gloss"),
         ("mirror of features", "need frames of 156 numbers"), ("no head", "neither head"), ("typo", "did you mean"),
         ("both workers", "drop one"), ("range", "--dropout 2"),
     ],
@@ -274,7 +274,7 @@ def test_bad_input_is_one_line(kind: str, words: str, sign_here, sign_set: Path,
     if kind != "no labels":
         (folder / "labels.csv").write_text("file,gloss,cat\na,0,0\nb,1,0\nc,0,0\nd,1,1\n" + labels)
     flags = {
-        "no folder": [], "gloss out of range": ["--num_gloss", "5"], "parallel": ["--enable-parallel"],
+        "no folder": [], "gloss out of range": ["--num_gloss", "5"],
         "mirror of features": [*GRU, "--features_train", str(folder), "--mirror", "0.5"],
         "no head": ["--alpha", "0", "--beta", "0"], "typo": ["--keypoint-train", "x"],
         "both workers": ["--auto-workers", "--num-workers", "2"], "range": ["--dropout", "2"],
