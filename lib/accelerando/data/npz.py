@@ -48,8 +48,9 @@ class Arrays:
 
 
 @contextmanager
-def open_npz(path: Path) -> Iterator[Arrays]:
+def open_npz(path: Path | str) -> Iterator[Arrays]:
     """The arrays of a file. ValueError or OSError: it is no NPZ file, or cannot be read."""
+    path = Path(path)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError("not an ordinary file")
     with open(path, "rb") as file:
