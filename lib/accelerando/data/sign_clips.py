@@ -130,7 +130,7 @@ class TrainingClips:
 # -------------------------------------------------------------------------------------------------- reading, packing
 
 
-def read_clip(path: Path, key: str, width: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+def read_clip(path: Path | str, key: str, width: int | None = None) -> tuple[np.ndarray, np.ndarray | None]:
     """Frames float32 [T, D] under ``key`` and the mask bool [T, 78] of a clip (None if it has none).
 
     Nothing in the file is unpickled.
