@@ -97,8 +97,7 @@ def test_resume_from_the_file_that_the_guide_names(guide) -> None:
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (("--device", "cpu"), "accelerate launch --config_file accelerate_configs/cpu.yaml"),
-        (("--device", "cuda:1"), "CUDA_VISIBLE_DEVICES=1 accelerate launch"),
+        (("--device", "cuda:1"), "--device cuda:1, but this launch computes on cpu: accelerate launch"),
         (("--data_dir", "nowhere"), "tools/split_folds.py --raw_data nowhere/raw --folds 5"),
         (("--trainer_type", "ddp"), "trainer_type"),
     ],

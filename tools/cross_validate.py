@@ -519,12 +519,12 @@ def plan(script: Path, flags: list[str], wanted: tuple[int, ...]) -> tuple[list[
     module = load_script(script)
     aliases = getattr(module, "ALIASES", {})
     args = parse_args(module.Args, aliases, flags)
-    if hasattr(module, "check_args"):
-        module.check_args(args)  # which also says what some settings stand for, before names are made of them
     if args.resume not in (None, "auto"):
         raise UserError(f"--resume {args.resume}: names one run; without it, the same command resumes all folds")
     if getattr(args, "push_to_hub", False):
         raise UserError("--push_to_hub: each fold would overwrite the one before it; drop it here")
+    if hasattr(module, "check_args"):
+        module.check_args(args)  # which also says what some settings stand for, before names are made of them
     if not args.data_dir:
         raise UserError("--data_dir is missing: a folder with raw/<class>/ and the splits/ of tools/split_folds.py")
     images = read_folds(Path(args.data_dir))
