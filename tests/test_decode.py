@@ -25,6 +25,7 @@ from accelerando.data.decode import (
     decode_for_evaluation,
     decode_image,
     decode_pixels,
+    header_size,
     middle_of,
     pixels_of,
     resize_and_crop,
@@ -321,6 +322,14 @@ def test_heic_is_read_with_pillow_heif(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         Image.OPEN.pop("HEIF", None)
         Image.ID.remove("HEIF")
+
+
+def test_a_jpeg_without_a_frame_header_is_one_line() -> None:
+    for damage in (b"\xff\xc0", b"\xff\xda"):
+        file = content(smooth(), "JPEG").replace(damage, b"\x00" + damage[1:], 1)
+        for read in (decode_pixels, header_size):
+            with pytest.raises(ValueError, match="its header is corrupted"):
+                read(file)
 
 
 def test_damage_of_any_kind_is_a_reason_and_no_crash() -> None:

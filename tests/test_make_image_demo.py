@@ -136,8 +136,8 @@ def test_interrupted_leaves_nothing(tmp_path: Path, demo: ModuleType, monkeypatc
     "harm, what",
     [
         (lambda path: path.unlink(), "is missing"),
-        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "is damaged"),
-        (lambda path: path.write_bytes(b"nothing"), "is damaged"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-30]), "is corrupted"),
+        (lambda path: path.write_bytes(b"nothing"), "is corrupted"),
         (lambda path: Image.new("L", (40, 40)).save(path), "was changed"),
     ],
 )

@@ -292,12 +292,12 @@ def test_a_path_of_more_than_255_bytes(train_here, capsys) -> None:
         train_here("--train_file", "x" * 300 + ".json")
     assert ended.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"error: {'x' * 300}.json: File name too long"
+    assert line.startswith(f"error: cannot use {'x' * 300}.json: File name too long")
 
 
 @pytest.mark.parametrize("line", [b'{"kind": "x\xda"}', b"[1]", b"1", b"{}", b'{"kind": '])
 def test_a_history_that_is_none(line: bytes, tmp_path: Path) -> None:
-    from accelerando.inference.runs import read_history
+    from accelerando.train.tracking import read_history
 
     (tmp_path / "metrics.jsonl").write_bytes(line + b'\n{"kind": "test", "step": 1}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: not a row of metrics"):

@@ -220,7 +220,10 @@ def jpeg_header(file: bytes) -> tuple[int, int, str]:
     """Height, width and colour space (YCbCr, Gray, CMYK, ...) of a JPEG. ValueError: corrupted, or far too large."""
     import simplejpeg
 
-    height, width, colours = simplejpeg.decode_jpeg_header(file, strict=False)[:3]
+    try:
+        height, width, colours = simplejpeg.decode_jpeg_header(file, strict=False)[:3]
+    except KeyError:  # there is no frame header, so simplejpeg has no name for its colour space
+        raise ValueError("its header is corrupted") from None
     if height * width > 2 * pillow().MAX_IMAGE_PIXELS:  # Pillow's own limit against decompression bombs
         raise ValueError(f"{width} x {height} pixels: far too large")
     return height, width, colours
