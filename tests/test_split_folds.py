@@ -435,7 +435,7 @@ def test_nothing_of_an_earlier_split_stays_and_an_interrupted_one_leaves_it(
 
 @pytest.mark.launch
 def test_two_interrupts_at_once_end_it_and_its_workers(tmp_path: Path) -> None:
-    make_raw(tmp_path, {"ants": 9, "bees": 9})
+    make_raw(tmp_path, {"ants": 120, "bees": 120})
     flags = ("--raw_data", "raw", "--num_workers", "2", "--overwrite")
     launch(TOOL, *flags, cwd=tmp_path)
     before = files(tmp_path / "splits")

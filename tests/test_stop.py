@@ -20,7 +20,8 @@ from accelerando.train import stop
 
 
 def take_terminal() -> None:
-    """Makes standard input the terminal of this session."""
+    """Makes standard input the terminal of this session, whose end is not ignored, as it would be under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
