@@ -140,8 +140,8 @@ def test_another_processor_is_used_as_it_is(run_folder: Path, photos: Path, tiny
     inputs = processor([Image.open(path).convert("RGB") for path in paths], return_tensors="pt")
     model = ViTForImageClassification.from_pretrained(tmp_path).eval()
     probabilities = model(**inputs).logits.softmax(1).detach()
-    code, out, _ = call(tmp_path, *paths)
-    assert code == 0
+    code, out, err = call(tmp_path, *paths)
+    assert code == 0, err
     assert_scores(objects(out), probabilities, list(model.config.id2label.values()))
 
     code, out, err = call(tiny_vit, paths[0])  # its processor makes 224 pixels of 32

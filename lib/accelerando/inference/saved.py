@@ -246,6 +246,7 @@ def open_image_model(
         UserError: there is no processor, or the weights are missing or corrupted.
     """
     import torch
+    from PIL import Image
     from transformers import AutoModelForImageClassification
 
     import accelerando.models.vision  # noqa: F401  (registers its classes)
@@ -259,8 +260,12 @@ def open_image_model(
     prepare = SavedProcessor(folder, trust_remote_code) if size is None else partial(decode_for_evaluation, size=size)
     model = open_saved(AutoModelForImageClassification, folder, module, trust_remote_code)
     if isinstance(prepare, SavedProcessor) and not isinstance(model, TorchModel):
-        with opening(folder, "model"), torch.inference_mode():  # its images may have a size that the model refuses
-            model(pixel_values=prepare.prepare(Image.new("RGB", (64, 48)))[None])
+        try:
+            with torch.inference_mode():  # its images may have a size that the model refuses
+                model(pixel_values=prepare.prepare(Image.new("RGB", (64, 48)))[None])
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = f"the model does not accept the output of its image processor ({in_one_line(error)})"
+            raise UserError(f"{folder}: {reason}") from None
     model = model.to(device, memory_format=torch.channels_last)
     names = model.config.id2label
     return ImageModel(

@@ -15,7 +15,7 @@ from accelerando.base.model_folder import opening, read_json, tensor_shapes
 from accelerando.data.tokenizer import open_tokenizer
 from accelerando.data.transforms import AugmentationName, ImageTransform
 from accelerando.models.pretrained import open_config, open_model
-from accelerando.models.processors import Resizing, described, input_colours, resizing_of
+from accelerando.models.processors import Resizing, check_statistics, described, input_colours, resizing_of
 
 if TYPE_CHECKING:
     import torch
@@ -188,6 +188,7 @@ def open_preprocessing(name: str, max_length: int | None, trust_remote_code: boo
     tokenizer = open_tokenizer(name, trust_remote_code)
     with opening(name, "image processor"):
         images = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=trust_remote_code)
+    check_statistics(images, name)
     limit = getattr(getattr(config, "text_config", config), "max_position_embeddings", 77)
     if max_length is not None and max_length > limit:
         raise UserError(f"--max_length {max_length} exceeds the {limit} positions of {name}")

@@ -35,11 +35,21 @@ def open_processor(name: str, trust_remote_code: bool = False, **options: str) -
 
     try:
         with opening(name, "image processor"):
-            return AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+            processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
     except UserError:
         if any((Path(name) / file).is_file() for file in FILES):
             raise
         return None  # a folder with only a config
+    check_statistics(processor, name)
+    return processor
+
+
+def check_statistics(processor: BaseImageProcessor, name: str) -> None:
+    """UserError if mean or standard deviation of the processor of ``name`` are given, but not as three numbers."""
+    for values in (getattr(processor, value, None) for value in ("image_mean", "image_std")):
+        three = isinstance(values, list | tuple) and len(values) == 3
+        if values is not None and not (three and all(isinstance(value, int | float) for value in values)):
+            raise UserError(f"{name}: the image processor's image_mean and image_std are not three numbers each")
 
 
 def input_colours(processor: BaseImageProcessor) -> Colours:
@@ -63,8 +73,7 @@ def input_colours(processor: BaseImageProcessor) -> Colours:
         raise UserError(f"{described(processor)} mixes colours, which is not supported")
     measured = torch.stack([-black / slope, 1 / slope])
     stated = [getattr(processor, value, None) for value in ("image_mean", "image_std")]
-    plain = all(isinstance(value, list | tuple) and len(value) == 3 for value in stated)
-    if plain and torch.allclose(torch.tensor(stated, dtype=torch.float64), measured, atol=1e-4):
+    if None not in stated and torch.allclose(torch.tensor(stated, dtype=torch.float64), measured, atol=1e-4):
         return Colours(tuple(stated[0]), tuple(stated[1]), blue_first)  # the same without rounding errors
     mean, std = measured.tolist()
     rounded = tuple(round(value, 6) + 0.0 for value in mean)  # + 0.0: no -0.0
