@@ -439,7 +439,7 @@ def check_private(args: Args) -> None:
         "amp": (args.amp not in (None, "no"), "gradients of single images are computed in float32"),
         "compile_model": (args.compile_model, "the hooks for gradients of single images are not compiled"),
         "progressive_sizes": (args.progressive_sizes, "one size was checked"),
-        "allow_changed_data": (args.allow_changed_data, "the budget was spent on the images of before"),
+        "allow_changed_data": (args.allow_changed_data, "the privacy budget was spent on the previous images"),
         "report_on_train": (args.report_on_train, "it tells of the training images without noise"),
         f"resume {args.resume}": (Path(args.resume or "").name.startswith("step_"),
                                   "steps that are given up would not be counted; it goes on from the newest"),

@@ -76,7 +76,7 @@ def test_changed_rows_are_refused_unless_allowed(text_args: list[str], text_set:
             train_here("--resume", base=args)
         assert str(caught.value).startswith("runs/a/checkpoints/step_000002 was made with other data: "), name
         assert message + "put it back, start again with --overwrite" in str(caught.value), name
-        assert str(caught.value).endswith("or go on all the same with --allow_changed_data"), name
+        assert str(caught.value).endswith("or continue anyway with --allow_changed_data"), name
         put_back()
     for split in ("train", "validation", "test"):
         rewritten(folder / f"{split}.json", renamed)
@@ -289,7 +289,7 @@ def test_what_is_a_change_and_what_is_not() -> None:
     assert not changed_splits({**train, "test": {"count": 1}}, train)  # a test set that is not named any more
     assert not changed_splits(train, {**train, "validation": {"count": 1, "unit": "rows"}})
     assert changed_splits({**train, "validation": {"count": 2}}, train) == {
-        "validation": "validation is gone, which had 2 samples"
+        "validation": "validation is missing, the checkpoint was made with 2 samples"
     }
     assert changed_splits(train, {"train": {"count": 3, "unit": "pairs", "shards": "a"}}) == {
         "train": "train has 3 pairs as before, but other shards or another order"

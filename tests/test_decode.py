@@ -284,7 +284,7 @@ def test_images_are_opened_in_one_place() -> None:
     [
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"a HEIC image, which needs the package pillow-heif: pip install pillow-heif"),
         (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "pillow-heif"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a git-lfs pointer instead of the image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a git-LFS pointer, not the file itself"),
         (b"", "not an image, or its header is corrupted"),
         (b"<html>not found</html>", "not an image"),
         (content(smooth(), "AVIF")[:-40], "(?i)avif|decode|truncated|EOF"),

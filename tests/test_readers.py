@@ -259,7 +259,7 @@ def test_a_gloss_number_beyond_reason(tmp_path: Path) -> None:
             f"{b}: &{b} {{<<: [{','.join(['*' + a] * 9)}]}}\n" for a, b in zip("bcdefgh", "cdefghi", strict=True)
         ), "more than 20,000 values"),
         ("a: " + "[" * 5000, "nested too deeply|invalid YAML"),
-        ("lr: 1\nlr: 2\n", "line 1: 'lr' stands there twice"),
+        ("lr: 1\nlr: 2\n", "line 1: 'lr' occurs twice"),
         ("a: 2001-99-99\n", "invalid YAML .*month"),
         ("a: !!int x\n", "invalid YAML"),
         ("a: !!python/object/apply:os.system [x]\n", "line 1: invalid YAML"),

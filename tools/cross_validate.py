@@ -524,7 +524,7 @@ def plan(script: Path, flags: list[str], wanted: tuple[int, ...]) -> tuple[list[
     if getattr(args, "push_to_hub", False):
         raise UserError("--push_to_hub: each fold would overwrite the one before it; drop it here")
     if hasattr(module, "check_args"):
-        module.check_args(args)  # which also says what some settings stand for, before names are made of them
+        module.check_args(args)  # it also fills in settings that the names of the runs depend on
     if not args.data_dir:
         raise UserError("--data_dir is missing: a folder with raw/<class>/ and the splits/ of tools/split_folds.py")
     images = read_folds(Path(args.data_dir))

@@ -47,7 +47,7 @@ class Args:
     config: tuple[str, ...] = ()  # YAML files with any of these settings
 
 
-# Settings of training that may stand in the same YAML file.
+# Settings of training that the same YAML file may contain.
 FOREIGN = {"max_length": "counts tokens, in training; here max_chars drops long texts"}
 
 Row = tuple[str, str | int]  # text, label

@@ -99,7 +99,7 @@ def parse_args(
 ) -> T:
     """An instance of ``cls`` from ``argv`` (default: ``sys.argv[1:]``) and the YAML files that ``--config`` names.
 
-    ``foreign``: settings of another program that may stand in a shared YAML file, and what to say of each of them.
+    ``foreign``: settings of another program that a shared YAML file may contain, with a message for each.
 
     Raises:
         UserError: an unknown flag or key (with a suggestion), an invalid value, an invalid YAML file.
@@ -131,7 +131,10 @@ def parse_args(
 
     args, message = _run_parser(cls, from_yaml + argv)
     if message is None:
-        for name, value in dataclasses.asdict(args).items():
+        values = dataclasses.asdict(args).items()
+        for name, value in (
+            (name, text) for name, each in values for text in (each if isinstance(each, tuple) else (each,))
+        ):
             if isinstance(value, str) and MARKED.search(value):
                 raise UserError(f"--{name} {value}: was saved without its credentials: give it on the command line")
         return args
@@ -314,7 +317,7 @@ def to_yaml(args: DataclassInstance) -> str:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; UserError names the file and line of a syntax error.
 
-    An alias may stand for a value that has aliases itself; what that amounts to is limited to ``MOST_VALUES``.
+    Aliases may expand to values with further aliases; the expanded size is limited to ``MOST_VALUES``.
     """
     import yaml
 
@@ -334,7 +337,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     except RecursionError:
         raise UserError(f"{path}: invalid YAML (nested too deeply)") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # a date or a tagged value that is none
+    except (ValueError, TypeError, KeyError, AttributeError) as error:  # an invalid date or tagged value
         raise UserError(f"{path}: invalid YAML ({first_line(error)})") from None
     if content is None:
         return {}
@@ -354,14 +357,14 @@ def _check_yaml(path: Path, root: yaml.Node | None) -> None:
         if isinstance(node, yaml.MappingNode):
             keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
             if repeated := [key for key in keys if keys.count(key) > 1]:
-                raise UserError(f"{path}, line {node.start_mark.line + 1}: {repeated[0]!r} stands there twice")
+                raise UserError(f"{path}, line {node.start_mark.line + 1}: {repeated[0]!r} occurs twice")
             pending += [one for pair in node.value for one in pair]
             count += len(node.value)
         elif isinstance(node, yaml.SequenceNode):
             pending += node.value
             count += len(node.value)
         if count > MOST_VALUES:
-            raise UserError(f"{path}: more than {MOST_VALUES:,} values, counting those that aliases stand for")
+            raise UserError(f"{path}: more than {MOST_VALUES:,} values after its aliases are expanded")
 
 
 def _target(alias: Alias) -> str:

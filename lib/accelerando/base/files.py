@@ -25,7 +25,7 @@ from accelerando.base.log import log
 
 T = TypeVar("T")
 
-MOST_NAMES = 100_000  # that a pattern with braces stands for
+MOST_NAMES = 100_000  # to which a pattern with braces may expand
 LOCK = ".lock"  # in a run folder
 LOCK_PATIENCE = 5.0  # seconds to wait for a lock: a process that is asked to stop first saves
 STALE = 600.0  # seconds without a write, after which a draft is left behind whose process is not visible here
@@ -40,7 +40,7 @@ def expand_braces(pattern: str) -> list[str]:
     """
     names = list(itertools.islice(_expanded(pattern), MOST_NAMES + 1))
     if len(names) > MOST_NAMES:
-        raise UserError(f"{pattern}: its braces stand for more than {MOST_NAMES:,} names")
+        raise UserError(f"{pattern}: its braces expand to more than {MOST_NAMES:,} names")
     return names
 
 
@@ -184,7 +184,7 @@ def remove_drafts(folder: Path, name: str | None = None) -> None:
 
 
 def _draft_of(target: Path) -> Path:
-    # The process id alone is not unique: a killed process's id is given again, in a container nearly always the same.
+    # The process id alone is not unique: ids are reused, and a container nearly always assigns the same one.
     owner = f"{os.getpid()}-{_place()}-{_start_time(os.getpid())}"
     return target.with_name(f".{target.name}.{owner}-{os.urandom(3).hex()}.draft")
 

@@ -67,7 +67,7 @@ def opening(name: str | Path, what: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_warnings() -> Iterator[None]:
-    """transformers logs errors alone."""
+    """transformers logs only errors."""
     from transformers.utils import logging
 
     shown = logging.get_verbosity()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from accelerando.base.errors import first_line
+from accelerando.base.model_folder import LFS_POINTER
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -313,8 +314,8 @@ def what_it_is(file: bytes) -> str:
     """Why Pillow cannot identify a file."""
     if file.startswith(b"%!PS"):
         return "PostScript, which is not read as an image"
-    if file.startswith(b"version https://git-lfs"):
-        return "a git-lfs pointer instead of the image: git lfs pull fetches it"
+    if file.startswith(LFS_POINTER):
+        return "a git-LFS pointer, not the file itself: run git lfs pull"
     return "not an image, or its header is corrupted"
 
 

@@ -13,13 +13,14 @@ from typing import IO
 import numpy as np
 
 from accelerando.base.errors import first_line
+from accelerando.base.model_folder import LFS_POINTER
 
 MOST_BYTES = 2**29  # of an array: 12 hours of keypoints, or half an hour of features
 OTHER_FORMATS = {
     b"\x93NUMPY": "a single array, as np.save writes it; write it with np.savez(file, X=array)",
     b"\x80": "a pickle, which is never loaded; write it with np.savez(file, X=array)",
     b"\x89HDF": "an HDF5 file; write its arrays with np.savez",
-    b"version https://git-lfs": "a pointer of git LFS instead of the file: run git lfs pull",
+    LFS_POINTER: "a git-LFS pointer, not the file itself: run git lfs pull",
 }
 
 
@@ -54,7 +55,7 @@ def open_npz(path: str | Path) -> Iterator[Arrays]:
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise ValueError("not an ordinary file")
     with open(path, "rb") as file:
-        head = file.read(32)
+        head = file.read(64)
         if not head.startswith(b"PK"):
             known = (what for magic, what in OTHER_FORMATS.items() if head.startswith(magic))
             raise ValueError(next(known, "no zip archive") if head else "the file is empty")

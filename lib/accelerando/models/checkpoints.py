@@ -78,7 +78,7 @@ def _all_tensors(content: dict) -> bool:
 def without_prefixes(state: State) -> Iterator[tuple[str, State]]:
     """``state`` as it is, then without the names of wrappers, then without one more prefix of all names at a time.
 
-    Yields what was taken off ("" at first) and the rest of the state; tensors without the prefix that most of them have
+    Yields what was removed ("" at first) and the rest of the state; tensors without the prefix that most of them have
     (a metric, a counter) are left out.
     """
     yield "", state

@@ -15,7 +15,7 @@ from accelerando.base.model_folder import opening, read_json, tensor_shapes
 from accelerando.data.tokenizer import open_tokenizer
 from accelerando.data.transforms import AugmentationName, ImageTransform
 from accelerando.models.pretrained import open_config, open_model
-from accelerando.models.processors import Resizing, check_statistics, described, input_colours, resizing_of
+from accelerando.models.processors import Resizing, described, input_colours, open_processor, resizing_of
 
 if TYPE_CHECKING:
     import torch
@@ -180,15 +180,13 @@ def open_preprocessing(name: str, max_length: int | None, trust_remote_code: boo
     Raises:
         UserError: they are missing, or ``max_length`` exceeds the model's number of positions.
     """
-    from transformers import AutoImageProcessor
-
     if (Path(name) / "adapter_config.json").is_file():
         name = _base_of(Path(name))
     config = open_config(name, trust_remote_code)
     tokenizer = open_tokenizer(name, trust_remote_code)
-    with opening(name, "image processor"):
-        images = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=trust_remote_code)
-    check_statistics(images, name)
+    images = open_processor(name, trust_remote_code, backend="pil")
+    if images is None:
+        raise UserError(f"{name}: no image processor (preprocessor_config.json); copy it from the base model")
     limit = getattr(getattr(config, "text_config", config), "max_position_embeddings", 77)
     if max_length is not None and max_length > limit:
         raise UserError(f"--max_length {max_length} exceeds the {limit} positions of {name}")

@@ -60,7 +60,7 @@ def open_model(
 
     Always in float32: mixed precision casts during computation, and weight updates need full precision. ``new_head``: a
     head that the weights lack, or have for other classes, starts from random weights; everything else has to be there.
-    Prefixes that DDP, torch.compile or Lightning have put before the names are taken off (see
+    Prefixes that DDP, torch.compile or Lightning have added to the names are removed (see
     :func:`checkpoints.without_prefixes`).
 
     Raises:
@@ -83,7 +83,7 @@ def open_model(
         with opening(name, "model"):
             other, fit = type(model).from_pretrained(None, config=model.config, state_dict=state, **reporting)
         if not _unfit(other, fit, new_head):
-            log.info("%s: the names of its weights begin with %s, which is taken off", name, prefix)
+            log.info("%s: the names of its weights begin with %s, which is removed", name, prefix)
             model, report, unfit = other, fit, {}
             break
     if unfit:

@@ -46,11 +46,11 @@ def check_data(run: Run, splits: Mapping[str, Sized], classes: Mapping[str, Sequ
     if changes and not run.args.allow_changed_data:
         raise UserError(
             f"{path} was made with other data: {'; '.join(changes.values())}: put it back, {START_AGAIN}, "
-            "or go on all the same with --allow_changed_data"
+            "or continue anyway with --allow_changed_data"
         )
     for change in changes.values():
         log.warning("Resumed with other data: %s", change)
-    # What was measured on data that is not there any more is not compared with anything.
+    # Results on data that has changed are not compared with later ones.
     run.history = [row for row in run.history if row.get("split") not in changes]
 
 
@@ -60,7 +60,9 @@ def changed_splits(before: Mapping[str, dict[str, Any]], now: Mapping[str, dict[
     for split, old in before.items():
         if split not in now:
             if split != "test":
-                changes[split] = f"{split} is gone, which had {old['count']:,} {old.get('unit', 'samples')}"
+                changes[split] = (
+                    f"{split} is missing, the checkpoint was made with {old['count']:,} {old.get('unit', 'samples')}"
+                )
             continue
         new = now[split]
         if new["count"] != old["count"]:

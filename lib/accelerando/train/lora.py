@@ -169,7 +169,7 @@ def check_merged(
 ) -> None:
     """Compares the merged model in ``folder`` with the trained one: base weights and adapters of ``state``.
 
-    ``outputs`` computes the logits of one batch with a model of the base's class. The trained one is built anew, since
+    ``outputs`` computes the logits of one batch with a model of the base's class. The trained one is rebuilt, since
     that of the run may be sharded or under autocast. The random state is kept.
 
     Raises:

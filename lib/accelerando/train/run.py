@@ -223,7 +223,7 @@ def _prepare_directory(run: Run) -> None:
 def keep_choice(run: Run, **settings: Any) -> None:
     """Replaces ``settings`` that were chosen automatically by what was chosen, also in ``config.yaml``.
 
-    A run that is resumed or repeated then does not choose anew, which on a busy machine may give something else.
+    A run that is resumed or repeated then keeps it: on a busy machine another choice might be made.
     """
     for name, value in settings.items():
         run.state.chosen[name] = [getattr(run.args, name), value]
