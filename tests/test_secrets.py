@@ -193,3 +193,12 @@ def test_a_runs_files_follow_the_umask(train_here) -> None:
     run = train_here("--max_steps", "2")
     modes = {stat.S_IMODE(path.stat().st_mode) for path in run.rglob("*.safetensors")}
     assert modes == {stat.S_IMODE((run / "summary.txt").stat().st_mode)}
+
+
+def test_a_credential_that_a_list_lacks_is_noticed() -> None:
+    from harness import TEXT, script_module
+
+    from accelerando.base.config import parse_args
+
+    with pytest.raises(UserError, match=r"--wandb_tags http://\*\*\*@host/x: was saved without its credentials"):
+        parse_args(script_module(TEXT).Args, {}, ["--wandb_tags", "plain", "http://***@host/x"])

@@ -131,12 +131,10 @@ def parse_args(
 
     args, message = _run_parser(cls, from_yaml + argv)
     if message is None:
-        values = dataclasses.asdict(args).items()
-        for name, value in (
-            (name, text) for name, each in values for text in (each if isinstance(each, tuple) else (each,))
-        ):
-            if isinstance(value, str) and MARKED.search(value):
-                raise UserError(f"--{name} {value}: was saved without its credentials: give it on the command line")
+        for name, value in dataclasses.asdict(args).items():
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and MARKED.search(text):
+                    raise UserError(f"--{name} {text}: was saved without its credentials: give it on the command line")
         return args
     # Parsing the command line alone shows which of the two has the error.
     _, alone = _run_parser(cls, argv)

@@ -186,7 +186,7 @@ def open_preprocessing(name: str, max_length: int | None, trust_remote_code: boo
     tokenizer = open_tokenizer(name, trust_remote_code)
     images = open_processor(name, trust_remote_code, backend="pil")
     if images is None:
-        raise UserError(f"{name}: no image processor (preprocessor_config.json); copy it from the base model")
+        raise UserError(f"{name}: no preprocessor_config.json in it: copy it from the base model")
     limit = getattr(getattr(config, "text_config", config), "max_position_embeddings", 77)
     if max_length is not None and max_length > limit:
         raise UserError(f"--max_length {max_length} exceeds the {limit} positions of {name}")
