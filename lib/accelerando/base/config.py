@@ -134,7 +134,7 @@ def parse_args(
         for name, value in dataclasses.asdict(args).items():
             for text in value if isinstance(value, tuple) else (value,):
                 if isinstance(text, str) and MARKED.search(text):
-                    raise UserError(f"--{name} {text}: was saved without its credentials: give it on the command line")
+                    raise UserError(f"--{name} {text}: was saved without its credentials; give it on the command line")
         return args
     # Parsing the command line alone shows which of the two has the error.
     _, alone = _run_parser(cls, argv)
