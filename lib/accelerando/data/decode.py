@@ -418,11 +418,11 @@ def decode(source: Source, min_side: int | None = None) -> DecodedImage:
     return DecodedImage(pixels, header_size(source) if source.startswith(JPEG) else pixels.shape[:2])
 
 
-def decode_image(file: bytes, min_side: int | None = None) -> torch.Tensor:
-    """:func:`decode_pixels` as a tensor [3, H, W]."""
-    import torch
-
-    return torch.from_numpy(decode_pixels(file, min_side, rounded_up=False)).permute(2, 0, 1)
+def decode_image(source: Source, min_side: int | None = None) -> torch.Tensor:
+    """:func:`decode_pixels`, or a decoded image as it is, as a tensor [3, H, W]."""
+    if isinstance(source, DecodedImage):
+        return to_tensor(source.pixels)
+    return to_tensor(decode_pixels(source, min_side, rounded_up=False))
 
 
 def resize_and_crop(pixels: torch.Tensor, size: int, shorter: int | None = None, mode: str = "bicubic") -> torch.Tensor:

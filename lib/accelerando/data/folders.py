@@ -64,7 +64,21 @@ class ImageFiles:
         return {"files": digest(self.names, sizes), "labels": digest(self.classes)}
 
 
-def class_folders(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
+@dataclass(frozen=True)
+class Wanted:
+    """Which files in class folders are samples: by their suffixes; with ``whole_folders``, each folder inside a class
+    folder is one sample (a video as a folder of frames)."""
+
+    suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+    whole_folders: bool = False
+    noun: str = "image"
+    plural: str = "images"
+
+
+IMAGES = Wanted()
+
+
+def class_folders(folder: Path, left_out: LeftOut, wanted: Wanted = IMAGES) -> dict[str, list[str]]:
     """Class -> its images in ``folder/<class>``, at any depth, relative to ``folder`` with slashes; both sorted.
 
     Raises:
@@ -82,24 +96,30 @@ def class_folders(folder: Path, left_out: LeftOut) -> dict[str, list[str]]:
             left_out(path.name, "hidden")
         elif path.is_dir():
             others: list[tuple[str, str]] = []
-            found[path.name] = _find_images(folder, path, lambda name, why, others=others: others.append((name, why)))
+            found[path.name] = _find_images(
+                folder, path, lambda name, why, others=others: others.append((name, why)), wanted
+            )
             for other in others:
                 left_out(*other)
             if not found[path.name]:
                 hint = (
                     f"; {len(others):,} files were left out, such as {others[0][0]} ({others[0][1]})" if others else ""
                 )
-                raise UserError(f"{path}: no image in this class folder: add images or move it away{hint}")
+                raise UserError(
+                    f"{path}: no {wanted.noun} in this class folder: add {wanted.plural} or move it away{hint}"
+                )
         else:
-            beside = beside or (path.name if path.name.lower().endswith(IMAGE_SUFFIXES) else "")
+            beside = beside or (path.name if path.name.lower().endswith(wanted.suffixes) else "")
             left_out(path.name, "not in a class folder")
     if not found:
-        what = f"its images (such as {beside}) are not in class folders" if beside else "no class folders in it"
+        what = (
+            f"its {wanted.plural} (such as {beside}) are not in class folders" if beside else "no class folders in it"
+        )
         raise UserError(f"{folder}: {what}; it should look like {folder.name}/ants/1.jpg, {folder.name}/bees/2.jpg")
     return found
 
 
-def _find_images(folder: Path, top: Path, left_out: LeftOut) -> list[str]:
+def _find_images(folder: Path, top: Path, left_out: LeftOut, wanted: Wanted) -> list[str]:
     found, seen = [], set()
     for place, folders, files in os.walk(top, followlinks=True):
         here = Path(place).relative_to(folder)
@@ -111,14 +131,17 @@ def _find_images(folder: Path, top: Path, left_out: LeftOut) -> list[str]:
             left_out((here / name).as_posix(), "hidden")
             folders.remove(name)
         folders.sort()
+        if wanted.whole_folders:
+            found += [(here / name).as_posix() for name in folders]
+            folders.clear()
         for name in sorted(files):
             path = (here / name).as_posix()
             if name.startswith("."):
                 left_out(path, "hidden")
-            elif name.lower().endswith(".gif"):
+            elif name.lower().endswith(".gif") and ".gif" not in wanted.suffixes:
                 left_out(path, "GIFs are not used (nor by torchvision); save it as PNG if you need it")
-            elif not name.lower().endswith(IMAGE_SUFFIXES):
-                left_out(path, "its name does not end like that of an image")
+            elif not name.lower().endswith(wanted.suffixes):
+                left_out(path, f"its name does not end like that of an {wanted.noun}")
             elif re.search(r"[\r\n\ud800-\udfff]", path):
                 left_out(path, "its name has line breaks or bytes that are not UTF-8; rename it")
             else:
@@ -197,7 +220,9 @@ def read_index(path: Path, class_map: dict[str, int], folder: Path | None = None
     return _image_files(folder, names, classes)
 
 
-def read_class_folders(data: Path, left_out: LeftOut | None = None) -> tuple[dict[str, int], dict[str, ImageFiles]]:
+def read_class_folders(
+    data: Path, left_out: LeftOut | None = None, wanted: Wanted = IMAGES
+) -> tuple[dict[str, int], dict[str, ImageFiles]]:
     """Class map, and split -> images, of ``train/<class>/*`` and, if they exist, ``val/`` and ``test/``.
 
     Classes are numbered in the order of their names in ``train``; the other splits may lack some of them. ``left_out``
@@ -216,7 +241,7 @@ def read_class_folders(data: Path, left_out: LeftOut | None = None) -> tuple[dic
             if left_out is not None:
                 left_out(f"{side}/{name}", why)
 
-        found = class_folders(data / side, report)
+        found = class_folders(data / side, report, wanted)
         class_map = class_map or {name: number for number, name in enumerate(found)}
         if unknown := [name for name in found if name not in class_map]:
             raise UserError(f"{data / side / unknown[0]}: {data / 'train'} has no such class to train on")

@@ -19,6 +19,7 @@ from accelerando.data.decode import (
     decode_pixels,
     evaluation_side,
     is_unreadable,
+    pixels_of,
     to_channels_last,
 )
 from accelerando.data.image_cache import CachedImages
@@ -176,6 +177,14 @@ class EvaluationImages:
         sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
         return sample | {"pixel_values": blank_image(self.size) if pixels is None else pixels}
 
+    def thumbnail(self, row: int, side: int) -> np.ndarray | None:
+        """The whole image, uint8 [H, W, 3], perhaps reduced, with no side below ``side``; None: it is unreadable."""
+        return read_or_none(self.files, row, lambda source: pixels_of(source, side))
+
+    def seen(self, row: int) -> torch.Tensor:
+        """What the model takes of it, uint8 [3, S, S]."""
+        return self[row]["pixel_values"]
+
     def problem(self, row: int) -> str:
         """The file of a row and why it cannot be read."""
         return why_unreadable(self.files, row)
@@ -261,11 +270,11 @@ def mix_up(
 def cut_mix(
     one: torch.Tensor, other: torch.Tensor, share: float, rng: np.random.Generator
 ) -> tuple[torch.Tensor, float]:
-    """``one`` with a rectangle of ``other``, uint8 [3, S, S], and the fraction of the area that is left to ``one``."""
+    """``one`` with a rectangle of ``other``, uint8 [..., S, S], and the fraction of the area left to ``one``."""
     size = one.shape[-1]
     side = round(size * math.sqrt(1 - share))
     middle = rng.integers(0, size, 2)
     (top, bottom), (left, right) = (np.clip([at - side // 2, at - side // 2 + side], 0, size).tolist() for at in middle)
     mixed = one.clone()
-    mixed[:, top:bottom, left:right] = other[:, top:bottom, left:right]
+    mixed[..., top:bottom, left:right] = other[..., top:bottom, left:right]
     return mixed, 1 - (bottom - top) * (right - left) / size**2

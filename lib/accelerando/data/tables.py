@@ -98,7 +98,7 @@ def read_text_table(
         records = table_records(path, columns)
         table = _pack(records, columns, label_column if require_labels else None, source, other_columns)
     else:
-        table = _select(_read_datasets(source, split), columns, source, other_columns)
+        table = _select(read_datasets(source, split), columns, source, other_columns)
     if table.num_rows == 0:
         raise UserError(f"{source}: no rows in it")
     texts = _check_texts(table[text_column], text_column, source, allow_blank)
@@ -463,7 +463,7 @@ def _with_class_names(table: pa.Table, classes: Mapping[str, Sequence[str]], sou
     return table
 
 
-def _read_datasets(source: str, split: str) -> pa.Table:
+def read_datasets(source: str, split: str) -> pa.Table:
     import datasets
 
     path, _, config = source.partition(":")

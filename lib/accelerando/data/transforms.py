@@ -11,6 +11,8 @@ from accelerando.data.decode import decode_image, resize, resize_and_crop
 if TYPE_CHECKING:
     import torch
 
+    from accelerando.data.decode import Source
+
 AugmentationName = Literal["none", "simple", "advanced"]
 
 
@@ -39,9 +41,9 @@ class ImageTransform:
         self.exact, self.square, self.shorter, self.mode = exact, square, shorter or size, mode
         self._random: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    def __call__(self, file: bytes, seed: Sequence[int] = (0, 0, 0)) -> torch.Tensor:
+    def __call__(self, source: Source, seed: Sequence[int] = (0, 0, 0)) -> torch.Tensor:
         """Decodes and transforms; ``seed`` is (seed, epoch, row). ValueError or OSError: it is not an image."""
-        pixels = decode_image(file, None if self.exact else self.size)
+        pixels = decode_image(source, None if self.exact else self.size)
         if self.augmentation == "none" and not self.square:
             return resize_and_crop(pixels, self.size, self.shorter, self.mode).contiguous()
         pixels = resize(pixels, (self.size, self.size), self.mode)

@@ -35,14 +35,16 @@ def open_clip_model(
     Raises:
         UserError: it cannot be opened, is not a CLIP or SigLIP model, or the adapter belongs to another base model.
     """
-    from transformers import AutoModel
+    from transformers import AutoModel, AutoModelForImageClassification
 
     if (Path(name) / "adapter_config.json").is_file():
         if adapter is not None:
             raise UserError(f"--model_name {name} is itself an adapter: with --adapter, name its base model")
         adapter, name = name, _base_of(Path(name))
     config = open_config(name, trust_remote_code)
-    model = open_model(AutoModel, name, config, new_head=False, trust_remote_code=trust_remote_code)
+    kind = AutoModelForImageClassification if hasattr(config, "of_clip") else AutoModel  # a classifier on a CLIP
+    model = open_model(kind, name, config, new_head=False, trust_remote_code=trust_remote_code)
+    model = model.clip if hasattr(config, "of_clip") else model
     if not hasattr(model, "get_image_features") or not hasattr(model, "logit_scale"):
         raise UserError(f"{name} is a {model.config.model_type}, not a CLIP or SigLIP model")
     model = model if adapter is None else merge_adapter(model, name, Path(adapter))
@@ -183,6 +185,7 @@ def open_preprocessing(name: str, max_length: int | None, trust_remote_code: boo
     if (Path(name) / "adapter_config.json").is_file():
         name = _base_of(Path(name))
     config = open_config(name, trust_remote_code)
+    config = getattr(config, "of_clip", config)  # of a classifier on a CLIP
     tokenizer = open_tokenizer(name, trust_remote_code)
     images = open_processor(name, trust_remote_code, backend="pil")
     if images is None:
@@ -233,6 +236,13 @@ def check_image_size(model: torch.nn.Module, preprocessing: Preprocessing) -> No
             f"{described(preprocessing.image_processor)} makes images of {size} x {size} pixels, which the model does "
             f"not take: {' '.join(first_line(error).split())[:200]}"
         ) from None
+
+
+def image_tokens(model: torch.nn.Module) -> int:
+    """The tokens of an image in the model's image tower; 0: it has none, or their number is unknown."""
+    config = model.config.vision_config
+    side, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    return (side // patch) ** 2 + 1 if isinstance(side, int) and isinstance(patch, int) else 0
 
 
 def make_preprocessing(captions: Iterable[str], vocab_size: int, image_size: int, max_length: int) -> Preprocessing:

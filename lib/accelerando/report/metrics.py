@@ -43,6 +43,22 @@ def top_k_accuracy(labels: np.ndarray, logits: np.ndarray, k: int) -> float:
     return float(((~(logits < own)).sum(axis=1) <= k).mean())
 
 
+def nearest_neighbours_accuracy(
+    known: np.ndarray, classes: np.ndarray, asked: np.ndarray, labels: np.ndarray, k: int
+) -> float:
+    """The fraction of rows of ``asked`` [m, d] whose ``labels`` [m] is the class with the most votes among the ``k``
+    rows of ``known`` [n, d], of ``classes`` [n], with the largest cosine similarity, each vote weighted by it."""
+    known, asked = (rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12) for rows in (known, asked))
+    k, right = min(k, len(known)), 0
+    for start in range(0, len(asked), 1024):
+        similar = asked[start : start + 1024] @ known.T
+        nearest = np.argpartition(-similar, k - 1, axis=1)[:, :k]
+        votes = np.zeros((len(similar), int(classes.max()) + 1))
+        np.add.at(votes, (np.arange(len(similar))[:, None], classes[nearest]), np.take_along_axis(similar, nearest, 1))
+        right += int((votes.argmax(1) == labels[start : start + 1024]).sum())
+    return right / max(1, len(asked))
+
+
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> np.ndarray:
     """Counts, int64 [C, C]: rows are the true classes, columns the predicted ones."""
     flat = np.bincount(labels * num_labels + predictions, minlength=num_labels * num_labels)

@@ -226,6 +226,32 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
     return _section(title, f'{_note(note)}{legend}<ol class="mistakes cards">{"".join(items)}</ol>')
 
 
+def class_scores(rows: Sequence[Mapping[str, Any]], title: str = "Scores", limit: int = 15) -> str:
+    """Samples with the probability of every class name, as cards: dicts with ``text``, ``true``, ``predicted`` and
+    ``scores`` (name -> probability); ``image`` and ``heat`` as in :func:`mistakes`. Of more than ``limit`` classes the
+    most probable ones are shown."""
+    items = []
+    for row in rows:
+        images = f'<img alt="" src="{_data_uri(row["image"])}">' if row.get("image") else ""
+        if row.get("heat"):
+            alt = _text(f"saliency map for {row['predicted']}")
+            images += f'<img alt="{alt}" title="{alt}" src="{_data_uri(row["heat"])}">'
+        marked = ' class="right"'
+        ranked = sorted(row["scores"].items(), key=lambda each: -each[1])
+        bars = "".join(
+            f"<tr{marked if name == row['true'] else ''}><td>{_text(name)}</td>"
+            f'<td class="heat"><span>{_number(share)}</span><i class="bar" style="--v:{share:.3f}"></i></td></tr>'
+            for name, share in ranked[:limit]
+        )
+        more = f'<p class="note">and {len(ranked) - limit:,} more</p>' if len(ranked) > limit else ""
+        seen = f'<div class="seen">{images}</div>' if images else ""
+        said = f'<p>{_text(row.get("text") or "")}</p><table class="scores"><tbody>{bars}</tbody></table>{more}'
+        items.append(f'<li class="pair">{seen}<div class="said">{said}</div></li>')
+    legend = _heat_legend() if any(row.get("heat") for row in rows) else ""
+    note = _note("The true class is in bold.")
+    return _section(title, f'{note}{legend}<ol class="mistakes cards">{"".join(items)}</ol>')
+
+
 def _heat_legend() -> str:
     """The legend of the saliency maps, with a colour bar."""
     from matplotlib import colormaps

@@ -34,6 +34,23 @@ def worst_mistakes(
     ]
 
 
+def scored_examples(
+    labels: np.ndarray, logits: np.ndarray, label_names: Sequence[str], limit: int = 6
+) -> list[dict[str, Any]]:
+    """A few samples, evenly spread: dicts with ``row``, ``true``, ``predicted`` and ``scores``, the probability of each
+    class name."""
+    chosen = np.unique(np.linspace(0, len(labels) - 1, min(limit, len(labels))).round().astype(int))
+    return [
+        {
+            "row": int(row),
+            "true": label_names[labels[row]],
+            "predicted": label_names[int(values.argmax())],
+            "scores": dict(zip(label_names, values.tolist(), strict=True)),
+        }
+        for row, values in zip(chosen, probabilities(logits[chosen]), strict=True)
+    ]
+
+
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax over the classes, float64 [n, C]."""
     logits = logits.astype(np.float64)

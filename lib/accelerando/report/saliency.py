@@ -10,20 +10,28 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
 
-    from accelerando.data.images import EvaluationImages
-
 COLOURS = "inferno"  # matplotlib's colour map
 SIDE = 192  # pixels of an image in a report: twice the resolution at which most screens show it
 AT_ONCE = 4  # images per batch: large Transformers need much memory for each
 LAST_CALLS = 32  # layer calls whose outputs are kept: more than a Transformer's block and head have
 MOST_EXTRA = 16  # class and register tokens before the patch tokens
+
+
+class Viewable(Protocol):
+    """Samples that can be shown as an image."""
+
+    def thumbnail(self, row: int, side: int) -> np.ndarray | None:
+        """The whole image of a sample, uint8 [H, W, 3], no smaller than ``side`` if it can be; None: unreadable."""
+
+    def seen(self, row: int) -> torch.Tensor:
+        """The part of it that the model takes, uint8 [3, S, S]."""
 
 
 class Layout(NamedTuple):
@@ -248,7 +256,7 @@ def _attention_kept(kept: list[torch.Tensor]) -> Iterator[None]:
 def add_images(
     mistakes: list[dict[str, Any]],
     score: dict[str, np.ndarray],
-    images: EvaluationImages,
+    images: Viewable,
     model: torch.nn.Module | None,
     mean: Sequence[float],
     std: Sequence[float],
@@ -264,13 +272,12 @@ def add_images(
 
     from accelerando.base.errors import first_line
     from accelerando.base.log import log
-    from accelerando.data.decode import pixels_of, small_jpeg
-    from accelerando.data.images import read_or_none
+    from accelerando.data.decode import small_jpeg
     from accelerando.data.transforms import normalise
 
     rows = [int(score["row"][mistake["row"]]) for mistake in mistakes]
     for mistake, row in zip(mistakes, rows, strict=True):
-        pixels = read_or_none(images.files, row, lambda source: pixels_of(source, SIDE))
+        pixels = images.thumbnail(row, SIDE)
         if pixels is not None:
             mistake["image"] = small_jpeg(pixels, SIDE)
     if model is None:
@@ -279,7 +286,7 @@ def add_images(
     device = next(model.parameters()).device
     for start in range(0, min(looked_at, len(rows)), AT_ONCE):
         part = slice(start, min(start + AT_ONCE, looked_at))
-        pixels = torch.stack([images[row]["pixel_values"] for row in rows[part]])
+        pixels = torch.stack([images.seen(row) for row in rows[part]])
         try:
             heat = heat_maps(model, normalise(pixels.to(device), mean, std), predicted[part])
         except RuntimeError as error:  # too little memory, or a layer without a gradient

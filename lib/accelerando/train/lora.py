@@ -81,7 +81,8 @@ def attach_lora(
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
-    if lacking := [name for name in within if not hasattr(model, name)]:
+    known = {name for name, _ in model.named_modules()} if within else set()
+    if lacking := [name for name in within if name not in known]:
         raise UserError(f"LoRA: a {model.config.model_type} has no {lacking[0]}")
     parts = [model.get_submodule(name) for name in within] or [model]
     targets = list(targets) or list(dict.fromkeys(name for part in parts for name in lora_targets(part)))
@@ -90,7 +91,7 @@ def attach_lora(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=rf"({'|'.join(within)})\.(.*\.)?({names})" if within else targets,
+        target_modules=rf"({'|'.join(map(re.escape, within))})\.(.*\.)?({names})" if within else targets,
         modules_to_save=list(modules_to_save) or None,
         bias="none",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from accelerando.base.errors import UserError
@@ -27,25 +27,36 @@ BITSANDBYTES = {
 
 
 def parameter_groups(
-    model: torch.nn.Module, lr: float, weight_decay: float, layers: Sequence[Sequence[str]] = (), layer_decay: float = 1
+    model: torch.nn.Module,
+    lr: float,
+    weight_decay: float,
+    layers: Sequence[Sequence[str]] = (),
+    layer_decay: float = 1,
+    rates: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """The trainable parameters in two groups: weight decay for matrices, none for vectors (biases, norms, scales).
 
     With ``layers`` (names of parameters from the input to the head, :func:`train.layerwise.layers_of`) each layer has
     groups of its own: the last layer with ``lr``, each layer before with ``layer_decay`` times the learning rate of
     the next (Howard and Ruder 2018, arXiv:1801.06146; Bao et al. 2021, arXiv:2106.08254). The head's groups come first.
+    ``rates``: learning rates of parts of the model, by the beginning of their parameters' names, instead of ``lr``.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     groups = []
     for distance, names in enumerate(reversed(layers or [list(trainable)])):
-        members = [trainable[name] for name in names if name in trainable]
-        layer_lr = lr * layer_decay**distance
-        for decay, chosen in (
-            (weight_decay, [parameter for parameter in members if parameter.ndim >= 2]),
-            (0.0, [parameter for parameter in members if parameter.ndim < 2]),
-        ):
-            if chosen:
-                groups.append({"params": chosen, "lr": layer_lr, "weight_decay": decay})
+        by_rate: dict[float, list[torch.nn.Parameter]] = {}
+        for name in names:
+            if name in trainable:
+                rate = next((rate for part, rate in (rates or {}).items() if name.startswith(part)), lr)
+                by_rate.setdefault(rate, []).append(trainable[name])
+        for rate, members in by_rate.items():
+            layer_lr = rate * layer_decay**distance
+            for decay, chosen in (
+                (weight_decay, [parameter for parameter in members if parameter.ndim >= 2]),
+                (0.0, [parameter for parameter in members if parameter.ndim < 2]),
+            ):
+                if chosen:
+                    groups.append({"params": chosen, "lr": layer_lr, "weight_decay": decay})
     return groups
 
 
@@ -60,17 +71,18 @@ def make_optimizer(
     sharded: bool = False,
     layers: Sequence[Sequence[str]] = (),
     layer_decay: float = 1.0,
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer for all trainable parameters of ``model``; paged optimizers use paging only on a CUDA GPU.
 
-    ``layers`` and ``layer_decay``: see :func:`parameter_groups`.
+    ``layers``, ``layer_decay`` and ``rates``: see :func:`parameter_groups`.
 
     Raises:
         UserError: no parameter is trainable, or the optimizer is from bitsandbytes and parameters are sharded.
     """
     import torch
 
-    groups = parameter_groups(model, lr, weight_decay, layers, layer_decay)
+    groups = parameter_groups(model, lr, weight_decay, layers, layer_decay, rates)
     if not groups:
         raise UserError("no parameter is trainable: the strategy froze all of them")
     if name == "adamw":
