@@ -403,6 +403,15 @@ def test_weights_of_another_implementation_are_matched_by_order_and_shape(classe
             assert torch.equal(model(pixels).logits, source(pixels))
 
 
+def test_a_new_head_on_a_pretrained_net_of_timm_starts_small(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(make_net("timm/test_efficientnet", 1000).state_dict(), tmp_path / "net.pth")
+    model = VisionNet(VisionNetConfig(architecture="timm/test_efficientnet", num_labels=2))
+    load_pretrained(model, str(tmp_path / "net.pth"))
+    weight = model.net.classifier.weight
+    assert 0.5 < float(weight.detach().abs().max()) * weight.shape[1] ** 0.5 <= 1  # torch's own: 1 / sqrt(inputs)
+
+
 @pytest.mark.parametrize("change", ["swapped", "kind", "left out", "head"])
 def test_a_permuted_state_dict_is_refused(change: str, tmp_path: Path) -> None:
     items = list(other_names(make_net("resnet18", 1000).state_dict()).items())

@@ -243,6 +243,10 @@ def load_pretrained(model: VisionNet, weights: str) -> str:
     model.net.load_state_dict(state, strict=False)
     heads = heads_of(model.net, model.config.num_labels)
     other_head = any(name.rpartition(".")[0] in heads and name not in state for name in own)
+    if other_head and model.config.architecture.startswith(TIMM):
+        # timm's start for a head depends on the number of classes: for few of them its weights are far too large.
+        for name in heads:
+            model.net.get_submodule(name).reset_parameters()
     return (
         f"Loaded {len(state)} tensors from {weights}"
         + (f", whose names begin with {prefix}" if prefix else "")
