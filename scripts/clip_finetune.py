@@ -22,12 +22,14 @@ from accelerando.base.config import check_ranges, parse_args, without_effect
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import cache_folder
 from accelerando.base.log import log
+from accelerando.base.model_folder import read_json
 from accelerando.base.processes import main_process_first
 from accelerando.base.texts import without_credentials
 from accelerando.data.collate import PairCollate
 from accelerando.data.pairs import (
     Captions,
     Gallery,
+    ImageFeatures,
     PairDataset,
     PairSource,
     PairSubset,
@@ -62,10 +64,13 @@ from accelerando.train.autotune import find_micro_batch_size
 from accelerando.train.averages import Ema, averaged, mix_weights, trained_weights
 from accelerando.train.batches import TrainBatches, first_batch, report_unreadable
 from accelerando.train.evaluation import EvaluationRows, check_validation
+from accelerando.train.features import weights_digest
+from accelerando.train.layerwise import below_last, part_factors, train_mode
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
-from accelerando.train.lora import attach_lora
+from accelerando.train.lora import attach_lora, is_lora
 from accelerando.train.losses import Embedded, LossName, Pairs, backward_contrastive, clamp_logit_scale
 from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer, make_scheduler
+from accelerando.train.pair_features import cached_image_features
 from accelerando.train.run import (
     choose_directory,
     default_run_name,
@@ -114,6 +119,11 @@ class Args:
     max_length: int | None = None  # tokens kept of a caption (default: what the model can take)
     # -- model --
     model_name: str = "openai/clip-vit-base-patch32"  # pretrained: folder or Hub name, of a LoRA adapter too
+    image_model: str | None = None  # two towers: timm/<name>, a net of torchvision, or an encoder's folder or Hub name
+    text_model: str | None = None  # two towers: folder or Hub name of a text encoder
+    image_weights: str | None = None  # two towers: of the image net: a file, or DEFAULT for ImageNet's, downloaded
+    text_pooling: Literal["mean", "cls", "pooler"] | None = None  # two towers: of tokens (default: its own, or mean)
+    projection: Literal["linear", "mlp"] = "linear"  # two towers: from a tower to the embeddings
     adapter: str | None = None  # pretrained: LoRA adapter that is merged into model_name first
     trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
     from_scratch: bool = False  # random weights in the shape that follows, tokenizer trained on the captions
@@ -123,7 +133,7 @@ class Args:
     vision_layers: int = 12  # from scratch: its layers
     text_width: int = 512  # from scratch: width of the text tower
     text_layers: int = 12  # from scratch: its layers
-    projection_dim: int = 512  # from scratch: width of the embeddings
+    projection_dim: int = 512  # from scratch, two towers: width of the embeddings
     vocab_size: int = 8192  # from scratch: size of the vocabulary that is trained
     attention_dropout: float | None = None  # dropout of attention weights (default: the model's own)
     scenario: Scenario = "dual_lora"  # what is trained
@@ -133,6 +143,9 @@ class Args:
     lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # lora: layers with an adapter
     lock_image_tower: bool = False  # full: the image tower is frozen (LiT)
     lock_text_tower: bool = False  # full: the text tower is frozen
+    image_blocks: int | None = None  # full: only the last blocks of the image tower are trained: 2, say
+    text_blocks: int | None = None  # full: only the last blocks of the text tower are trained
+    cache_features: bool = True  # what a frozen image tower computes of images without augmentation is computed once
     train_logit_scale: bool | None = None  # train the temperature (default: with full, and with siglip)
     logit_scale_init: float | None = None  # start the temperature's factor here (default: the model's, 100 for CLIP)
     logit_bias_init: float = -10.0  # siglip: bias of the logits, for a model without one
@@ -146,6 +159,9 @@ class Args:
     loss: LossName = "clip"  # softmax over the batch (clip) or sigmoid of each pair (siglip)
     mask_duplicates: bool = True  # duplicates of a caption or image in a batch are no negatives
     lr: float = 1e-4  # peak learning rate
+    image_lr: float | None = None  # of the image tower (default: lr)
+    text_lr: float | None = None  # of the text tower (default: lr)
+    layer_decay: float = 1.0  # learning rate of a tower's layer relative to the next one above: 0.75, say
     weight_decay: float = 0.1  # of matrices; biases, norms and the temperature have none
     optimizer: OptimizerName = "adamw"  # 8-bit and paged ones come from bitsandbytes
     adam_beta1: float = 0.9  # decay of the first moment
@@ -210,9 +226,11 @@ ALIASES = {
 # Settings that matter only together with another one.
 ONLY_WITH = {
     "from_scratch": ("image_size", "patch_size", "vision_width", "vision_layers", "text_width", "text_layers",
-                     "projection_dim", "vocab_size"),
+                     "vocab_size"),
     "not from_scratch": ("model_name", "adapter", "trust_remote_code"),
-    "scenario full": ("lock_image_tower", "lock_text_tower"),
+    "image_model": ("image_weights", "text_pooling", "projection"),
+    "not image_model": ("model_name", "adapter"),
+    "scenario full": ("lock_image_tower", "lock_text_tower", "image_blocks", "text_blocks"),
     "scenario dual_lora vision_lora text_lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"),
     "loss siglip": ("logit_bias_init",),
     "class_field": ("class_names", "class_templates"),
@@ -244,6 +262,7 @@ class Data:
     class_names: list[str]
     preprocessing: clip.Preprocessing
     collate: PairCollate
+    features: dict[str, ImageFeatures]  # of a frozen image tower, where there are any: see keep_image_features
 
 
 def load_data(args: Args, accelerator: Accelerator) -> Data:
@@ -267,6 +286,9 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         if args.from_scratch:
             texts = captions(splits["train"])
             preprocessing = clip.make_preprocessing(texts, args.vocab_size, args.image_size, args.max_length or 77)
+        elif args.image_model:
+            towers = (args.image_model, args.text_model)
+            preprocessing = clip.tower_preprocessing(*towers, args.max_length, args.trust_remote_code)
         else:
             preprocessing = clip.open_preprocessing(args.model_name, args.max_length, args.trust_remote_code)
     classes, names = {}, list(args.class_names)
@@ -283,7 +305,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         log.info("Pairs for %s: %s%s", split, f"{len(pairs):,}", unique)
     multiple = 8 if args.compile_model else 1
     collate = PairCollate(preprocessing.tokenizer, preprocessing.max_length, multiple, preprocessing.full_length)
-    return Data(splits, galleries, classes, names, preprocessing, collate)
+    return Data(splits, galleries, classes, names, preprocessing, collate, {})
 
 
 def locations(args: Args) -> dict[str, str]:
@@ -306,29 +328,39 @@ def locations(args: Args) -> dict[str, str]:
 
 
 def training_pairs(args: Args, data: Data) -> PairDataset:
-    """The training pairs as each epoch augments them."""
-    return PairDataset(data.splits["train"], data.preprocessing.transform(args.augmentation, exact=False), args.seed)
+    """The training pairs as each epoch augments them; without augmentation the images are those of evaluation."""
+    transform = data.preprocessing.transform(args.augmentation, exact=args.augmentation == "none")
+    return PairDataset(data.splits["train"], transform, args.seed, features=data.features.get("train"))
 
 
 # ------------------------------------------------------------------------------------------------------------ model
 
+TOWERS = ("vision_model", "text_model")
 PROJECTIONS = ("visual_projection", "text_projection")
 
 
 def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedModel:
+    import torch
+
+    from accelerando.models.towers import make_two_towers
+
     on_cpu = accelerator.device.type == "cpu" and not args.compile_model
     if args.from_scratch:
         shape = (args.image_size, args.patch_size, args.vision_width, args.vision_layers, args.text_width,
                  args.text_layers, args.projection_dim, data.preprocessing.max_length)  # fmt: skip
         model = clip.make_clip_model(data.preprocessing.tokenizer, *shape, args.attention_dropout or 0.0)
     else:
-        model = clip.open_clip_model(args.model_name, args.adapter, args.attention_dropout, args.trust_remote_code)
+        if args.image_model:
+            towers = (args.image_model, args.text_model, args.image_weights, args.text_pooling)
+            model = make_two_towers(*towers, args.projection, args.projection_dim, args.trust_remote_code)
+        else:
+            model = clip.open_clip_model(args.model_name, args.adapter, args.attention_dropout, args.trust_remote_code)
         clip.check_image_size(model, data.preprocessing)
         add_embeddings(model, data.preprocessing.tokenizer)
     clip.make_trainable_scale(model, args.logit_scale_init, args.logit_bias_init if args.loss == "siglip" else None)
     if on_cpu:
-        patches = (model.config.vision_config.image_size // model.config.vision_config.patch_size) ** 2
-        use_eager_attention(model, accelerator.mixed_precision, max(patches + 1, data.preprocessing.max_length))
+        longest = clip.tokens_at_most(model, data.preprocessing.max_length)
+        use_eager_attention(model, accelerator.mixed_precision, longest)
     if args.activation_checkpointing:
         model.activation_checkpointing_enable()
     clip.embed_in_forward(model)
@@ -338,13 +370,19 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         model = attach_lora(model, *lora, modules_to_save=projections, within=("vision_model", "text_model"))
     elif args.scenario in ("vision_lora", "text_lora"):
         model = attach_lora(model, *lora, within=[args.scenario.replace("lora", "model")])
+    lowest = {}  # the blocks of a tower below those that are trained
+    if args.scenario == "full":
+        blocks = {"vision_model": args.image_blocks, "text_model": args.text_blocks}
+        lowest = {part: below_last(model, part, count) for part, count in blocks.items() if count is not None}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = is_trained(args, name)
+        parameter.requires_grad = is_trained(args, name) and not any(name in names for names in lowest.values())
     learns = any(parameter.requires_grad and "logit_" not in name for name, parameter in model.named_parameters())
     if not learns and args.scenario != "zero_shot":
-        raise UserError(f"--scenario {args.scenario} finds nothing to train in {args.model_name}")
+        raise UserError(f"--scenario {args.scenario} finds nothing to train in {model_title(args)}")
     if on_cpu:
         speed_up_dropout(model)
+    if not is_sharded(accelerator):
+        model = model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     if args.scenario != "zero_shot":
         log_trained(model, f"Scenario {args.scenario}")
         log_trained_parts(model)
@@ -358,9 +396,12 @@ def is_trained(args: Args, name: str) -> bool:
         return always if args.train_logit_scale is None else args.train_logit_scale
     projection = any(part in name.split(".") for part in PROJECTIONS)
     if args.scenario == "full":
+        if projection and args.image_model:  # its weights are new
+            return True
         locked = {"vision_model": args.lock_image_tower, "visual_projection": args.lock_image_tower}
         locked |= {"text_model": args.lock_text_tower, "text_projection": args.lock_text_tower}
-        return not any(locked.get(part, False) for part in name.split("."))
+        unused = "mask_token" in name  # of pretraining: nothing is masked here
+        return not unused and not any(locked.get(part, False) for part in name.split("."))
     return {
         "zero_shot": False,
         "linear_probe": projection,
@@ -368,6 +409,35 @@ def is_trained(args: Args, name: str) -> bool:
         "vision_lora": ".lora_" in name and "vision_model." in name,
         "text_lora": ".lora_" in name and "text_model." in name,
     }[args.scenario]
+
+
+def rate_factors(model: torch.nn.Module, args: Args) -> dict[str, float] | None:
+    """Factors of the learning rate by the name of a parameter; None: all have the same rate."""
+    rates = {"vision_model": args.image_lr, "text_model": args.text_lr}
+    if args.layer_decay == 1 and not any(rates.values()):
+        return None
+    return part_factors(model, {part: (rate or args.lr) / args.lr for part, rate in rates.items()}, args.layer_decay)
+
+
+def keep_image_features(model: PreTrainedModel, data: Data, run: Run, args: Args) -> None:
+    """If nothing random comes before a frozen image tower, it computes each image once, for this and later runs.
+
+    From then on an epoch takes the features from the cache; only the projection and the text tower compute.
+    """
+    plain = model.get_base_model() if is_lora(model) else model
+    tower, preprocessing = getattr(plain, "vision_model", None), data.preprocessing
+    if args.augmentation != "none" or not args.cache_features or tower is None:
+        return
+    if any(parameter.requires_grad for parameter in tower.parameters()):
+        return
+    if not clip.features_suffice(plain, preprocessing.image_size):
+        return
+    key = {"weights": weights_digest(tower), "colours": preprocessing.colours, "amp": run.accelerator.mixed_precision}
+    data.features |= cached_image_features(
+        run, plain, lambda batch: clip.tower_features(plain, model_inputs(batch, data)["pixel_values"]), data.splits,
+        preprocessing.transform(), data.collate, args.eval_batch_size, min(args.num_workers, 2),
+        cache_folder(args.cache_dir), key,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------ loss and evaluation
@@ -390,8 +460,8 @@ def embeddings_loss(model: torch.nn.Module, batch: dict[str, torch.Tensor], data
 
 
 def model_inputs(batch: dict[str, torch.Tensor], data: Data) -> dict[str, torch.Tensor]:
-    """What the model takes of a batch: normalised pixels, tokens and their mask, as far as they are there."""
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    """What the model takes of a batch, as far as it is there: normalised pixels or features, tokens and their mask."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "image_features") if name in batch}
     if "pixel_values" in batch:
         inputs["pixel_values"] = normalise(batch["pixel_values"], *data.preprocessing.colours)
     return inputs
@@ -421,7 +491,8 @@ def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Arg
     transform = data.preprocessing.transform()
     found: dict[str, np.ndarray] = {}
     for part, rows in (("image", gallery.image_rows), ("text", gallery.text_rows)):
-        dataset = PairDataset(PairSubset(data.splits[split], rows), transform, parts=part)
+        features = data.features[split].take(rows) if split in data.features else None
+        dataset = PairDataset(PairSubset(data.splits[split], rows), transform, parts=part, features=features)
         columns = embed_all(model, dataset, part, data, run, args, f"{split} {part}s")
         found |= {part: columns[part], f"{part}_valid": columns["valid"] > 0, "scale": columns["scale"][0]}
         found["bias"] = columns["bias"][0] if "bias" in columns else None
@@ -495,6 +566,16 @@ def score_base_model(model: torch.nn.Module, data: Data, run: Run, args: Args) -
     return base
 
 
+def score_alone(model: torch.nn.Module, data: Data, run: Run, args: Args) -> None:
+    """Nothing is trained: the base model is all there is to score."""
+    model.to(run.accelerator.device)
+    with stoppable(run, on_stop=lambda: None):
+        base = score_base_model(model, data, run, args)
+    if run.accelerator.is_main_process:
+        write_report(run, model, data, base, {}, [], args)
+    finish_run(run)
+
+
 def score_mixtures(
     model: torch.nn.Module, initial: dict[str, torch.Tensor], data: Data, run: Run, args: Args
 ) -> list[dict[str, float]]:
@@ -519,7 +600,7 @@ def score_mixtures(
 
 USAGE = """
 from transformers import AutoModel, AutoProcessor
-
+{further}
 model = AutoModel.from_pretrained("{folder}")
 processor = AutoProcessor.from_pretrained("{folder}")
 inputs = processor(text=["a red chair"], images=[image], padding={padding}, return_tensors="pt")
@@ -531,10 +612,11 @@ def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None
     """What stands beside the saved weights: tokenizer, image processor and model card."""
     data.preprocessing.save(folder)
     padding = '"max_length"' if data.preprocessing.full_length else True
-    usage = USAGE.format(folder=run.directory / "best", padding=padding)
-    write_model_card(
-        folder, run, "zero-shot-image-classification", None if args.from_scratch else args.model_name, usage
-    )
+    own = read_json(folder / "config.json").get("model_type") == "two_towers"
+    further = "\nimport accelerando.models.towers  # makes transformers know this model\n" if own else ""
+    usage = USAGE.format(folder=run.directory / "best", padding=padding, further=further)
+    source = None if args.from_scratch else args.text_model or args.model_name
+    write_model_card(folder, run, "zero-shot-image-classification", source, usage)
 
 
 def write_report(
@@ -588,7 +670,8 @@ def check_args(args: Args) -> None:
     check_ranges(
         args, effective_batch_size=(2, 2**30), micro_batch_size=(0, 2**30), loss_batch_size=(2, 2**30),
         ema_decay=(0, 0.9999999), attention_dropout=(0, 0.999), logit_scale_init=(1e-3, 1e6), cache_gb=(0, 1e6),
-        validation_fraction=(0, 0.9), image_size=(8, 4096), patch_size=(2, 4096),
+        validation_fraction=(0, 0.9), image_size=(8, 4096), patch_size=(2, 4096), image_blocks=(1, 4096),
+        text_blocks=(1, 4096), layer_decay=(0.001, 1), image_lr=(1e-12, 1e3), text_lr=(1e-12, 1e3),
     )  # fmt: skip
     if args.scenario == "zero_shot" and args.push_to_hub:
         raise UserError("--push_to_hub: --scenario zero_shot trains nothing that could be pushed")
@@ -600,8 +683,17 @@ def check_args(args: Args) -> None:
         raise UserError('--class_templates: each needs {} where the class name goes, as in "a photo of a {}."')
     if args.from_scratch and args.image_size % args.patch_size:
         raise UserError(f"--patch_size {args.patch_size}: a side of {args.image_size} pixels is no multiple of it")
-    if args.lock_image_tower and args.lock_text_tower:
+    if args.lock_image_tower and args.lock_text_tower and not args.image_model:
         raise UserError("--lock_image_tower and --lock_text_tower together leave nothing to train")
+    if bool(args.image_model) != bool(args.text_model):
+        there, lacking = ("image", "text") if args.image_model else ("text", "image")
+        raise UserError(f"--{there}_model is one of two towers: name the other one with --{lacking}_model")
+    if args.image_model and args.from_scratch:
+        raise UserError("--from_scratch and --image_model are two ways to make a model: drop one")
+    for tower, locked, blocks in (("image", args.lock_image_tower, args.image_blocks),
+                                  ("text", args.lock_text_tower, args.text_blocks)):  # fmt: skip
+        if locked and blocks:
+            raise UserError(f"--lock_{tower}_tower freezes what --{tower}_blocks {blocks} would train: drop one")
 
 
 def data_title(args: Args) -> str:
@@ -613,13 +705,24 @@ def data_title(args: Args) -> str:
 
 def model_title(args: Args) -> str:
     """A short name of the model."""
+    if args.image_model:
+        return "-".join(short_name(name) for name in (args.image_model, args.text_model))
     return f"clip{args.vision_width}x{args.vision_layers}" if args.from_scratch else short_name(args.model_name)
 
 
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that are likely to be compared."""
     settings = (args.scenario, f"bs{args.effective_batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
-    named = ("model_name", "from_scratch", "scenario", "effective_batch_size", "lr", "seed")
+    named = (
+        "model_name",
+        "image_model",
+        "text_model",
+        "from_scratch",
+        "scenario",
+        "effective_batch_size",
+        "lr",
+        "seed",
+    )
     return default_run_name(args, data_title(args), model_title(args), *settings, named=named)
 
 
@@ -641,14 +744,10 @@ def main() -> None:
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda", tables=tables):
         log.warning("%s", line)
 
-    # Nothing is trained: the base model is all there is to score.
     if args.scenario == "zero_shot":
-        model.to(accelerator.device)
-        with stoppable(run, on_stop=lambda: None):
-            base = score_base_model(model, data, run, args)
-        if accelerator.is_main_process:
-            write_report(run, model, data, base, {}, [], args)
-        return finish_run(run)
+        return score_alone(model, data, run, args)
+    with stoppable(run):
+        keep_image_features(model, data, run, args)
 
     # What an optimizer step trains on: the same samples on any number of processes.
     train_data = training_pairs(args, data)
@@ -662,7 +761,7 @@ def main() -> None:
     # Optimizer, schedule, averages; then back to where a resumed run was.
     optimizer = make_optimizer(
         model, args.optimizer, args.lr, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
-        args.momentum, sharded=is_sharded(accelerator),
+        args.momentum, is_sharded(accelerator), factors=rate_factors(model, args),
     )  # fmt: skip
     model, optimizer = prepare(accelerator, model, optimizer, args.compile_model)
     schedule = make_scheduler(
@@ -705,7 +804,7 @@ def main() -> None:
             if run.is_over:
                 checkpoint()
         for window in training_steps(run, batches):
-            model.train()
+            train_mode(model, TOWERS)
             loss = backward_contrastive(
                 accelerator, model, window, lambda model, batch: embed(model, batch, data, args), args.loss,
                 args.mask_duplicates,

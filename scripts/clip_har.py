@@ -386,6 +386,11 @@ def is_of_images(name: str) -> bool:
     return "vision_model" in name.split(".") or "visual_projection" in name.split(".")
 
 
+def is_of_head(name: str) -> bool:
+    """Whether a parameter belongs to the linear head."""
+    return "head" in name.split(".") and "clip" not in name.split(".")
+
+
 def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedModel:
     from accelerando.models.clip_classifier import (
         fill_prompts,
@@ -431,7 +436,7 @@ def is_trained(args: Args, name: str) -> bool:
     words = name.split(".")
     if "logit_scale" in words:
         return args.train_logit_scale or args.loss == "contrastive"
-    if "head" in words and "clip" not in words:
+    if is_of_head(name):
         return args.strategy != "lora" or "modules_to_save" in words
     of_text = "text_model" in words or "text_projection" in words
     # A linear head has no use for the text tower, nor, on the tower's own features, for the projection.
@@ -446,6 +451,12 @@ def is_trained(args: Args, name: str) -> bool:
             "lora": any(word.startswith("lora_") for word in words),
         }[args.strategy]
     )
+
+
+def rate_factors(model: PreTrainedModel, args: Args) -> dict[str, float]:
+    """The learning rates of a linear head's parameters, as factors of ``lr``."""
+    factor = args.head_lr / max(args.lr, 1e-12)
+    return {name: factor for name, _ in model.named_parameters() if is_of_head(name)}
 
 
 # ------------------------------------------------------------------------------------------------ loss and evaluation
@@ -780,7 +791,7 @@ def main() -> None:
     # Optimizer, schedule, averages; then back to where a resumed run was.
     optimizer = make_optimizer(
         model, args.optimizer, args.lr, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
-        args.momentum, is_sharded(accelerator), rates={"head.": args.head_lr, "base_model.model.head.": args.head_lr},
+        args.momentum, is_sharded(accelerator), factors=rate_factors(model, args),
     )  # fmt: skip
     model, optimizer = prepare(accelerator, model, optimizer, args.compile_model)
     schedule = make_scheduler(

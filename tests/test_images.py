@@ -378,6 +378,60 @@ def test_weights_that_do_not_fit_are_one_line(architecture: str, content: str | 
     assert "\n" not in str(error.value)
 
 
+def other_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors in the same order as another implementation might call them, without the counters."""
+    kept = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    return {f"_part{number}.{name.rpartition('.')[2]}": tensor for number, (name, tensor) in enumerate(kept.items())}
+
+
+@pytest.mark.parametrize("classes", [3, 1000])
+def test_weights_of_another_implementation_are_matched_by_order_and_shape(classes: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = make_net("resnet18", 1000).eval()
+    torch.save(other_names(source.state_dict()), tmp_path / "other.pth")
+    model = VisionNet(VisionNetConfig(architecture="resnet18", num_labels=classes)).eval()
+    line = load_pretrained(model, str(tmp_path / "other.pth"))
+    assert "its names are of another implementation: matched by order and shape" in line
+    assert ("all except the head fc" in line) == (classes == 3)
+    assert "\n" not in line
+    own, theirs = model.net.state_dict(), source.state_dict()
+    same = {name for name in own if own[name].shape == theirs[name].shape and torch.equal(own[name], theirs[name])}
+    assert set(own) - same == ({"fc.weight", "fc.bias"} if classes == 3 else set())
+    if classes == 1000:
+        pixels = torch.randn(1, 3, 32, 32)
+        with torch.no_grad():
+            assert torch.equal(model(pixels).logits, source(pixels))
+
+
+def test_a_new_head_on_a_pretrained_net_of_timm_starts_small(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    torch.save(make_net("timm/test_efficientnet", 1000).state_dict(), tmp_path / "net.pth")
+    model = VisionNet(VisionNetConfig(architecture="timm/test_efficientnet", num_labels=2))
+    load_pretrained(model, str(tmp_path / "net.pth"))
+    weight = model.net.classifier.weight
+    assert 0.5 < float(weight.detach().abs().max()) * weight.shape[1] ** 0.5 <= 1  # torch's own: 1 / sqrt(inputs)
+
+
+@pytest.mark.parametrize("change", ["swapped", "kind", "left out", "head"])
+def test_a_permuted_state_dict_is_refused(change: str, tmp_path: Path) -> None:
+    items = list(other_names(make_net("resnet18", 1000).state_dict()).items())
+    if change == "swapped":  # two convolutions of different shapes
+        items[0], items[5] = items[5], items[0]
+    elif change == "kind":  # a norm's bias before its weight: equal shapes
+        items[1], items[2] = items[2], items[1]
+    elif change == "left out":
+        del items[20]
+    else:  # a head on other features
+        items[-2] = (items[-2][0], torch.zeros(1000, 100))
+    torch.save(dict(items), tmp_path / "other.pth")
+    model = VisionNet(VisionNetConfig(architecture="resnet18", num_labels=3))
+    before = model.net.conv1.weight.clone()
+    with pytest.raises(UserError, match="not the weights of resnet18: 0 of its 122 tensors fit") as error:
+        load_pretrained(model, str(tmp_path / "other.pth"))
+    assert "\n" not in str(error.value)
+    assert torch.equal(model.net.conv1.weight, before)
+
+
 def test_an_unknown_net_is_one_line() -> None:
     with pytest.raises(UserError, match="did you mean resnet18"):
         make_net("resnet81", 3)

@@ -84,10 +84,10 @@ class ClipCollate:
 class PairCollate:
     """Collate for image-caption pairs: a dict of tensors.
 
-    ``pixel_values`` uint8 [B, 3, S, S], ``input_ids`` and ``attention_mask`` int64 [B, T], ``image_id`` and ``text_id``
-    int64 [B], ``valid`` float32 [B]. T is the length of the longest caption, at most ``max_length``, rounded up to a
-    multiple of ``multiple_of``; with ``full_length`` it is ``max_length`` and there is no mask, as in SigLIP's
-    training. A class because worker processes need to pickle it.
+    ``pixel_values`` uint8 [B, 3, S, S] or ``image_features`` float32 [B, D], ``input_ids`` and ``attention_mask`` int64
+    [B, T], ``image_id`` and ``text_id`` int64 [B], ``valid`` float32 [B]. T is the length of the longest caption, at
+    most ``max_length``, rounded up to a multiple of ``multiple_of``; with ``full_length`` it is ``max_length`` and
+    there is no mask, as in SigLIP's training. A class because worker processes need to pickle it.
     """
 
     def __init__(
@@ -104,6 +104,8 @@ class PairCollate:
             batch[name] = torch.tensor([sample[name] for sample in samples], dtype=torch.int64)
         if "pixel_values" in samples[0]:
             batch["pixel_values"] = torch.stack([sample["pixel_values"] for sample in samples])
+        if "image_features" in samples[0]:
+            batch["image_features"] = torch.stack([sample["image_features"] for sample in samples])
         if "caption" in samples[0]:
             tokens = self.tokenizer(
                 [sample["caption"] for sample in samples],

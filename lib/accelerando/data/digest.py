@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence, Sized
+from collections.abc import Iterable, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from accelerando.base.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -82,3 +84,19 @@ def file_sizes(folder: Path, names: Sequence[str]) -> np.ndarray:
             return -1
 
     return np.fromiter(map(size, names), np.int64, len(names))
+
+
+def file_facts(folder: Path, names: Iterable[str]) -> str:
+    """A digest of the names, sizes and modification times of files: of a cache of what was made from them.
+
+    Raises:
+        UserError: a file no longer exists.
+    """
+    total = hashlib.sha256()
+    for name in names:
+        try:
+            facts = (folder / name).stat()
+        except FileNotFoundError:
+            raise UserError(f"{folder / name}: the file no longer exists: start again") from None
+        total.update(f"{name}|{facts.st_size}|{facts.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
+    return total.hexdigest()

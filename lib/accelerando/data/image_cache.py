@@ -17,6 +17,7 @@ import numpy as np
 from accelerando.base.errors import UserError
 from accelerando.base.files import derived, whole_folder
 from accelerando.data.decode import DecodedImage
+from accelerando.data.digest import file_facts
 from accelerando.data.folders import ImageFiles
 
 if TYPE_CHECKING:
@@ -95,14 +96,8 @@ def cached_images(splits: dict[str, ImageFiles], side: int, cache: Path, workers
 
 def fingerprint(folder: Path, names: pa.Array, side: int) -> str:
     """The name of the cache of these images; it changes with any file's name, size or time, and with ``side``."""
-    digest = hashlib.sha256(json.dumps([VERSION, side]).encode())
-    for name in names.to_pylist():
-        try:
-            facts = (folder / name).stat()
-        except FileNotFoundError:
-            raise UserError(f"{folder / name}: the file no longer exists: start again") from None
-        digest.update(f"{name}|{facts.st_size}|{facts.st_mtime_ns}\n".encode())
-    return digest.hexdigest()[:32]
+    facts = file_facts(folder, names.to_pylist())
+    return hashlib.sha256(json.dumps([VERSION, side, facts]).encode()).hexdigest()[:32]
 
 
 def check(target: Path, count: int) -> None:

@@ -10,17 +10,20 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.log import progress_bar
-from accelerando.data.digest import digest, digest_of, file_sizes
+from accelerando.data.digest import digest, digest_of, file_facts, file_sizes
 from accelerando.data.duplicates import join_pairs
 from accelerando.data.order import epoch_order
 from accelerando.data.tables import read_text_table, table_suffix
 from accelerando.data.transforms import ImageTransform
+
+if TYPE_CHECKING:
+    import torch
 
 
 class PairSource(Protocol):
@@ -37,6 +40,12 @@ class PairSource(Protocol):
     def where(self, row: int) -> str:
         """The location of the row, for a message."""
 
+    def image_numbers(self) -> np.ndarray:
+        """A number for the image file of each row, int64 [n]: rows with equal ones have the same file."""
+
+    def image_facts(self) -> str:
+        """A digest that changes when an image file does: of names, sizes and modification times."""
+
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """The order of rows in an epoch, int64 [n], chosen for fast reading."""
 
@@ -45,8 +54,43 @@ class PairSource(Protocol):
 
 
 @dataclass
+class ImageFeatures:
+    """What a frozen image tower gave for images: ``values`` [I, D], and the place in it of each row, int64 [n].
+
+    The row of an image that cannot be read is NaN.
+    """
+
+    values: np.ndarray
+    places: np.ndarray
+
+    def take(self, rows: np.ndarray) -> ImageFeatures:
+        """Those of ``rows`` [m]."""
+        return ImageFeatures(self.values, self.places[rows])
+
+    def of(self, row: int) -> torch.Tensor:
+        """The features of a row, float32 [D]. ValueError: its image could not be read."""
+        import torch
+
+        found = torch.from_numpy(np.array(self.values[self.places[row]], np.float32))
+        if found.isnan().any():
+            raise ValueError("the image cannot be read")
+        return found
+
+    def __getstate__(self) -> dict[str, object]:
+        """A worker process opens the memory-mapped file by itself."""
+        file = getattr(self.values, "filename", None)
+        return {"places": self.places, "values": self.values if file is None else None, "file": file}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        mapped = None if state["file"] is None else np.load(state["file"], mmap_mode="r", allow_pickle=False)
+        self.values, self.places = state["values"] if mapped is None else mapped, state["places"]
+
+
+@dataclass
 class PairDataset:
     """Samples of ``source`` with ``pixel_values`` uint8 [3, S, S], ``caption``, ``image_id``, ``text_id``, ``valid``.
+
+    With ``features`` there are ``image_features`` float32 [D] in place of the pixels, and no image is decoded.
 
     A pair whose image or caption cannot be read has ``valid`` 0 and no weight. With ``parts`` image or text only that
     part is read: evaluation uses this, since an image may have several captions.
@@ -56,6 +100,7 @@ class PairDataset:
     transform: ImageTransform
     seed: int = 0
     parts: str = "both"  # both, image or text
+    features: ImageFeatures | None = None
     unit: ClassVar[str] = "pairs"
 
     def __len__(self) -> int:
@@ -67,7 +112,9 @@ class PairDataset:
         try:
             file, text = self.source.read(row)
             sample.update(image_id=identity(file), text_id=identity(text))
-            if self.parts != "text":
+            if self.parts != "text" and self.features is not None:
+                sample["image_features"] = self.features.of(row)
+            elif self.parts != "text":
                 sample["pixel_values"] = self.transform(file, (self.seed, epoch, row, *([draw] if draw else [])))
             if self.parts != "image":
                 sample["caption"] = read_caption(text)
@@ -77,7 +124,9 @@ class PairDataset:
             import torch
 
             sample["valid"] = 0.0
-            if self.parts != "text":
+            if self.parts != "text" and self.features is not None:
+                sample["image_features"] = torch.zeros(self.features.values.shape[1])
+            elif self.parts != "text":
                 sample["pixel_values"] = torch.zeros(3, self.transform.size, self.transform.size, dtype=torch.uint8)
             if self.parts != "image":
                 sample["caption"] = ""
@@ -159,6 +208,18 @@ class TablePairs:
         sizes = file_sizes(self.folder, self.names.to_pylist())
         return {"images": digest(self.names, sizes), "captions": digest(self.captions)}
 
+    def image_numbers(self) -> np.ndarray:
+        """See :class:`PairSource`."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        paths = self.paths if isinstance(self.paths, pa.ChunkedArray) else pa.chunked_array([self.paths])
+        return pc.index_in(paths, value_set=pc.unique(paths)).to_numpy().astype(np.int64)
+
+    def image_facts(self) -> str:
+        """See :class:`PairSource`."""
+        return file_facts(self.folder, sorted(set(self.paths.to_pylist())))
+
     def read(self, row: int) -> tuple[bytes, bytes]:
         """The image file and the caption of a row."""
         return (self.folder / self.paths[row].as_py()).read_bytes(), self.captions[row].as_py().encode()
@@ -212,6 +273,14 @@ class PairSubset:
         """The image file and the caption of a row."""
         return self.source.read(int(self.rows[row]))
 
+    def image_numbers(self) -> np.ndarray:
+        """See :class:`PairSource`."""
+        return self.source.image_numbers()[self.rows]
+
+    def image_facts(self) -> str:
+        """See :class:`PairSource`."""
+        return self.source.image_facts()
+
     def metadata(self, row: int) -> dict[str, Any]:
         """The other data of a row."""
         return self.source.metadata(int(self.rows[row]))
@@ -230,6 +299,14 @@ class PairSubset:
     def prefetch(self, rows: np.ndarray) -> None:
         """Starts to fetch remote data of ``rows`` in advance, in this order."""
         self.source.prefetch(self.rows[rows])
+
+
+def rows_of_source(pairs: PairSource) -> tuple[PairSource, np.ndarray]:
+    """The source that subsets (of subsets) were taken from, and their rows in it."""
+    if not isinstance(pairs, PairSubset):
+        return pairs, np.arange(len(pairs))
+    source, rows = rows_of_source(pairs.source)
+    return source, rows[pairs.rows]
 
 
 def hold_out_images(source: PairSource, fraction: float, seed: int) -> tuple[PairSubset, PairSubset]:

@@ -21,7 +21,7 @@ import numpy as np
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.files import derived, expand_braces, folders_below, open_whole, visible_files
 from accelerando.base.log import log
-from accelerando.data.digest import digest
+from accelerando.data.digest import digest, file_facts
 
 if TYPE_CHECKING:
     from accelerando.data.remote import FileCache, RangeReader, RemoteFile
@@ -248,6 +248,16 @@ class ShardPairs:
         total = [f"{Path(self.name(shard)).name} {digest(self._index(shard))}" for shard in range(len(self.shards))]
         self._forget_all()
         return {"shards": digest(" ".join(total))}
+
+    def image_numbers(self) -> np.ndarray:
+        """See :class:`data.pairs.PairSource`: every sample has an image of its own."""
+        return np.arange(len(self))
+
+    def image_facts(self) -> str:
+        """See :class:`data.pairs.PairSource`."""
+        if self.remote is None:
+            return file_facts(Path("/"), [str(shard.resolve()) for shard in self.shards])
+        return digest("\n".join(f"{shard.url}|{shard.size}|{shard.version}" for shard in self.shards))
 
     def read(self, row: int) -> tuple[bytes, bytes]:
         """The image file and the caption of a row, as stored."""

@@ -37,11 +37,14 @@ def open_clip_model(
     """
     from transformers import AutoModel, AutoModelForImageClassification
 
+    import accelerando.models.towers  # noqa: F401  (registers the classes of this package)
+
     if (Path(name) / "adapter_config.json").is_file():
         if adapter is not None:
             raise UserError(f"--model_name {name} is itself an adapter: with --adapter, name its base model")
         adapter, name = name, _base_of(Path(name))
     config = open_config(name, trust_remote_code)
+    check_family(config.model_type, name)
     kind = AutoModelForImageClassification if hasattr(config, "of_clip") else AutoModel  # a classifier on a CLIP
     model = open_model(kind, name, config, new_head=False, trust_remote_code=trust_remote_code)
     model = model.clip if hasattr(config, "of_clip") else model
@@ -53,6 +56,20 @@ def open_clip_model(
             if hasattr(module, "q_proj"):
                 module.dropout = attention_dropout
     return model
+
+
+# Model types that look like CLIP and are none: what they take instead.
+OTHER_INPUTS = {
+    "siglip2": "images of any aspect ratio, cut into patches (NaFlex): choose a checkpoint for a fixed size, such as "
+    "google/siglip2-base-patch16-224",
+    "xclip": "videos, not images (X-CLIP): choose a CLIP for images",
+}
+
+
+def check_family(model_type: str, name: str) -> None:
+    """UserError if models of this type take other inputs than an image and a text."""
+    if model_type in OTHER_INPUTS:
+        raise UserError(f"{name}: a {model_type} takes {OTHER_INPUTS[model_type]}")
 
 
 def merge_adapter(model: torch.nn.Module, name: str, adapter: Path) -> torch.nn.Module:
@@ -182,10 +199,13 @@ def open_preprocessing(name: str, max_length: int | None, trust_remote_code: boo
     Raises:
         UserError: they are missing, or ``max_length`` exceeds the model's number of positions.
     """
+    import accelerando.models.towers  # noqa: F401  (registers the classes of this package)
+
     if (Path(name) / "adapter_config.json").is_file():
         name = _base_of(Path(name))
     config = open_config(name, trust_remote_code)
     config = getattr(config, "of_clip", config)  # of a classifier on a CLIP
+    check_family(config.model_type, name)
     tokenizer = open_tokenizer(name, trust_remote_code)
     images = open_processor(name, trust_remote_code, backend="pil")
     if images is None:
@@ -194,6 +214,43 @@ def open_preprocessing(name: str, max_length: int | None, trust_remote_code: boo
     if max_length is not None and max_length > limit:
         raise UserError(f"--max_length {max_length} exceeds the {limit} positions of {name}")
     found = Preprocessing(tokenizer, images, max_length or limit, config.model_type.startswith("siglip"))
+    check_processor(found)
+    return found
+
+
+def tower_preprocessing(
+    image_model: str, text_model: str, max_length: int | None, trust_remote_code: bool = False
+) -> Preprocessing:
+    """The tokenizer of a text encoder; and the image processor of an image encoder, or what an image net was made for.
+
+    A net of timm or torchvision sees the whole of a square image: the shorter side gets the net's size.
+
+    Raises:
+        UserError: they are missing, or ``max_length`` exceeds the encoder's number of positions.
+    """
+    from transformers import CLIPImageProcessorPil
+
+    from accelerando.models.pretrained import colour_statistics
+    from accelerando.models.towers import is_net, tower_side
+    from accelerando.models.vision import interpolation_of
+
+    tokenizer, config = open_tokenizer(text_model, trust_remote_code), open_config(text_model, trust_remote_code)
+    limit = getattr(getattr(config, "text_config", config), "max_position_embeddings", None) or 77
+    limit = min(limit, tokenizer.model_max_length)
+    if max_length is not None and max_length > limit:
+        raise UserError(f"--max_length {max_length} exceeds the {limit} positions of {text_model}")
+    if is_net(image_model):
+        side = tower_side(image_model)
+        mean, std = colour_statistics(None, image_model)
+        images = CLIPImageProcessorPil(
+            size={"shortest_edge": side}, crop_size={"height": side, "width": side}, image_mean=list(mean),
+            image_std=list(std), resample={"bilinear": 2, "bicubic": 3}[interpolation_of(image_model)],
+        )  # fmt: skip
+    else:
+        images = open_processor(image_model, trust_remote_code, backend="pil")
+        if images is None:
+            raise UserError(f"{image_model}: no preprocessor_config.json in it: copy it from the base model")
+    found = Preprocessing(tokenizer, images, max_length or limit, full_length=False)
     check_processor(found)
     return found
 
@@ -227,15 +284,18 @@ def check_image_size(model: torch.nn.Module, preprocessing: Preprocessing) -> No
     """UserError if the model does not take images of the size that the image processor makes."""
     import torch
 
-    size = preprocessing.image_size
+    size, training = preprocessing.image_size, model.training
+    model.eval()  # or batch norms would take the black image for data
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             model.get_image_features(pixel_values=torch.zeros(1, 3, size, size))
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{described(preprocessing.image_processor)} makes images of {size} x {size} pixels, which the model does "
             f"not take: {' '.join(first_line(error).split())[:200]}"
         ) from None
+    finally:
+        model.train(training)
 
 
 def image_tokens(model: torch.nn.Module) -> int:
@@ -278,6 +338,37 @@ def saved_scale(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> dict[
     return {**state, "logit_scale": state["logit_scale"].reshape(model.saved_scale_shape)}
 
 
+def tokens_at_most(model: torch.nn.Module, max_length: int) -> int:
+    """The longest input of either tower, in patches or tokens."""
+    vision = model.config.vision_config
+    patch = getattr(vision, "patch_size", None)
+    return max((vision.image_size // patch) ** 2 + 1 if isinstance(patch, int) else 0, max_length)
+
+
+def tower_features(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What the image tower gives for images, before the projection: float32 [B, width]."""
+    return model.vision_model(pixel_values=pixel_values).pooler_output.float()
+
+
+def features_suffice(model: torch.nn.Module, image_size: int) -> bool:
+    """Whether :func:`tower_features` and the projection are all that an image goes through, tried on two images."""
+    import torch
+
+    device = model.logit_scale.device
+    pixels = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            whole = embed_pairs(model, pixel_values=pixels)["image"]
+            parts = embed_pairs(model, image_features=tower_features(model, pixels))["image"]
+    except (AttributeError, TypeError, RuntimeError):  # a tower of another interface
+        return False
+    finally:
+        model.train(training)
+    return torch.allclose(whole, parts, atol=1e-5)
+
+
 def pair_logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Logits [B, B] of images and texts by a model with or without :func:`embed_in_forward`."""
     output = embed_pairs(model, **inputs)
@@ -294,9 +385,11 @@ def embed_pairs(
     pixel_values: torch.Tensor | None = None,
     input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | None = None,
+    image_features: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Embeddings of unit length ``image`` and ``text`` [B, d] of the given inputs; ``scale`` [1] and perhaps ``bias``.
 
+    ``image_features`` [B, width], from :func:`tower_features`, stand in for the pixels they were computed from.
     Embeddings in half precision are converted to float32, so that the loss is computed in full precision.
     """
     import torch
@@ -306,6 +399,9 @@ def embed_pairs(
         output["bias"] = self.logit_bias * 1
     if pixel_values is not None:
         output["image"] = self.get_image_features(pixel_values=pixel_values).pooler_output
+    if image_features is not None:
+        projection = getattr(self, "visual_projection", None)  # SigLIP has none
+        output["image"] = image_features if projection is None else projection(image_features)
     if input_ids is not None:
         mask = {} if attention_mask is None else {"attention_mask": attention_mask}
         output["text"] = self.get_text_features(input_ids=input_ids, **mask).pooler_output

@@ -54,12 +54,14 @@ def open_model(
     from_scratch: bool = False,
     new_head: bool = True,
     trust_remote_code: bool = False,
+    new_pooler: bool | None = None,
     **settings: Any,
 ) -> PreTrainedModel:
     """The model ``name`` from one of transformers' auto classes, or one with random weights from its ``config``.
 
     Always in float32: mixed precision casts during computation, and weight updates need full precision. ``new_head``: a
     head that the weights lack, or have for other classes, starts from random weights; everything else has to be there.
+    ``new_pooler``: the same of a pooler alone; None: as ``new_head``.
     Prefixes that DDP, torch.compile or Lightning have added to the names are removed (see
     :func:`checkpoints.without_prefixes`).
 
@@ -68,6 +70,7 @@ def open_model(
     """
     import torch
 
+    new_pooler = new_head if new_pooler is None else new_pooler
     common = {"dtype": torch.float32, "trust_remote_code": trust_remote_code, **settings}
     if from_scratch:
         with opening(name, "model"):
@@ -78,11 +81,11 @@ def open_model(
     reporting = {**common, "output_loading_info": True, "ignore_mismatched_sizes": True}
     with opening(name, "model"):
         model, report = auto_class.from_pretrained(name, config=config, **reporting)
-    unfit = _unfit(model, report, new_head)
+    unfit = _unfit(model, report, new_head, new_pooler)
     for prefix, state in _without_prefixes(name) if unfit else ():
         with opening(name, "model"):
             other, fit = type(model).from_pretrained(None, config=model.config, state_dict=state, **reporting)
-        if not _unfit(other, fit, new_head):
+        if not _unfit(other, fit, new_head, new_pooler):
             log.info("%s: the names of its weights begin with %s, which is removed", name, prefix)
             model, report, unfit = other, fit, {}
             break
@@ -107,7 +110,7 @@ def _new_tensors(report: dict[str, Any]) -> dict[str, str]:
     return found
 
 
-def _unfit(model: PreTrainedModel, report: dict[str, Any], new_head: bool) -> dict[str, str]:
+def _unfit(model: PreTrainedModel, report: dict[str, Any], new_head: bool, new_pooler: bool) -> dict[str, str]:
     """What differs between a model and the weights that were loaded into it, less a head that may be new: name, why."""
     head = head_names(model) if new_head else ()
     found = {
@@ -115,7 +118,7 @@ def _unfit(model: PreTrainedModel, report: dict[str, Any], new_head: bool) -> di
         for key, why in _new_tensors(report).items()
         # A pooler stands between body and head, and pretraining on masked tokens has none.
         if not (
-            key.startswith(head) or (new_head and "pooler" in key.split(".")) or key.endswith("num_batches_tracked")
+            key.startswith(head) or (new_pooler and "pooler" in key.split(".")) or key.endswith("num_batches_tracked")
         )
     }
 

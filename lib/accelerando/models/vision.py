@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 TIMM = "timm/"  # prefix of timm's architectures
 AUXILIARY = ("AuxLogits.", "aux1.", "aux2.")  # heads of Inception and GoogLeNet that are not built
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms
+COUNTER = ".num_batches_tracked"  # of batch norms, without effect
+KINDS = ("weight", "bias", "running_mean", "running_var")  # names of tensors that every implementation uses alike
 FULL = 1000  # outputs of torchvision's models: ImageNet's classes
 
 
@@ -83,7 +85,8 @@ def make_net(architecture: str, num_labels: int) -> nn.Module:
         import timm
 
         try:
-            return timm.create_model(architecture.removeprefix(TIMM), num_classes=num_labels)
+            with torch.device("cpu"):  # transformers creates models on the meta device, where tables are not computed
+                return timm.create_model(architecture.removeprefix(TIMM), num_classes=num_labels)
         except RuntimeError as error:
             raise UserError(f"--architecture {architecture}: {first_line(error)}") from None
     return replace_head(_torchvision_net(architecture, None), num_labels)
@@ -105,6 +108,20 @@ def timm_settings(architecture: str) -> PretrainedCfg | None:
     import timm
 
     return timm.get_pretrained_cfg(architecture.removeprefix(TIMM))
+
+
+def interpolation_of(architecture: str) -> Literal["bilinear", "bicubic"]:
+    """How images were resized for an architecture's weights; bicubic if it is unknown."""
+    import torchvision
+
+    if architecture.startswith(TIMM):
+        settings = timm_settings(architecture)
+        return "bilinear" if settings and settings.interpolation == "bilinear" else "bicubic"
+    try:
+        transforms = torchvision.models.get_model_weights(architecture).DEFAULT.transforms()
+    except (ValueError, AttributeError):  # an unknown architecture, or one without weights
+        return "bicubic"
+    return "bilinear" if transforms.interpolation.value == "bilinear" else "bicubic"
 
 
 def architecture_side(architecture: str) -> int | None:
@@ -200,7 +217,8 @@ def load_pretrained(model: VisionNet, weights: str) -> str:
     """Loads ``weights`` into ``model``, except a head for other classes, and returns a line about what was loaded.
 
     ``weights`` is DEFAULT (torchvision's or timm's best, downloaded), a file (:func:`checkpoints.read_state`) or a
-    folder. Known prefixes of its names (:func:`checkpoints.without_prefixes`) are taken off.
+    folder. Known prefixes of its names (:func:`checkpoints.without_prefixes`) are taken off. Weights of another
+    implementation, with other names, are loaded by their order if all shapes agree.
 
     Raises:
         UserError: they cannot be downloaded or read, or belong to another architecture.
@@ -212,6 +230,9 @@ def load_pretrained(model: VisionNet, weights: str) -> str:
         key=lambda candidate: len(candidate[2]),
     )
     own = model.net.state_dict()
+    renamed = _in_order(model, state) if unfit else None
+    if renamed is not None:
+        state, unfit = renamed, {}
     if unfit:
         fitted = sum(name in own and own[name].shape == tensor.shape for name, tensor in state.items())
         name = next(iter(unfit))
@@ -222,9 +243,14 @@ def load_pretrained(model: VisionNet, weights: str) -> str:
     model.net.load_state_dict(state, strict=False)
     heads = heads_of(model.net, model.config.num_labels)
     other_head = any(name.rpartition(".")[0] in heads and name not in state for name in own)
+    if other_head and model.config.architecture.startswith(TIMM):
+        # timm's start for a head depends on the number of classes: for few of them its weights are far too large.
+        for name in heads:
+            model.net.get_submodule(name).reset_parameters()
     return (
         f"Loaded {len(state)} tensors from {weights}"
         + (f", whose names begin with {prefix}" if prefix else "")
+        + (": its names are of another implementation: matched by order and shape" if renamed is not None else "")
         + (f", all except the head {', '.join(heads)}" if other_head else "")
     )
 
@@ -252,10 +278,33 @@ def _without_other_head(
         for name, value in kept.items()
         if name in own and own[name].shape != value.shape
     }
-    counter = ".num_batches_tracked"  # of batch norms, without effect
-    lacking = [name for name in own if name not in kept and not name.endswith(counter)]
+    lacking = [name for name in own if name not in kept and not name.endswith(COUNTER)]
     unfit |= {name: "is missing" for name in lacking if name.rpartition(".")[0] not in heads}
     return kept, unfit
+
+
+def _in_order(model: VisionNet, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """``state`` under the names of ``model``'s tensors, without a head for other classes.
+
+    None: their number, a shape, or the kind of a tensor (weight, bias, running mean, running variance) differs. Two
+    tensors of equal shape and kind in another order cannot be told apart.
+    """
+    dropped = STATISTICS if model.config.group_norm else (COUNTER[1:],)
+    given = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in dropped}
+    own = {name: tensor for name, tensor in model.net.state_dict().items() if not name.endswith(COUNTER)}
+    if len(given) != len(own):
+        return None
+    heads = heads_of(model.net, model.config.num_labels)
+    renamed = {}
+    for (name, tensor), (stored, value) in zip(own.items(), given.items(), strict=True):
+        kinds = {part.rpartition(".")[2] for part in (name, stored)}
+        if len(kinds) > 1 and kinds <= {*KINDS}:
+            return None
+        if value.shape == tensor.shape:
+            renamed[name] = value
+        elif name.rpartition(".")[0] not in heads or value.shape[1:] != tensor.shape[1:]:
+            return None
+    return renamed
 
 
 def _downloaded(architecture: str) -> dict[str, torch.Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from accelerando.base.errors import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -62,12 +64,58 @@ def train_from(model: torch.nn.Module, layers: Sequence[Sequence[str]], count: i
         parameter.requires_grad_(name in chosen)
 
 
-def train_mode(model: torch.nn.Module) -> None:
-    """``model.train()``, but batch norms that are not trained keep their statistics."""
+def decay_factors(layers: Sequence[Sequence[str]], decay: float) -> dict[str, float]:
+    """Factors of the learning rate for the parameters of ``layers``: 1 in the last, ``decay`` times that of the next in
+    each before it (Howard and Ruder 2018, arXiv:1801.06146; Bao et al. 2021, arXiv:2106.08254)."""
+    return {name: decay**distance for distance, names in enumerate(reversed(layers)) for name in names}
+
+
+def layers_of_part(model: torch.nn.Module, part: str) -> list[list[str]]:
+    """The layers of the module called ``part`` (an image tower), as :func:`layers_of` gives them, without a head.
+
+    Names are those in ``model``, which may be wrapped. Empty: it has no such part.
+    """
+    place = next((name for name, _ in model.named_modules() if name.rpartition(".")[2] == part), None)
+    if place is None:
+        return []
+    layers = layers_of(model.get_submodule(place), ())
+    return [[f"{place}.{name}" for name in layer] for layer in layers if layer]
+
+
+def part_factors(model: torch.nn.Module, parts: Mapping[str, float], decay: float = 1.0) -> dict[str, float]:
+    """Factors of the learning rate: of each part's last layer the given one, further down times ``decay`` a layer.
+
+    Parameters outside of the parts have no factor, which means 1.
+    """
+    found = {}
+    for part, factor in parts.items():
+        factors = decay_factors(layers_of_part(model, part), decay)
+        found |= {name: factor * value for name, value in factors.items()}
+    return found
+
+
+def below_last(model: torch.nn.Module, part: str, count: int) -> set[str]:
+    """The names of the parameters of ``part`` below its last ``count`` layers.
+
+    Raises:
+        UserError: it has fewer layers.
+    """
+    layers = layers_of_part(model, part)
+    if count > len(layers):
+        raise UserError(f"the last {count} blocks are to be trained, but {part} has {len(layers)}")
+    return {name for layer in layers[: len(layers) - count] for name in layer}
+
+
+def train_mode(model: torch.nn.Module, towers: Sequence[str] = ()) -> None:
+    """``model.train()``, but batch norms that are not trained keep their statistics, and a module with one of the names
+    ``towers`` that is not trained at all computes what it does in evaluation."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     model.train()
     for module in model.modules():
         parameters = list(module.parameters(recurse=False)) if isinstance(module, _BatchNorm) else []
         if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in towers and not any(each.requires_grad for each in module.parameters()):
             module.eval()

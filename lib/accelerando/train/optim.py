@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from accelerando.base.errors import UserError
+from accelerando.train.layerwise import decay_factors
 
 if TYPE_CHECKING:
     import torch
@@ -32,31 +33,27 @@ def parameter_groups(
     weight_decay: float,
     layers: Sequence[Sequence[str]] = (),
     layer_decay: float = 1,
-    rates: Mapping[str, float] | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """The trainable parameters in two groups: weight decay for matrices, none for vectors (biases, norms, scales).
 
     With ``layers`` (names of parameters from the input to the head, :func:`train.layerwise.layers_of`) each layer has
     groups of its own: the last layer with ``lr``, each layer before with ``layer_decay`` times the learning rate of
-    the next (Howard and Ruder 2018, arXiv:1801.06146; Bao et al. 2021, arXiv:2106.08254). The head's groups come first.
-    ``rates``: learning rates of parts of the model, by the beginning of their parameters' names, instead of ``lr``.
+    the next. ``factors`` of the learning rate by the name of a parameter (1 for others) are an alternative
+    (:func:`train.layerwise.part_factors`). The largest factor's groups, such as the head's, come first.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    factors = decay_factors(layers, layer_decay) if factors is None else factors
     groups = []
-    for distance, names in enumerate(reversed(layers or [list(trainable)])):
-        by_rate: dict[float, list[torch.nn.Parameter]] = {}
-        for name in names:
-            if name in trainable:
-                rate = next((rate for part, rate in (rates or {}).items() if name.startswith(part)), lr)
-                by_rate.setdefault(rate, []).append(trainable[name])
-        for rate, members in by_rate.items():
-            layer_lr = rate * layer_decay**distance
-            for decay, chosen in (
-                (weight_decay, [parameter for parameter in members if parameter.ndim >= 2]),
-                (0.0, [parameter for parameter in members if parameter.ndim < 2]),
-            ):
-                if chosen:
-                    groups.append({"params": chosen, "lr": layer_lr, "weight_decay": decay})
+    for factor in sorted({factors.get(name, 1.0) for name in trainable}, reverse=True):
+        members = [parameter for name, parameter in trainable.items() if factors.get(name, 1.0) == factor]
+        layer_lr = lr * factor
+        for decay, chosen in (
+            (weight_decay, [parameter for parameter in members if parameter.ndim >= 2]),
+            (0.0, [parameter for parameter in members if parameter.ndim < 2]),
+        ):
+            if chosen:
+                groups.append({"params": chosen, "lr": layer_lr, "weight_decay": decay})
     return groups
 
 
@@ -71,18 +68,18 @@ def make_optimizer(
     sharded: bool = False,
     layers: Sequence[Sequence[str]] = (),
     layer_decay: float = 1.0,
-    rates: Mapping[str, float] | None = None,
+    factors: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer for all trainable parameters of ``model``; paged optimizers use paging only on a CUDA GPU.
 
-    ``layers``, ``layer_decay`` and ``rates``: see :func:`parameter_groups`.
+    ``layers``, ``layer_decay`` and ``factors``: see :func:`parameter_groups`.
 
     Raises:
         UserError: no parameter is trainable, or the optimizer is from bitsandbytes and parameters are sharded.
     """
     import torch
 
-    groups = parameter_groups(model, lr, weight_decay, layers, layer_decay, rates)
+    groups = parameter_groups(model, lr, weight_decay, layers, layer_decay, factors)
     if not groups:
         raise UserError("no parameter is trainable: the strategy froze all of them")
     if name == "adamw":
