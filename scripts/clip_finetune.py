@@ -40,7 +40,7 @@ from accelerando.data.pairs import (
     open_pairs,
     split_locations,
 )
-from accelerando.data.tables import table_suffix
+from accelerando.data.table_formats import table_suffix
 from accelerando.data.transforms import AugmentationName, normalise
 from accelerando.inference.hub import check_push, push_best
 from accelerando.models import clip

@@ -19,7 +19,8 @@ from accelerando.base.log import progress_bar
 from accelerando.data.digest import digest, digest_of, file_sizes
 from accelerando.data.duplicates import join_pairs
 from accelerando.data.order import epoch_order
-from accelerando.data.tables import read_text_table, table_suffix
+from accelerando.data.table_formats import table_suffix
+from accelerando.data.tables import read_text_table
 from accelerando.data.transforms import ImageTransform
 
 
