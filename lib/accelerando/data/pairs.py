@@ -16,7 +16,7 @@ import numpy as np
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.log import progress_bar
-from accelerando.data.digest import digest, digest_of, file_sizes
+from accelerando.data.digest import digest, digest_of, file_contents, file_facts
 from accelerando.data.duplicates import join_pairs
 from accelerando.data.order import epoch_order
 from accelerando.data.table_formats import table_suffix
@@ -157,8 +157,12 @@ class TablePairs:
 
     def digest(self) -> dict[str, str]:
         """See :class:`data.digest.Digested`: of names and sizes of the images, and of their captions."""
-        sizes = file_sizes(self.folder, self.names.to_pylist())
-        return {"images": digest(self.names, sizes), "captions": digest(self.captions)}
+        sizes, times = file_facts(self.folder, self.paths.to_pylist())
+        return {"images": digest(self.names, sizes), "captions": digest(self.captions), "times": digest(times)}
+
+    def contents(self) -> str:
+        """See :class:`data.digest.InFiles`."""
+        return file_contents(self.folder, self.paths.to_pylist())
 
     def read(self, row: int) -> tuple[bytes, bytes]:
         """The image file and the caption of a row."""
@@ -208,6 +212,10 @@ class PairSubset:
     def digest(self) -> dict[str, str]:
         """See :class:`data.digest.Digested`."""
         return {name: digest(part, self.rows) for name, part in digest_of(self.source).items()}
+
+    def contents(self) -> str:
+        """See :class:`data.digest.InFiles`."""
+        return digest(self.source.contents(), self.rows)
 
     def read(self, row: int) -> tuple[bytes, bytes]:
         """The image file and the caption of a row."""
