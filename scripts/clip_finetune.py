@@ -130,7 +130,7 @@ class Args:
     lora_r: int = 16  # lora: rank
     lora_alpha: float = 32.0  # lora: the adapters' scale is lora_alpha / lora_r
     lora_dropout: float = 0.05  # lora: dropout before the adapters
-    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # lora: layers with an adapter
+    lora_targets: tuple[str, ...] = ()  # lora: layers with an adapter (default: query and value projections)
     lock_image_tower: bool = False  # full: the image tower is frozen (LiT)
     lock_text_tower: bool = False  # full: the text tower is frozen
     train_logit_scale: bool | None = None  # train the temperature (default: with full, and with siglip)
