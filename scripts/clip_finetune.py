@@ -42,7 +42,7 @@ from accelerando.data.pairs import (
     open_pairs,
     split_locations,
 )
-from accelerando.data.tables import table_suffix
+from accelerando.data.table_formats import table_suffix
 from accelerando.data.transforms import AugmentationName, normalise
 from accelerando.inference.hub import check_push, push_best
 from accelerando.models import clip
@@ -140,7 +140,7 @@ class Args:
     lora_r: int = 16  # lora: rank
     lora_alpha: float = 32.0  # lora: the adapters' scale is lora_alpha / lora_r
     lora_dropout: float = 0.05  # lora: dropout before the adapters
-    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # lora: layers with an adapter
+    lora_targets: tuple[str, ...] = ()  # lora: layers with an adapter (default: query and value projections)
     lock_image_tower: bool = False  # full: the image tower is frozen (LiT)
     lock_text_tower: bool = False  # full: the text tower is frozen
     image_blocks: int | None = None  # full: only the last blocks of the image tower are trained: 2, say

@@ -35,7 +35,6 @@ from accelerando.data.media import (
     by_sample,
     class_list,
     content_groups,
-    fingerprint,
     held_out,
     matching,
     open_folders,
@@ -353,7 +352,7 @@ def cache_features(model: PreTrainedModel, data: Data, run: Run, args: Args) -> 
         def compute(samples: EvaluationMedia = samples, split: str = split) -> np.ndarray:
             return image_features(model, samples, split, data, run, args)
 
-        files = {"views": views, "files": fingerprint(media)}
+        files = {"views": views, "files": media.fingerprint()}
         found = cached_features(run.accelerator, cache_folder(args.cache_dir), key | files, compute)
         data.features[split] = FeatureRows(found, data.classes[split], args.balanced)
 
@@ -413,8 +412,8 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
     elif args.head == "linear" and args.head_init == "prompts":
         start_head_from_prompts(model)
     if on_cpu:
-        patches = clip.image_tokens(tower)
-        use_eager_attention(tower, accelerator.mixed_precision, max(patches, data.preprocessing.max_length))
+        tokens_at_most = clip.tokens_at_most(tower, data.preprocessing.max_length)
+        use_eager_attention(tower, accelerator.mixed_precision, tokens_at_most)
     if args.activation_checkpointing:
         tower.activation_checkpointing_enable()
     if args.strategy == "lora":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from made_data import draw_pair, make_rows, write_json, write_shard
 
 from accelerando.base.errors import UserError
 from accelerando.data.digest import describe, digest
+from accelerando.data.folders import ImageFiles
 from accelerando.data.pairs import PairSubset, TablePairs
 from accelerando.data.shards import ShardPairs
 from accelerando.train.batches import TrainBatches
@@ -193,6 +195,9 @@ def test_changed_images_are_refused(image_args: list[str], image_set: Path, tmp_
     path.write_bytes(draw_pair(np.random.default_rng(3))[0] + b"longer" * 20)
     with pytest.raises(UserError, match="train has 66 images as before, but other files or another order"):
         image_here("--resume", base=args)
+    path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])  # of the same length
+    with pytest.raises(UserError, match="train has 66 images as before, but other content or another order"):
+        image_here("--resume", base=args)
     path.write_bytes(content)
     classes = (folder / "splits" / "classes.json").read_text()
     (folder / "splits" / "classes.json").write_text(json.dumps({"table": 0, "lamp": 1, "chair": 2}))
@@ -244,6 +249,9 @@ def test_changed_pairs_are_refused_and_a_new_split_has_its_base_score(
     )
     with pytest.raises(UserError, match="train has 75 pairs as before, but other shards or another order"):
         clip_here("--resume", base=args)
+    shard.write_bytes(content.replace(b"a red ", b"a tan ", 1))  # of the same length
+    with pytest.raises(UserError, match="train has 75 pairs as before, but other shards or another order"):
+        clip_here("--resume", base=args)
     shard.write_bytes(content)
     shutil.move(tmp_path / "test", folder / "test")
     clip_here("--resume", "--max_steps", "3", base=args)
@@ -282,6 +290,48 @@ def test_pairs_have_the_digest_of_their_files_names_and_captions(pair_set: Path,
     (tmp_path / "2.jpg").write_bytes(b"xxx")
     after = TablePairs(table, tmp_path).digest()
     assert (after["images"] == before["images"], after["captions"] == before["captions"]) == (False, True)
+
+
+def test_an_edit_of_the_same_length_changes_the_digest_and_a_copy_does_not(pair_set: Path, tmp_path: Path) -> None:
+    """In a shard: of the caption, and of either end of an image. In single files: known from their times."""
+    original = pair_set / "train" / "00000.tar"
+    expected = ShardPairs([original], tmp_path / "cache").digest()
+    copy = shutil.copy(original, tmp_path / "00000.tar")
+    assert ShardPairs([tmp_path / "00000.tar"], tmp_path / "cache").digest() == expected
+    with tarfile.open(original) as tar:
+        places = [member.offset_data + at for member in tar.getmembers()[3:5] for at in (0, member.size - 1)]
+    for place in places:
+        content = bytearray(original.read_bytes())
+        content[place] ^= 1
+        Path(copy).write_bytes(content)
+        os.utime(copy, ns=(0, place))
+        assert ShardPairs([tmp_path / "00000.tar"], tmp_path / "cache").digest() != expected, place
+
+    (tmp_path / "x").mkdir()
+    names = [f"{number}.ppm" for number in range(3)]
+    for name in names:
+        (tmp_path / "x" / name).write_bytes(bytes(30_000))
+    files = ImageFiles(tmp_path / "x", pa.array(names), np.arange(3))
+    before = describe(files)
+    move([], tmp_path / "x", tmp_path / "y")
+    copied = describe(ImageFiles(tmp_path / "y", pa.array(names), np.arange(3)), before)
+    assert copied["times"] != before["times"] and not changed_splits({"train": before}, {"train": copied})
+    (tmp_path / "x" / names[1]).write_bytes(bytes(29_999) + b"x")
+    edited = describe(files, before)
+    assert changed_splits({"train": before}, {"train": edited}) == {
+        "train": "train has 3 images as before, but other content or another order"
+    }
+
+
+def test_files_with_the_same_times_are_not_read_again(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "0.ppm").write_bytes(b"x")
+    files = ImageFiles(tmp_path, pa.array(["0.ppm"]), np.zeros(1))
+    before = describe(files)
+    monkeypatch.setattr(ImageFiles, "contents", lambda self: pytest.fail("read"))
+    assert describe(files, before) == before
+    monkeypatch.undo()
+    os.utime(tmp_path / "0.ppm", (1, 1))
+    assert describe(files, {**before, "content": "other"})["content"] == before["content"]
 
 
 def test_what_is_a_change_and_what_is_not() -> None:

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from harness import ROOT, launch, start
 
 from accelerando.base.errors import UserError
-from accelerando.data.digest import file_facts
+from accelerando.data.digest import file_stamps
 from accelerando.train.features import cached_features, weights_digest
 
 RANKS = ROOT / "tests" / "features_on_ranks.py"
@@ -90,17 +90,17 @@ def test_the_facts_of_files_change_with_name_size_and_time(tmp_path: Path) -> No
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(b"12345")
         os.utime(tmp_path / name, ns=(10**18, 10**18))
-    known = file_facts(tmp_path, ["a.jpg", "b.jpg"])
-    assert file_facts(tmp_path, ["a.jpg", "b.jpg"]) == known
-    assert file_facts(tmp_path, ["b.jpg", "a.jpg"]) != known
+    known = file_stamps(tmp_path, ["a.jpg", "b.jpg"])
+    assert file_stamps(tmp_path, ["a.jpg", "b.jpg"]) == known
+    assert file_stamps(tmp_path, ["b.jpg", "a.jpg"]) != known
     os.utime(tmp_path / "b.jpg", ns=(10**18, 10**18 + 1))
-    assert file_facts(tmp_path, ["a.jpg", "b.jpg"]) != known
+    assert file_stamps(tmp_path, ["a.jpg", "b.jpg"]) != known
     (tmp_path / "b.jpg").write_bytes(b"1234")
     os.utime(tmp_path / "b.jpg", ns=(10**18, 10**18))
-    assert file_facts(tmp_path, ["a.jpg", "b.jpg"]) != known
+    assert file_stamps(tmp_path, ["a.jpg", "b.jpg"]) != known
     (tmp_path / "b.jpg").unlink()
     with pytest.raises(UserError, match=r"b.jpg: the file no longer exists"):
-        file_facts(tmp_path, ["a.jpg", "b.jpg"])
+        file_stamps(tmp_path, ["a.jpg", "b.jpg"])
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "no json", "broken json"])

@@ -12,11 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from harness import ENVIRONMENT
+import torch
+from harness import ENVIRONMENT, TEXT, command
 
 from accelerando import launch
 from accelerando.base.errors import UserError
 from accelerando.launch import Signals, accelerate_command, run_script
+
+CPU_CONFIG = "accelerate_configs/cpu.yaml"
 
 
 def plain_command(script: Path, flags: list[str]) -> list[str]:
@@ -129,6 +132,38 @@ def test_the_launcher_of_several_ends_with_the_scripts_code_and_without_a_traceb
     assert done.returncode == 7, done.stderr
     assert done.stdout.split() == ["2", "2"]
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+def test_a_launch_for_gpus_without_one_says_so_first_and_in_the_launchers_report(tmp_path: Path) -> None:
+    """The true launcher, whose traceback stands between the two."""
+    variables = {name: value for name, value in ENVIRONMENT.items() if name != "ACCELERATE_USE_CPU"}
+    words = command(TEXT, "--train_file", "x.json", config="multi_gpu")
+    words[words.index(str(TEXT)) : words.index(str(TEXT))] = ["--num_processes", "2"]
+    done = subprocess.run(words, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=200)
+    lines = done.stderr.splitlines()
+    own = (
+        f"2 processes were launched for GPUs, but this machine has none: accelerate launch --config_file {CPU_CONFIG} "
+    )
+    assert lines[0].startswith(f"error: {own}"), done.stderr
+    assert sum(own in line for line in lines) == 2
+    assert any(line.startswith(f"  traceback : error: {own}") for line in lines[-3:]), done.stderr
+    assert done.returncode != 0 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.launch
+def test_the_line_of_any_process_is_in_the_launchers_report(tmp_path: Path) -> None:
+    """Rank 1 prints nothing, so that errors of all ranks are said once; an error that it alone has is reported."""
+    code = (
+        "import os, sys\nfrom accelerando.base.errors import UserError, errors_in_one_line\n"
+        "with errors_in_one_line():\n    if os.environ['RANK'] == '1':\n        raise UserError('x.tar: rank 1 only')\n"
+        "    import time; time.sleep(60)\n"
+    )
+    path = script(tmp_path, code)
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", str(path)]
+    done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    assert "traceback : error: x.tar: rank 1 only" in done.stderr, done.stderr
 
 
 def test_a_wrong_flag_of_the_launcher_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,10 +10,13 @@ import tarfile
 import threading
 import time
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from made_data import write_shard
 
 from accelerando.base.config import check_ranges, read_yaml
@@ -24,7 +27,7 @@ from accelerando.data.pairs import TablePairs
 from accelerando.data.shards import ShardPairs, list_shards
 from accelerando.data.sign_clips import class_names, read_clip, synthetic_clips
 from accelerando.data.sign_labels import inspect_clip, label_problems, read_labels, report_problems
-from accelerando.inference import inputs
+from accelerando.inference import answers, inputs
 from accelerando.train.checkpoint import step_folders
 
 
@@ -354,6 +357,74 @@ def test_a_server_that_trickles_does_not_hold_a_fetch(kind: str, reason: str, sl
     with pytest.raises(ValueError, match=reason):
         inputs.fetch(f"{slow_server}/{kind}")
     assert time.monotonic() - started < 3
+
+
+@pytest.fixture
+def silent_server(monkeypatch):
+    """A server that answers requests for /good with two bytes, and no others."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    ended = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if self.path != "/good":
+                ended.wait(20)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"ok")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    ended.set()
+    server.shutdown()
+
+
+def test_urls_of_a_dead_server_in_a_row_cost_little(silent_server: str, monkeypatch) -> None:
+    """Three have the whole time, the others a tenth of it, until the server answers; other servers have theirs."""
+    monkeypatch.setattr(inputs, "PATIENCE", 1.0)
+    servers = inputs.Servers()
+
+    def seconds(url: str, reason: str = "") -> float:
+        started = time.monotonic()
+        if reason:
+            with pytest.raises(ValueError, match=f"^{reason}$"):
+                inputs.fetch(url, servers)
+        else:
+            assert inputs.fetch(url, servers) == b"ok"
+        return time.monotonic() - started
+
+    dead, hurried = (
+        f"http://{silent_server}/dead",
+        "timed out in 0.1 of the usual time, which is all after 3 time-outs .*",
+    )
+    assert all(seconds(f"{dead}/{number}", "timed out") >= 1 for number in range(3))
+    assert sum(seconds(f"{dead}/{number}", hurried) for number in range(10)) < 4  # of 10 s
+    assert seconds(f"http://localhost:{silent_server.split(':')[1]}/dead", "timed out") >= 1  # another name
+    assert seconds(f"http://me:x@{silent_server}/good") < 0.5
+    assert seconds(dead, "timed out") >= 1
+
+
+def test_dead_urls_do_not_delay_those_behind_them(silent_server: str, monkeypatch) -> None:
+    """Through the threads of predict.py, in order; each dead one is named with its reason."""
+    monkeypatch.setattr(inputs, "PATIENCE", 2.0)
+    host = f"http://{silent_server}"
+    names = [f"{host}/dead/{number}" for number in range(40)] + [f"{host}/good"]
+    model = SimpleNamespace(prepare=lambda content: torch.full((1,), len(content)), label_names=["a"])
+    monkeypatch.setattr(answers, "image_logits", lambda opened, pixels, tta, amp: pixels.float())
+    started = time.monotonic()
+    found = list(answers.image_answers(model, names, 8, 4))
+    assert time.monotonic() - started < 10  # 2 + 9 * 0.2 s; 20 without the bound
+    assert [name for batch in found for name in batch.names] == names
+    faults = [fault for batch in found for fault in batch.faults]
+    assert all(fault.startswith("timed out") for fault in faults[:-1]) and faults[-1] is None
+    assert torch.equal(found[-1].logits, torch.tensor([[2.0]]))
 
 
 def test_a_server_that_trickles_does_not_hold_a_listing(slow_server: str, monkeypatch) -> None:

@@ -22,7 +22,7 @@ from accelerando.base.errors import UserError
 from accelerando.base.files import whole_folder
 from accelerando.base.log import _LineFormatter
 from accelerando.base.texts import one_line, without_credentials
-from accelerando.data.tables import formula_safe, without_formula_mark
+from accelerando.data.table_formats import formula_safe, without_formula_mark
 from accelerando.inference.runs import read_predictions
 from accelerando.report.metrics import report_text
 from accelerando.report.predictions import write_predictions

@@ -19,7 +19,7 @@ import tyro
 from accelerando.base.config import parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import open_whole
-from accelerando.data.tables import formula_safe
+from accelerando.data.table_formats import formula_safe
 
 if TYPE_CHECKING:
     import numpy as np

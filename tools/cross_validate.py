@@ -102,7 +102,7 @@ def split_words(words: list[str]) -> tuple[list[str], list[str], Path, list[str]
     Raises:
         UserError: no script, one that is not there, or a flag that picks a fold where it cannot.
     """
-    from accelerando.data.tables import similar_file
+    from accelerando.data.table_formats import similar_file
 
     at = next((number for number, word in enumerate(words) if word.endswith(".py")), None)
     if at is None:

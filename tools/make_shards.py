@@ -173,7 +173,7 @@ def read_rows(args: Args, left_out: LeftOut) -> list[Row]:
 
 
 def _table_rows(args: Args, columns: list[str], left_out: LeftOut) -> Iterator[Row]:
-    from accelerando.data.tables import SUFFIXES, check_table, table_records, table_suffix
+    from accelerando.data.table_formats import SUFFIXES, check_table, table_records, table_suffix
 
     table = Path(args.captions or "")
     check_table(table, "--captions")
@@ -206,7 +206,7 @@ def _table_rows(args: Args, columns: list[str], left_out: LeftOut) -> Iterator[R
 def _parquet_records(table: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
 
-    from accelerando.data.tables import read_parquet
+    from accelerando.data.table_formats import read_parquet
 
     content = read_parquet(table)
     for name in columns:

@@ -38,7 +38,7 @@ from accelerando.base.config import Alias, check_ranges, parse_args, sections
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.model_folder import read_json
 from accelerando.base.texts import CONTROL, one_line
-from accelerando.data.tables import SUFFIXES, table_suffix
+from accelerando.data.table_formats import SUFFIXES, table_suffix
 from accelerando.data.tokenizer import open_tokenizer
 from accelerando.inference.answers import image_answers, with_progress
 from accelerando.inference.inputs import IMAGES, images_in, is_url

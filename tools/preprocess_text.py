@@ -72,7 +72,8 @@ def read_folder(args: Args, dropped: Counter) -> dict[str, list[Row]]:
     """The cleaned rows of each split; "" holds what is still to be split."""
     from tqdm import tqdm
 
-    from accelerando.data.tables import SUFFIXES, read_text_table, table_suffix
+    from accelerando.data.table_formats import SUFFIXES, table_suffix
+    from accelerando.data.tables import read_text_table
 
     folder = Path(args.input_dir)
     if not folder.is_dir():

@@ -104,7 +104,7 @@ def read_groups(path: Path, raw: Path, images: list[str]) -> np.ndarray:
     """
     import numpy as np
 
-    from accelerando.data.tables import csv_records, similar_file
+    from accelerando.data.table_formats import csv_records, similar_file
 
     if not path.is_file():
         raise UserError(f"--groups {path}: {'is a folder' if path.is_dir() else 'no such file'}{similar_file(path)}")

@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import json
 import os
 import re
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from accelerando.base.texts import one_line, without_credentials
 
@@ -95,6 +97,8 @@ def leave(message: str, exit_code: int) -> None:
         print(message, file=sys.stderr, flush=True)
     elif exit_code == 2:
         time.sleep(1)  # at the first exit, the launcher ends the others: the one that prints should be the first
+    if exit_code and message:
+        _tell_launcher(message)
     if "torch" in sys.modules:
         distributed = sys.modules["torch"].distributed
         # If only this rank failed, the others wait in a collective, and destroying the group here would hang.
@@ -102,6 +106,18 @@ def leave(message: str, exit_code: int) -> None:
             distributed.destroy_process_group()
     end_rank(exit_code)
     sys.exit(exit_code)
+
+
+def _tell_launcher(message: str) -> None:
+    """Makes ``message`` the cause in the launcher's own report, which stands below the lines of its traceback.
+
+    torchrun (and so ``accelerate launch``) names a file for it, in the format of torch's ``ErrorHandler``. So the
+    error of a process that prints nothing is shown too.
+    """
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        said = {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": said}))
 
 
 def end_rank(exit_code: int) -> None:

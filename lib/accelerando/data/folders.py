@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from accelerando.base.errors import UserError
-from accelerando.data.digest import digest, file_sizes
+from accelerando.data.digest import digest, file_contents, file_facts
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,8 +60,12 @@ class ImageFiles:
 
     def digest(self) -> dict[str, str]:
         """See :class:`data.digest.Digested`: of names and sizes of the files, and of their classes."""
-        sizes = file_sizes(self.folder, self.names.to_pylist())
-        return {"files": digest(self.names, sizes), "labels": digest(self.classes)}
+        sizes, times = file_facts(self.folder, self.names.to_pylist())
+        return {"files": digest(self.names, sizes), "labels": digest(self.classes), "times": digest(times)}
+
+    def contents(self) -> str:
+        """See :class:`data.digest.InFiles`."""
+        return file_contents(self.folder, self.names.to_pylist())
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import numpy as np
 from accelerando.base.errors import UserError
 from accelerando.base.files import derived, whole_folder
 from accelerando.data.decode import DecodedImage
-from accelerando.data.digest import file_facts
+from accelerando.data.digest import file_stamps
 from accelerando.data.folders import ImageFiles
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def cached_images(splits: dict[str, ImageFiles], side: int, cache: Path, workers
 
 def fingerprint(folder: Path, names: pa.Array, side: int) -> str:
     """The name of the cache of these images; it changes with any file's name, size or time, and with ``side``."""
-    facts = file_facts(folder, names.to_pylist())
+    facts = file_stamps(folder, names.to_pylist())
     return hashlib.sha256(json.dumps([VERSION, side, facts]).encode()).hexdigest()[:32]
 
 

@@ -17,11 +17,12 @@ import numpy as np
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.log import log, with_progress
 from accelerando.data.decode import is_unreadable, pixels_of, to_channels_last
-from accelerando.data.digest import digest, digest_of, file_sizes
+from accelerando.data.digest import digest, digest_of, file_contents, file_facts, file_stamps
 from accelerando.data.folders import IMAGE_SUFFIXES, Wanted, class_folders, read_class_folders, read_splits
 from accelerando.data.images import ImageAugmentation, blank_image, cut_mix, mix_up
 from accelerando.data.order import balanced_rows, epoch_order, number_repeats
-from accelerando.data.tables import read_text_table, table_suffix
+from accelerando.data.table_formats import read_datasets, table_suffix
+from accelerando.data.tables import read_text_table
 from accelerando.data.videos import VIDEO_SUFFIXES, read_frames, require_av
 
 if TYPE_CHECKING:
@@ -47,15 +48,13 @@ class Opens(Protocol):
 class Media:
     """n samples, each an image, a video or a folder of frames.
 
-    ``names`` for messages and tables, and ``labels``: Arrow strings [n]; ``rows`` int64 [n]: their rows in ``source``;
-    ``sizes`` int64: of the files, in bytes, for the digest.
+    ``names`` for messages and tables, and ``labels``: Arrow strings [n]; ``rows`` int64 [n]: their rows in ``source``.
     """
 
     source: Opens
     names: pa.Array
     labels: pa.Array
     rows: np.ndarray
-    sizes: np.ndarray
     unit: ClassVar[str] = "samples"
 
     def __len__(self) -> int:
@@ -67,14 +66,34 @@ class Media:
 
     def take(self, rows: np.ndarray) -> Media:
         """The samples ``rows`` [m]."""
-        sizes = self.sizes[rows] if len(self.sizes) == len(self) else self.sizes
-        return replace(
-            self, names=self.names.take(rows), labels=self.labels.take(rows), rows=self.rows[rows], sizes=sizes
-        )
+        return replace(self, names=self.names.take(rows), labels=self.labels.take(rows), rows=self.rows[rows])
+
+    def files(self) -> tuple[Path, list[str]]:
+        """The folder of the files, and the name of each in it, those of the frames of a folder too; empty: there are
+        none of their own."""
+        if not isinstance(self.source, _Files):
+            return Path(), []
+        home, names = self.source.folder, self.names.to_pylist()
+        if not self.source.whole_folders:
+            return home, names
+        return home, [str(file.relative_to(home)) for name in names for file in _parts(home / name)]
 
     def digest(self) -> dict[str, str]:
-        """See :class:`data.digest.Digested`: of names and sizes of the samples, and of their labels."""
-        return {"samples": digest(self.names, self.sizes), "labels": digest(self.labels)}
+        """See :class:`data.digest.Digested`: of the samples' names and sizes, and of their labels."""
+        found = {"labels": digest(self.labels)}
+        if isinstance(self.source, _Files):
+            sizes, times = file_facts(*self.files())
+            return {"samples": digest(self.names, sizes), **found, "times": digest(times)}
+        others = digest_of(getattr(self.source, "pairs", None)).values()
+        return {"samples": digest(self.names, self.rows, *others), **found}
+
+    def contents(self) -> str:
+        """See :class:`data.digest.InFiles`."""
+        return file_contents(*self.files())
+
+    def fingerprint(self) -> str:
+        """What changes with a file's name, size or time; of samples without files of their own, with the digest."""
+        return file_stamps(*self.files()) if isinstance(self.source, _Files) else digest(*self.digest().values())
 
     def classes(self, names: Sequence[str]) -> np.ndarray:
         """The position of each label in ``names``, int64 [n]; -1: it is none of them."""
@@ -96,6 +115,7 @@ class Media:
 class _Files:
     folder: Path
     names: pa.Array
+    whole_folders: bool
 
     def open(self, row: int) -> Path:
         return self.folder / self.names[row].as_py()
@@ -151,12 +171,15 @@ def open_folders(folder: Path, fold: int = 0, whole_folders: bool = False) -> di
     if len(left_out) > 5:
         log.warning("... and %d more", len(left_out) - 5)
     if sides == {"train": None}:
-        return {"train": _of_files(folder, names, [name for name, files in found.items() for _ in files])}
-    return {side: _of_files(files.folder, files.names.to_pylist(), None) for side, files in sides.items()}
+        labels = [name for name, files in found.items() for _ in files]
+        return {"train": _of_files(folder, names, labels, whole_folders)}
+    return {
+        side: _of_files(files.folder, files.names.to_pylist(), None, whole_folders) for side, files in sides.items()
+    }
 
 
-def _of_files(folder: Path, names: list[str], labels: list[str] | None) -> Media:
-    """Samples that are files; without ``labels``, the second part of each name is its class."""
+def _of_files(folder: Path, names: list[str], labels: list[str] | None, whole_folders: bool) -> Media:
+    """Samples that are files or folders of frames; without ``labels``, the second part of each name is its class."""
     import pyarrow as pa
 
     labels = [name.split("/")[1] for name in names] if labels is None else labels
@@ -164,7 +187,7 @@ def _of_files(folder: Path, names: list[str], labels: list[str] | None) -> Media
     if any(name.lower().endswith(VIDEO_SUFFIXES) for name in names):
         require_av(f"{folder}: it has videos, which")
     rows = np.arange(len(names))
-    return Media(_Files(folder, files), files, pa.array(labels, pa.large_string()), rows, file_sizes(folder, names))
+    return Media(_Files(folder, files, whole_folders), files, pa.array(labels, pa.large_string()), rows)
 
 
 def open_media(
@@ -188,7 +211,8 @@ def open_media(
         for row, name in enumerate(names, 1):
             if not (home / name).exists():
                 raise UserError(f"{where}: row {row}: no file {home / name}; --media_folder says where the files are")
-        return _of_files(home, names, [str(label) for label in table.labels.to_pylist()])
+        whole_folders = any((home / name).is_dir() for name in names)
+        return _of_files(home, names, [str(label) for label in table.labels.to_pylist()], whole_folders)
     if "://" in where or where.endswith(".tar") or any(Path(where).glob("*.tar")):
         from accelerando.data.pairs import open_pairs
 
@@ -196,7 +220,7 @@ def open_media(
         labels = [_shard_label(pairs, row, label_column) for row in range(len(pairs))]
         names = pa.array([f"sample {row}" for row in range(len(pairs))], pa.large_string())
         rows = np.arange(len(pairs))
-        return Media(_Shards(pairs), names, pa.array(labels, pa.large_string()), rows, np.zeros(0, np.int64))
+        return Media(_Shards(pairs), names, pa.array(labels, pa.large_string()), rows)
     return _of_dataset(where, split, file_column, label_column)
 
 
@@ -212,8 +236,6 @@ def _shard_label(pairs: PairSource, row: int, field: str) -> str:
 def _of_dataset(where: str, split: str, image_column: str, label_column: str) -> Media:
     import pyarrow as pa
 
-    from accelerando.data.tables import read_datasets
-
     table = read_datasets(where, split)
     for column in (image_column, label_column):
         if column not in table.column_names:
@@ -224,7 +246,7 @@ def _of_dataset(where: str, split: str, image_column: str, label_column: str) ->
         raise UserError(f"{where}: row {labels.index(None) + 1} of {split} has no label")
     names = pa.array([f"{split} {row}" for row in range(len(cells))], pa.large_string())
     rows = np.arange(len(cells))
-    return Media(_Column(cells), names, pa.array(labels, pa.large_string()), rows, np.zeros(0, np.int64))
+    return Media(_Column(cells), names, pa.array(labels, pa.large_string()), rows)
 
 
 # ----------------------------------------------------------------------------------------------------------- choosing
@@ -272,27 +294,9 @@ def content_groups(media: Media) -> np.ndarray:
     for row in with_progress(range(len(media)), len(media), "looking for copies", "samples"):
         content = media.open(row)
         if isinstance(content, Path):
-            files = frame_files(content) if content.is_dir() else [content]
-            content = b"".join(file.read_bytes() for file in files if file.is_file())
+            content = b"".join(file.read_bytes() for file in _parts(content) if file.is_file())
         found[row] = groups.setdefault(hashlib.blake2b(content, digest_size=16).digest(), len(groups))
     return found
-
-
-def fingerprint(media: Media) -> list[Any]:
-    """What changes with a sample's file: names, sizes and times of the files, or the digest of what has none."""
-    total = hashlib.sha256()
-    for row in range(len(media)):
-        place = media.open(row) if isinstance(media.source, _Files) else None
-        if place is None:
-            return [media.digest(), digest(media.rows), digest_of(getattr(media.source, "pairs", None))]
-        parts = frame_files(place) if place.is_dir() else [place]
-        for file in parts:
-            try:
-                facts = file.stat()
-            except FileNotFoundError:
-                raise UserError(f"{file}: the file no longer exists: start again") from None
-            total.update(f"{file}|{facts.st_size}|{facts.st_mtime_ns}\n".encode())
-    return [total.hexdigest()]
 
 
 def held_out(classes: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -317,6 +321,11 @@ def frame_files(folder: Path) -> list[Path]:
         return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
     return sorted((path for path in folder.iterdir() if path.name.lower().endswith(IMAGE_SUFFIXES)), key=key)
+
+
+def _parts(path: Path) -> list[Path]:
+    """The files of a sample: itself, or the frames in the folder."""
+    return frame_files(path) if path.is_dir() else [path]
 
 
 def frames_of(media: Media, row: int, positions: Sequence[float]) -> list[Source]:

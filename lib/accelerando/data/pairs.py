@@ -16,10 +16,11 @@ import numpy as np
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.log import progress_bar
-from accelerando.data.digest import digest, digest_of, file_facts, file_sizes
+from accelerando.data.digest import digest, digest_of, file_contents, file_facts, file_stamps
 from accelerando.data.duplicates import join_pairs
 from accelerando.data.order import epoch_order
-from accelerando.data.tables import read_text_table, table_suffix
+from accelerando.data.table_formats import table_suffix
+from accelerando.data.tables import read_text_table
 from accelerando.data.transforms import ImageTransform
 
 if TYPE_CHECKING:
@@ -205,8 +206,12 @@ class TablePairs:
 
     def digest(self) -> dict[str, str]:
         """See :class:`data.digest.Digested`: of names and sizes of the images, and of their captions."""
-        sizes = file_sizes(self.folder, self.names.to_pylist())
-        return {"images": digest(self.names, sizes), "captions": digest(self.captions)}
+        sizes, times = file_facts(self.folder, self.paths.to_pylist())
+        return {"images": digest(self.names, sizes), "captions": digest(self.captions), "times": digest(times)}
+
+    def contents(self) -> str:
+        """See :class:`data.digest.InFiles`."""
+        return file_contents(self.folder, self.paths.to_pylist())
 
     def image_numbers(self) -> np.ndarray:
         """See :class:`PairSource`."""
@@ -218,7 +223,7 @@ class TablePairs:
 
     def image_facts(self) -> str:
         """See :class:`PairSource`."""
-        return file_facts(self.folder, sorted(set(self.paths.to_pylist())))
+        return file_stamps(self.folder, sorted(set(self.paths.to_pylist())))
 
     def read(self, row: int) -> tuple[bytes, bytes]:
         """The image file and the caption of a row."""
@@ -268,6 +273,10 @@ class PairSubset:
     def digest(self) -> dict[str, str]:
         """See :class:`data.digest.Digested`."""
         return {name: digest(part, self.rows) for name, part in digest_of(self.source).items()}
+
+    def contents(self) -> str:
+        """See :class:`data.digest.InFiles`."""
+        return digest(self.source.contents(), self.rows)
 
     def read(self, row: int) -> tuple[bytes, bytes]:
         """The image file and the caption of a row."""

@@ -21,7 +21,7 @@ import numpy as np
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.files import derived, expand_braces, folders_below, open_whole, visible_files
 from accelerando.base.log import log
-from accelerando.data.digest import digest, file_facts
+from accelerando.data.digest import digest, ends_of, file_stamps
 
 if TYPE_CHECKING:
     from accelerando.data.remote import FileCache, RangeReader, RemoteFile
@@ -30,8 +30,10 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of several in a sample, the f
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 UNPACK = "compressed: unpack it (gunzip), since samples are read from any place of it"
 SPLITS = {"train", "val", "validation", "test"}
+VERSION = 2  # of the index
 CAPTION_IN_JSON = (0, 0)  # start and size of a text that is the "caption" of the sample's JSON
-INDEX = np.dtype([(f"{part}_{field}", "<u8") for part in ("image", "text", "json") for field in ("start", "size")])
+PLACES = [(f"{part}_{field}", "<u8") for part in ("image", "text", "json") for field in ("start", "size")]
+INDEX = np.dtype([*PLACES, ("content", "<u8")])  # content: a digest of the ends of the sample's files
 SHARDS_AT_ONCE = 4  # an epoch shuffles the shards, then the samples within groups of this many shards
 OPEN_FILES = 64
 
@@ -93,9 +95,9 @@ def index_shard(
     """
     if remote is None:
         stat = path.stat()
-        identity = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        identity = f"{VERSION}|{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
     else:
-        identity = f"{remote[0].url}|{remote[0].size}|{remote[0].version}"
+        identity = f"{VERSION}|{remote[0].url}|{remote[0].size}|{remote[0].version}"
     target = cache / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.npy"
 
     def make(target: Path) -> None:
@@ -121,6 +123,7 @@ def _read_index(path: Path) -> np.ndarray:
 def _scan(file: IO[bytes], size: int, shown: str) -> np.ndarray:
     rows: list[tuple[int, ...]] = []
     sample: dict[str, tuple[int, int]] = {}  # suffix -> start, size
+    content = hashlib.blake2b(digest_size=8)
     current = None
     without_image = 0
 
@@ -147,7 +150,8 @@ def _scan(file: IO[bytes], size: int, shown: str) -> np.ndarray:
                     f"{shown}: sample {current!r} has no {name}: each needs both; "
                     "pack it again with tools/make_shards.py"
                 )
-        rows.append(tuple(number for part in ("image", "text", "json") for number in parts[part] or (0, 0)))
+        places = [number for part in ("image", "text", "json") for number in parts[part] or (0, 0)]
+        rows.append((*places, int.from_bytes(content.digest(), "little")))
 
     magic = file.read(6)
     if magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
@@ -174,7 +178,9 @@ def _scan(file: IO[bytes], size: int, shown: str) -> np.ndarray:
                 if folder + slash + stem != current or suffix in sample:
                     close()
                     sample, current = {}, folder + slash + stem
+                    content = hashlib.blake2b(digest_size=8)
                 sample[suffix] = (member.offset_data, member.size)
+                content.update(ends_of(file, member.offset_data, member.size))  # beside the headers, which are read too
             close()
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):  # the end marker of a tar
@@ -244,7 +250,7 @@ class ShardPairs:
         return str(self.shards[shard] if self.remote is None else self.shards[shard].url)
 
     def digest(self) -> dict[str, str]:
-        """See :class:`data.digest.Digested`: of the shards' names, and the place and size of what is in them."""
+        """See :class:`data.digest.Digested`: of the shards' names, and place, size and ends of what is in them."""
         total = [f"{Path(self.name(shard)).name} {digest(self._index(shard))}" for shard in range(len(self.shards))]
         self._forget_all()
         return {"shards": digest(" ".join(total))}
@@ -256,7 +262,7 @@ class ShardPairs:
     def image_facts(self) -> str:
         """See :class:`data.pairs.PairSource`."""
         if self.remote is None:
-            return file_facts(Path("/"), [str(shard.resolve()) for shard in self.shards])
+            return file_stamps(Path("/"), [str(shard.resolve()) for shard in self.shards])
         return digest("\n".join(f"{shard.url}|{shard.size}|{shard.version}" for shard in self.shards))
 
     def read(self, row: int) -> tuple[bytes, bytes]:

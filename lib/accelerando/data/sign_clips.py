@@ -19,7 +19,7 @@ from accelerando.data.digest import digest
 from accelerando.data.keypoints import NUM_POINTS, WIDTH, ClipAugmentation, NormalisationName, normalise_by_body
 from accelerando.data.npz import open_npz
 from accelerando.data.order import balanced_rows, epoch_order, number_repeats
-from accelerando.data.tables import check_table, csv_records, without_formula_mark
+from accelerando.data.table_formats import check_table, csv_records, without_formula_mark
 
 if TYPE_CHECKING:
     from numpy.typing import DTypeLike

@@ -21,7 +21,7 @@ import numpy as np
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.texts import one_line
 from accelerando.data.npz import open_npz
-from accelerando.data.tables import check_table, csv_records
+from accelerando.data.table_formats import check_table, csv_records
 
 if TYPE_CHECKING:
     from accelerando.data.npz import Arrays

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.processes import map_ahead
 from accelerando.base.texts import one_line
-from accelerando.inference.inputs import fault_of, read_image
+from accelerando.inference.inputs import Servers, fault_of, read_image
 from accelerando.inference.outputs import printable
 from accelerando.inference.saved import image_logits
 
@@ -53,9 +53,11 @@ def image_answers(
     """
     import torch
 
+    servers = Servers()
+
     def prepared(name: str) -> torch.Tensor | str:
         try:
-            return opened.prepare(read_image(name))
+            return opened.prepare(read_image(name, servers))
         except Exception as error:  # each of Pillow's decoders raises errors of its own
             return fault_of(error)
 

@@ -108,7 +108,7 @@ def _predictions_file(run: Path, split: str) -> Path:
 
 
 def _prediction_records(run: Path, split: str, columns: list[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    from accelerando.data.tables import csv_records, without_formula_mark
+    from accelerando.data.table_formats import csv_records, without_formula_mark
 
     path = _predictions_file(run, split)
     if not path.is_file():

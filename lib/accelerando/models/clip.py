@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedTokenizerBase
 
 
+# Text towers that count positions from the padding's id on; see pretrained.first_position.
+BEHIND_PADDING = ("altclip_text_model", "camembert", "roberta", "xlm-roberta")
+
+
 def open_clip_model(
     name: str,
     adapter: str | None = None,
@@ -210,7 +214,10 @@ def open_preprocessing(name: str, max_length: int | None, trust_remote_code: boo
     images = open_processor(name, trust_remote_code, backend="pil")
     if images is None:
         raise UserError(f"{name}: no preprocessor_config.json in it: copy it from the base model")
-    limit = getattr(getattr(config, "text_config", config), "max_position_embeddings", 77)
+    text = getattr(config, "text_config", config)
+    limit = getattr(text, "max_position_embeddings", 77)
+    if text.model_type in BEHIND_PADDING:
+        limit -= text.pad_token_id + 1
     if max_length is not None and max_length > limit:
         raise UserError(f"--max_length {max_length} exceeds the {limit} positions of {name}")
     found = Preprocessing(tokenizer, images, max_length or limit, config.model_type.startswith("siglip"))
@@ -296,13 +303,6 @@ def check_image_size(model: torch.nn.Module, preprocessing: Preprocessing) -> No
         ) from None
     finally:
         model.train(training)
-
-
-def image_tokens(model: torch.nn.Module) -> int:
-    """The tokens of an image in the model's image tower; 0: it has none, or their number is unknown."""
-    config = model.config.vision_config
-    side, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
-    return (side // patch) ** 2 + 1 if isinstance(side, int) and isinstance(patch, int) else 0
 
 
 def make_preprocessing(captions: Iterable[str], vocab_size: int, image_size: int, max_length: int) -> Preprocessing:

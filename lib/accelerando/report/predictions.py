@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from accelerando.base.files import write_text
-from accelerando.data.tables import formula_safe
+from accelerando.data.table_formats import formula_safe
 
 
 def worst_mistakes(

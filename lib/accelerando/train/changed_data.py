@@ -27,7 +27,8 @@ def check_data(run: Run, splits: Mapping[str, Sized], classes: Mapping[str, Sequ
     """
     now = {}
     if run.accelerator.is_main_process:  # the others would read the same
-        described = {split: describe(data) for split, data in splits.items()}
+        then = run.state.data.get("splits", {}) if run.resumed is not None and run.state.data else {}
+        described = {split: describe(data, then.get(split)) for split, data in splits.items()}
         now = {"splits": described, "classes": {head: list(names) for head, names in classes.items()}}
     now = gather_objects(run.accelerator, now)[0]
     before, run.state.data = run.state.data, now
@@ -77,8 +78,14 @@ def changed_splits(before: Mapping[str, dict[str, Any]], now: Mapping[str, dict[
 
 def _different_parts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """The parts whose digests differ; none if one of the two has no digests."""
-    old, new = ({name: value for name, value in side.items() if name not in ("count", "unit")} for side in (old, new))
-    return [name for name in new if new[name] != old.get(name)] if old and new else []
+    aside = ("count", "unit", "times", "content")
+    parts = [{name: value for name, value in side.items() if name not in aside} for side in (old, new)]
+    if not all(parts):
+        return []
+    if different := [name for name in parts[1] if new[name] != old.get(name)]:
+        return different
+    # The same names and sizes: it is what is in the files, or nothing.
+    return ["content"] if "content" in old and "content" in new and old["content"] != new["content"] else []
 
 
 def _difference(old: Sequence[str], new: Sequence[str]) -> str:
