@@ -1,4 +1,4 @@
-# make demo (TASK=clip|text|sign|image) · make test · make test-fast · make setup · make bench · make torture · make fuzz · make lint
+# make demo (TASK=clip|har|text|sign|image) · make test · make test-fast · make setup · make bench · make torture · make fuzz · make lint
 # VENV=path chooses the virtual environment, PYTHON=python3.x the interpreter it is made with.
 
 VENV ?= .venv
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONPATH := $(CURDIR)/lib
 
-.PHONY: setup demo demo_clip demo_text demo_sign demo_image test test-fast bench bench_clip bench_text bench_sign bench_image bench_gpu torture fuzz lint link
+.PHONY: setup demo demo_clip demo_har demo_text demo_sign demo_image test test-fast bench bench_clip bench_text bench_sign bench_image bench_gpu torture fuzz lint link
 
 setup: $(STAMP) link
 
@@ -30,6 +30,20 @@ demo_clip: setup
 	  --captions data/demo_clip/captions.csv --split_column split --max_shard_count 500 --output_dir data/demo_clip_shards
 	PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/accelerate launch \
 	  --config_file accelerate_configs/cpu.yaml scripts/clip_finetune.py --config configs/demo/clip.yaml --overwrite
+
+# A CLIP from nothing, then zero-shot, linear probe and full fine-tuning on drawings of another kind; last, four actions
+# without a training sample.
+demo_har: setup
+	$(BIN)/python data/make_har_demo.py --output_dir data/demo_har
+	PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/accelerate launch \
+	  --config_file accelerate_configs/cpu.yaml scripts/clip_finetune.py --config configs/demo/har_clip.yaml --overwrite
+	for name in zero_shot linear_probe full novel; do \
+	  PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml \
+	    scripts/clip_har.py --config configs/demo/har.yaml configs/demo/har_$$name.yaml --overwrite || exit; \
+	done
+	@echo; $(BIN)/python tools/compare_runs.py runs/demo_har_zero_shot runs/demo_har_linear_probe runs/demo_har_full \
+	  runs/demo_har_novel --metrics accuracy top3_accuracy f1_macro novel.accuracy novel.harmonic_mean
+	@echo "Report: $(CURDIR)/runs/demo_har_full/report.html"
 
 demo_text: setup
 	$(BIN)/python data/make_text_demo.py --output_dir data/demo_text

@@ -13,14 +13,14 @@ from types import ModuleType, SimpleNamespace
 import made_data
 import pytest
 from fork_server import draw_nothing
-from harness import CLIP, IMAGE, SIGN, TEXT, close_fork_server, run_in_this_process
+from harness import CLIP, HAR, IMAGE, SIGN, TEXT, close_fork_server, run_in_this_process
 
 Run = Iterator[Callable[..., Path]]
 CallTool = Callable[..., tuple[int, str, str]]
 # Groups of tests (see tests/tasks.py for those of the invariants) that take long: they start first.
 LONGEST = (
     "text-resume", "clip-parallel", "test_parallel", "test_privacy", "test_docs", "clip-resume", "image-resume", "sign-resume", "test_text_options",
-    "test_image", "test_sign", "test_clip", "text-parallel", "test_cross_validate", "test_remote",
+    "test_image", "test_sign", "test_clip", "har-resume", "test_har", "text-parallel", "test_cross_validate", "test_remote",
 )  # fmt: skip
 
 
@@ -190,6 +190,29 @@ def image_args(image_set: Path, tiny_resnet: Path) -> list[str]:
 def image_here(image_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None) -> Run:
     """image_classify.py in this process; see :func:`harness.run_in_this_process`."""
     yield from run_in_this_process(IMAGE, image_args, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def media_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See :func:`made_data.make_media_set`."""
+    return made_data.make_media_set(tmp_path_factory.mktemp("media_set") / "actions")
+
+
+@pytest.fixture(scope="session")
+def har_args(media_set: Path, tiny_clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags that tune the tiny CLIP on images and videos; 5 optimizer steps an epoch of 66 samples at a batch of 16."""
+    cache = tmp_path_factory.mktemp("har_cache")
+    return [
+        *("--data_dir", str(media_set), "--model_name", str(tiny_clip_folder), "--cache_dir", str(cache)),
+        *("--strategy", "full", "--batch_size", "16", "--eval_batch_size", "16", "--lr", "3e-3", "--epochs", "2"),
+        *("--frames", "3", "--num_workers", "0", "--log_every", "1", "--report_to", "none", "--early_stop", "None"),
+    ]
+
+
+@pytest.fixture
+def har_here(har_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None) -> Run:
+    """clip_har.py in this process; see :func:`harness.run_in_this_process`."""
+    yield from run_in_this_process(HAR, har_args, tmp_path, monkeypatch)
 
 
 @pytest.fixture

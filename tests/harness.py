@@ -30,6 +30,7 @@ TEXT = SCRIPTS / "text_classify.py"
 CLIP = SCRIPTS / "clip_finetune.py"
 SIGN = SCRIPTS / "sign_train.py"
 IMAGE = SCRIPTS / "image_classify.py"
+HAR = SCRIPTS / "clip_har.py"
 FSDP_ON_CPU = ROOT / "tests" / "fsdp_cpu.py"
 
 # ACCELERANDO_TEST_DEVICE=cuda runs what takes one process on the GPU; see tests/test_gpu.py.

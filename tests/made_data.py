@@ -194,6 +194,40 @@ def make_image_set(folder: Path) -> Path:
     return folder
 
 
+ACTIONS = {"fading out": (230, 60, 40), "going_left": (40, 200, 60), "standing": (50, 70, 220)}
+
+
+def make_video(path: Path, frames: list[np.ndarray], rate: int = 8, codec: str = "mpeg4", gop: int = 12) -> Path:
+    """A video of ``frames``, uint8 [H, W, 3] each."""
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt, stream.bit_rate, stream.codec_context.gop_size = "yuv420p", 800_000, gop
+        for pixels in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def make_media_set(folder: Path) -> Path:
+    """train/ (66 samples), val/ (33) and test/ (18) of three actions, each of a colour: images, and every third a video."""
+    rng = np.random.default_rng(11)
+    for split, count in (("train", 22), ("val", 11), ("test", 6)):
+        for name, colour in ACTIONS.items():
+            place = folder / split / name
+            place.mkdir(parents=True)
+            for number in range(count):
+                base = np.array(colour) + rng.normal(0, 35, 3)
+                frames = [np.clip(base + rng.normal(0, 30, (32, 40, 3)), 0, 255).astype(np.uint8) for _ in range(6)]
+                if number % 3 == 2:
+                    make_video(place / f"{number:02}.mp4", frames)
+                else:
+                    Image.fromarray(frames[0]).save(place / f"{number:02}.png")
+    return folder
+
+
 def make_tiny_vit(folder: Path) -> Path:
     """A folder with a ViT of about 20,000 parameters for images of 32 pixels, random weights."""
     torch.manual_seed(0)

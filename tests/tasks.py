@@ -1,6 +1,6 @@
-"""One table of the four training scripts: what the tests of the invariants need to know of each.
+"""One table of the five training scripts: what the tests of the invariants need to know of each.
 
-A fifth script gets all of tests/test_invariants.py and tests/torture.py with one more row.
+A sixth script gets all of tests/test_invariants.py and tests/torture.py with one more row.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import CLIP, IMAGE, SIGN, TEXT, results
+from harness import CLIP, HAR, IMAGE, SIGN, TEXT, results
 from safetensors.torch import load_file
 
+import accelerando.models.clip_classifier
 import accelerando.models.sign
 import accelerando.models.text_cnn
 import accelerando.models.vision  # noqa: F401  (these register the models with transformers)
@@ -133,6 +134,19 @@ def open_image(folder: Path, run: Path) -> None:
     assert 'class="pair"' in (run / "report.html").read_text()
 
 
+def open_har(folder: Path, run: Path) -> None:
+    """The classifier has the classes of the folders and needs nothing else; a processor and a tokenizer are beside it."""
+    from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoTokenizer
+
+    model, report = AutoModelForImageClassification.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert list(model.config.id2label.values()) == ["fading out", "going_left", "standing"]
+    with torch.no_grad():
+        assert model.eval()(pixel_values=torch.zeros(2, 3, 16, 16)).logits.shape == (2, 3)
+    assert AutoImageProcessor.from_pretrained(folder) is not None
+    assert len(AutoTokenizer.from_pretrained(folder)) > 10
+
+
 HALVES = ("--batch_size", "6", "--gradient_accumulation_steps", "2")
 CNN = ("--architecture", "cnn", "--embed_size", "16", "--num_filters", "8", "--vocab_size", "300")
 TEXT_RANDOM = (
@@ -157,6 +171,12 @@ IMAGE_RANDOM = (
     "--progressive_sizes", "24", "--balanced",
 )  # fmt: skip
 GRADUAL = ("--strategy", "gradual", "--layer_decay", "0.8")  # what is trained changes from epoch to epoch
+
+HAR_RANDOM = (
+    "--epochs", "4", "--batch_size", "5", "--gradient_accumulation_steps", "2", "--eval_every", "7", "--save_every", "3",
+    "--ema_decay", "0.9", "--augmentation", "strong", "--mixup", "0.2", "--cutmix", "1", "--balanced",
+)  # fmt: skip
+HAR_PROBE = ("--strategy", "linear_probe", "--head_lr", "1e-2", "--augmentation", "none")
 
 TASKS = {
     "text": Task(
@@ -234,6 +254,31 @@ TASKS = {
         sharded=("--model_name", "{tiny_vit}", *IMAGE_RANDOM[: IMAGE_RANDOM.index("--progressive_sizes")], "--balanced"),
         opened=open_image,
         promised=("best/preprocessor_config.json", "plots/confusion_test.png", "logs/classification_report_test.txt"),
+        broken=(("--data_dir", "nowhere"), "nowhere"),
+    ),
+    "har": Task(
+        name="har", script=HAR, fixture="har_args", here="har_here", metric="accuracy",
+        counts={"train": 66, "validation": 33, "test": 18},
+        random=HAR_RANDOM,
+        killed={
+            "one": Variant((*HAR_RANDOM, "--num_workers", "2")),
+            "two": Variant(HAR_RANDOM, processes=2),
+            "probe": Variant((*HAR_RANDOM[: HAR_RANDOM.index("--augmentation")], *HAR_PROBE)),
+            "flyp": Variant((*HAR_RANDOM[: HAR_RANDOM.index("--mixup")], "--loss", "contrastive")),
+        },
+        exact=("--lr", "1e-3", "--eval_batch_size", "5", "--augmentation", "light", "--views", "2"),
+        kinds={
+            "full": ("--train_logit_scale",),
+            "probe": HAR_PROBE,
+            "visual": ("--strategy", "visual", "--head", "linear"),
+            "flyp": ("--loss", "contrastive"),
+            "lora": ("--strategy", "lora", "--lora_r", "4", "--lora_dropout", "0"),
+        },
+        whole=("--batch_size", "24"), parts=HALVES, steps=6, tolerance=1e-3, unsettled=("k_proj.bias",),
+        sharded=HAR_RANDOM,
+        opened=open_har,
+        promised=("best/tokenizer.json", "best/processor_config.json", "plots/confusion_test.png",
+                  "logs/classification_report_test.txt", "predictions_test.csv"),
         broken=(("--data_dir", "nowhere"), "nowhere"),
     ),
 }  # fmt: skip
