@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from accelerando.base.errors import UserError, first_line
+from accelerando.base.model_folder import LFS_POINTER
 from accelerando.data.decode import DecodedImage, pillow, what_it_is
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ def read_frames(path: Path, positions: Sequence[float]) -> list[DecodedImage]:
     """
     import av
 
+    with open(path, "rb") as file:
+        if (start := file.read(len(LFS_POINTER))) == LFS_POINTER:
+            raise ValueError(what_it_is(start))
     try:
         with av.open(str(path), metadata_errors="ignore") as container:
             stream = _video_stream(container)
@@ -50,11 +54,8 @@ def read_frames(path: Path, positions: Sequence[float]) -> list[DecodedImage]:
     except av.FFmpegError as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOENT, errno.EACCES, errno.EIO, errno.EMFILE):
             raise OSError(error.errno, error.strerror, str(path)) from None
-        with open(path, "rb") as file:
-            start = file.read(256)
-        what = what_it_is(start)
         reason = re.sub(r"^\[Errno \d+\] ", "", " ".join(first_line(error).split())).partition(":")[0]
-        raise ValueError(what if "LFS" in what else f"not a video, or damaged ({reason})") from None
+        raise ValueError(f"not a video, or damaged ({reason})") from None
 
 
 def _video_stream(container: InputContainer) -> VideoStream:
@@ -64,7 +65,7 @@ def _video_stream(container: InputContainer) -> VideoStream:
     cover = av.stream.Disposition.attached_pic
     found = [stream for stream in container.streams.video if not stream.disposition & cover]
     if not found:
-        raise ValueError("it has no video stream")
+        raise ValueError("it has no video stream" if len(container.streams) else "not a video, or its end is missing")
     stream = found[0]
     if stream.codec_context is None or not stream.codec_context.width:
         raise ValueError("its video codec is unknown, or its header is damaged")
