@@ -40,8 +40,8 @@ Point = tuple[float, float]
 class Args:
     # -- output --
     output_dir: str = "data/demo_har"  # folder to write pairs/ and actions/ to
-    pairs: int = 3000  # drawings with captions; a tenth is for validation
-    train: int = 16  # samples of each action for training
+    pairs: int = 4000  # drawings with captions; a tenth is for validation
+    train: int = 20  # samples of each action for training
     validation: int = 20  # the same for validation
     test: int = 40  # the same for the test
     seed: int = 0  # of the drawings
@@ -150,21 +150,21 @@ class Look:
 
 
 def clean_look(rng: random.Random, ink: tuple[int, int, int]) -> Look:
-    """Thick lines on pale paper, with little behind them."""
-    paper = tuple(rng.randint(195, 255) for _ in range(3))
-    shift = (rng.uniform(-0.1, 0.1), rng.uniform(-0.05, 0.04))
-    jitter = tuple(rng.gauss(0, 6) for _ in range(9))
-    return Look(ink, paper, rng.uniform(0.028, 0.05), rng.uniform(0.75, 1.1), shift, rng.random() < 0.5,
-                rng.randint(0, 2), 6, jitter, rng.getrandbits(30))  # fmt: skip
+    """Thick lines on pale paper, with hardly anything behind them."""
+    paper = tuple(rng.randint(205, 255) for _ in range(3))
+    shift = (rng.uniform(-0.07, 0.07), rng.uniform(-0.04, 0.03))
+    jitter = tuple(rng.gauss(0, 5) for _ in range(9))
+    return Look(ink, paper, rng.uniform(0.03, 0.05), rng.uniform(0.85, 1.1), shift, rng.random() < 0.5,
+                rng.randint(0, 1), 5, jitter, rng.getrandbits(30))  # fmt: skip
 
 
 def wild_look(rng: random.Random) -> Look:
-    """Thin lines of other colours on darker paper, with clutter and grain."""
-    paper = tuple(rng.randint(150, 235) for _ in range(3))
-    shift = (rng.uniform(-0.13, 0.13), rng.uniform(-0.06, 0.05))
-    jitter = tuple(rng.gauss(0, 9) for _ in range(9))
-    return Look(rng.choice(OTHER_COLOURS), paper, rng.uniform(0.022, 0.036), rng.uniform(0.7, 1.05), shift,
-                rng.random() < 0.5, rng.randint(3, 6), 12, jitter, rng.getrandbits(30))  # fmt: skip
+    """Thinner lines of other colours on darker paper, with clutter and grain."""
+    paper = tuple(rng.randint(170, 240) for _ in range(3))
+    shift = (rng.uniform(-0.09, 0.09), rng.uniform(-0.05, 0.04))
+    jitter = tuple(rng.gauss(0, 7) for _ in range(9))
+    return Look(rng.choice(OTHER_COLOURS), paper, rng.uniform(0.025, 0.038), rng.uniform(0.8, 1.05), shift,
+                rng.random() < 0.5, rng.randint(2, 4), 9, jitter, rng.getrandbits(30))  # fmt: skip
 
 
 def draw(action: str, phase: float, look: Look) -> Image.Image:
