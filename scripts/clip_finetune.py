@@ -5,6 +5,9 @@ see data/README.md. The loss is taken over the whole effective batch: embeddings
 micro-batches (GradCache), so 1,024 pairs in micro-batches of 64 have 1,023 negatives each, on one process or many. The
 weights that are best on the validation pairs are scored on the test pairs, beside the untrained base model.
 
+The model is a pretrained CLIP, a small one from nothing, or two towers that were pretrained apart (--image_model,
+--text_model), of which one may stay locked.
+
   accelerate launch --config_file accelerate_configs/cpu.yaml scripts/clip_finetune.py --config configs/demo/clip.yaml
   ... the same with accelerate_configs/multi_gpu.yaml (DDP) or accelerate_configs/fsdp.yaml (FSDP2)
   python scripts/clip_finetune.py --config configs/demo/clip.yaml    (one process, some seconds sooner)

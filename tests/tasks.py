@@ -209,7 +209,12 @@ TASKS = {
         name="clip", script=CLIP, fixture="clip_args", here="clip_here", metric="recall_mean",
         counts={"train": 75, "validation": 23, "test": 19},
         random=CLIP_RANDOM,
-        killed={"one": Variant(CLIP_RANDOM), "two": Variant(CLIP_RANDOM, processes=2)},
+        killed={
+            "one": Variant(CLIP_RANDOM), "two": Variant(CLIP_RANDOM, processes=2),
+            # The image tower's features come from the cache, which the first start makes.
+            "locked": Variant((*CLIP_RANDOM, "--scenario", "full", "--lock_image_tower", "--augmentation", "none",
+                               "--text_lr", "1e-3", "--layer_decay", "0.8"), kills=2),
+        },
         exact=("--lora_dropout", "0", "--lr", "3e-4", "--epochs", "1", "--class_field", "kind", "--wise_ft", "0.5",
                "--ema_decay", "0.9", "--eval_every", "2"),
         kinds={name: ("--scenario", name) for name in ("full", "dual_lora", "vision_lora", "text_lora", "linear_probe")},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import ENVIRONMENT, ROOT, history, results, weights
+from harness import CLIP, ENVIRONMENT, ROOT, history, launch, results, weights
 from safetensors.torch import load_file
 
 from accelerando.base.errors import UserError
@@ -160,8 +161,6 @@ def test_poolings(pooling: str, expected: float) -> None:
 
 
 def test_the_folder_of_a_sentence_encoder_says_how_it_pools(tiny_bert: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = shutil.copytree(tiny_bert, tmp_path / "encoder")
     assert make_two_towers("squeezenet1_1", str(folder)).config.text_pooling == "mean"
     (folder / "1_Pooling").mkdir()
@@ -202,6 +201,22 @@ def test_with_cached_features_the_same_is_learnt(towers_here) -> None:
             assert results(cached)[split][name] == pytest.approx(value, abs=1e-4), name
     losses = [[row["loss"] for row in history(run, "train")] for run in (plain, cached)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+@pytest.mark.launch
+def test_two_processes_learn_what_one_does(clip_args, tiny_bert: Path, net_weights: Path, tmp_path: Path) -> None:
+    still = json.loads((tiny_bert / "config.json").read_text())
+    still |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    bert = shutil.copytree(tiny_bert, tmp_path / "bert")
+    (bert / "config.json").write_text(json.dumps(still))
+    flags = (*clip_args[:2], *clip_args[4:], "--image_model", NET, "--image_weights", net_weights, "--text_model", bert,
+             *LOCKED, "--projection_dim", "16", "--max_steps", "4", "--lr", "3e-4")  # fmt: skip
+    for processes, size in ((1, 8), (2, 7)):
+        name = ("--run_name", str(processes), "--micro_batch_size", str(size))
+        launch(CLIP, *flags, *name, "--cache_dir", tmp_path / f"c{processes}", cwd=tmp_path, processes=processes)
+    one, two = (load_file(tmp_path / "runs" / name / "last" / "model.safetensors") for name in "12")
+    for name, tensor in one.items():
+        assert torch.allclose(tensor, two[name], atol=1e-4), (name, (tensor - two[name]).abs().max())
 
 
 @pytest.mark.parametrize(

@@ -309,13 +309,24 @@ def _open_encoder(name: str, part: str, trust_remote_code: bool) -> tuple[nn.Mod
     if getattr(net, "main_input_name", expected) != expected:
         raise UserError(f"{flag} {name}: a {config.model_type} takes {net.main_input_name}, not {expected}")
     if part == "text":
-        return net, net.config, "mean" if of_two is None and not _pools_first(name) else "pooler" if of_two else "cls"
+        if of_two is not None or config.model_type.endswith("text_model"):  # CLIP's, which looks at the last token
+            return net, net.config, "pooler"
+        return net, net.config, "cls" if _pools_first(name) else "mean"
+    return net, net.config, _image_pooling(net, name)
+
+
+def _image_pooling(net: PreTrainedModel, name: str) -> str:
+    """pooler, unless the encoder has none or its weights were not stored; then cls if it has such a token, or mean."""
     pooler = getattr(net, "pooler", None)
-    trained = not isinstance(pooler, nn.Module) or not list(pooler.parameters()) or _has_pooler(name)
-    if trained and hasattr(net, "pooler") | (of_two is not None):
-        return net, net.config, "pooler"
+    new = isinstance(pooler, nn.Module) and bool(list(pooler.parameters())) and not _has_pooler(name)
+    side = getattr(net.config, "image_size", None) or 224
+    side = side if isinstance(side, int) else side[-1]
+    if not new:
+        with contextlib.suppress(RuntimeError, ValueError, TypeError), torch.no_grad():  # reported with the width
+            if getattr(net(pixel_values=torch.zeros(1, 3, side, side)), "pooler_output", None) is not None:
+                return "pooler"
     first = any(key.endswith(("cls_token", "class_embedding")) for key, _ in net.named_parameters())
-    return net, net.config, "cls" if first else "mean"
+    return "cls" if first else "mean"
 
 
 def _has_pooler(name: str) -> bool:
