@@ -131,7 +131,7 @@ def _scan(file: IO[bytes], size: int, shown: str) -> np.ndarray:
         nonlocal without_image
         if not sample:
             return
-        parts = {"text": sample.get("txt"), "json": sample.get("json")}
+        parts = {"text": sample.get("txt") or sample.get("cls"), "json": sample.get("json")}
         parts["image"] = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
         # Only the JSON of a sample that lacks something is read: the caption may be in it, or why there is no image.
         about = {}
@@ -171,7 +171,7 @@ def _scan(file: IO[bytes], size: int, shown: str) -> np.ndarray:
                 folder, slash, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 suffix = suffix.lower()
-                if suffix not in (*IMAGE_SUFFIXES, "txt", "json"):
+                if suffix not in (*IMAGE_SUFFIXES, "txt", "cls", "json"):
                     continue
                 if member.issparse():
                     raise tarfile.ReadError(f"{member.name!r:.80} is stored with holes")
