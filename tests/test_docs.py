@@ -184,7 +184,7 @@ def checked_launch(words: list[str]) -> list[str]:
 
 
 @pytest.mark.launch
-def test_the_readmes_commands_run(workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readmes_commands_run(workshop, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them. For those that need GPUs the launcher's flags are checked, and the script runs on the CPU.
 
     Each script is launched for real once; its other commands, and the tools, are forked.
@@ -215,10 +215,14 @@ def test_the_readmes_commands_run(workshop, monkeypatch: pytest.MonkeyPatch) -> 
                 command = f"CONFIG=accelerate_configs/cpu.yaml {command}"
         if "text_classify.py" in command or "my_experiment.py" in command:
             command += f" {SMALL} --run_name run{tried}" if not command.startswith("cp") else ""
-        if "clip_finetune.py" in command:
+        if "clip_lit.yaml" in command:  # whose photos and towers are downloaded
             command += (
-                " --max_steps 2 --effective_batch_size 16 --micro_batch_size 8 --num_workers 0 --run_name demo_clip"
+                " --train_data data/captions.csv --validation_data None --image_folder data/photos --image_weights None"
+                f" --image_model timm/test_efficientnet --text_model {tiny_bert} --run_name photos"
             )
+        if "clip_finetune.py" in command:
+            command += " --max_steps 2 --effective_batch_size 16 --micro_batch_size 8 --num_workers 0"
+            command += "" if "--run_name" in command else " --run_name demo_clip"
         if "sign_train.py" in command:
             command += " --max_steps 2 --hidden_size 32 --intermediate_size 32 --run_name signs"
         if "cross_validate.py" in command:
