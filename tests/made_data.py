@@ -194,7 +194,7 @@ def make_image_set(folder: Path) -> Path:
     return folder
 
 
-ACTIONS = {"fading out": (230, 60, 40), "going_left": (40, 200, 60), "standing": (50, 70, 220)}
+ACTIONS = {"red chair": (230, 60, 40), "green_lamp_left": (40, 200, 60), "blue table": (50, 70, 220)}
 
 
 def make_video(path: Path, frames: list[np.ndarray], rate: int = 8, codec: str = "mpeg4", gop: int = 12) -> Path:

@@ -110,8 +110,17 @@ def test_terminated_saves_at_once_and_goes_on(task: Task, processes: int, unbrok
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], ids=lambda number: number.name)
-@pytest.mark.parametrize("task", each("resume"))
+@pytest.mark.parametrize(
+    ("task", "number"),
+    [
+        pytest.param(
+            task, number, id=f"{task.name}-{number.name}", marks=pytest.mark.xdist_group(f"{task.name}-resume")
+        )
+        for task in TASKS.values()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+        if number == signal.SIGTERM or task.name == "text"  # all signals take the same way
+    ],
+)
 def test_a_signal_to_the_whole_group_lets_it_save(task: Task, number: signal.Signals, request, tmp_path: Path) -> None:
     """As `timeout`, Slurm and Ctrl-C send it: to the workers too, who must not die of it before the run has saved."""
     args = task.args(request, *task.random, "--num_workers", "2", "--epochs", "60", "--run_name", "run")
