@@ -36,7 +36,7 @@ demo_clip: setup
 demo_har: setup
 	$(BIN)/python data/make_har_demo.py --output_dir data/demo_har
 	PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/accelerate launch \
-	  --config_file accelerate_configs/cpu.yaml scripts/clip_finetune.py --config configs/demo/har_clip.yaml --overwrite
+	  --config_file accelerate_configs/cpu.yaml scripts/clip_finetune.py --config configs/demo/clip_har.yaml --overwrite
 	for name in zero_shot linear_probe full novel; do \
 	  PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1 $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml \
 	    scripts/clip_har.py --config configs/demo/har.yaml configs/demo/har_$$name.yaml --overwrite || exit; \

@@ -93,9 +93,7 @@ class Args:
     label_column: str = "label"  # column of the label; shards: field of the .json (default: what the .cls or .txt says)
     frame_folders: bool = False  # data_dir: each folder inside a class folder is a video, its images are the frames
     fold: int = 0  # data_dir with splits/: which fold is validated on
-    validation_fraction: float = (
-        0.1  # share of the training samples held out, stratified, where none are named; 0: none
-    )
+    validation_fraction: float = 0.1  # share of the training samples held out where none are named; 0: none
     test_fraction: float = 0.0  # the same for the test samples
     class_names: tuple[str, ...] = ()  # use only these classes (default: all)
     novel_classes: tuple[str, ...] = ()  # not trained on, scored apart: names, a file of names, or a share such as 0.5

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import CLIP, ENVIRONMENT, IMAGE, ROOT, SIGN, TEXT, launch, weights
+from harness import CLIP, ENVIRONMENT, HAR, IMAGE, ROOT, SIGN, TEXT, launch, weights
 from made_data import draw_pair
 
 DOCS = sorted([*ROOT.glob("*.md"), *ROOT.glob("data/*.md")])
@@ -57,7 +57,7 @@ def test_every_flag_in_the_docs_exists() -> None:
 
 def test_every_path_in_the_docs_exists() -> None:
     made_by_use = ("data/train.csv", "data/test.csv", "data/raw", "data/processed", "data/demo_", "data/photos",
-                   "data/captions.csv", "data/furniture", "data/insects", "data/train", "data/signs", "data/natops", "data/videos")  # fmt: skip
+                   "data/captions.csv", "data/furniture", "data/insects", "data/train", "data/signs", "data/natops", "data/videos", "data/actions", "data/other")  # fmt: skip
     for path in DOCS:
         for word in re.findall(
             r"(?:scripts|tools|lib|configs|accelerate_configs|data|benchmarks|tests)/[\w./-]*\w", path.read_text()
@@ -117,7 +117,7 @@ def test_every_recipe_parses() -> None:
     from accelerando.base.config import parse_args
 
     found = 0
-    for script, stem in ((TEXT, "text"), (CLIP, "clip"), (SIGN, "sign"), (IMAGE, "image")):
+    for script, stem in ((TEXT, "text"), (CLIP, "clip"), (SIGN, "sign"), (IMAGE, "image"), (HAR, "har")):
         spec = importlib.util.spec_from_file_location(f"recipes_{stem}", script)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
@@ -129,7 +129,13 @@ def test_every_recipe_parses() -> None:
 
 @pytest.fixture
 def workshop(
-    tmp_path: Path, text_set: Path, tiny_bert: Path, tiny_clip_folder: Path, sign_set: Path, image_set: Path
+    tmp_path: Path,
+    text_set: Path,
+    tiny_bert: Path,
+    tiny_clip_folder: Path,
+    sign_set: Path,
+    image_set: Path,
+    media_set: Path,
 ) -> tuple[Path, dict[str, str]]:
     """A copy of the project with small data where the README has the user's, and `accelerate` on the path."""
     import shutil
@@ -146,7 +152,9 @@ def workshop(
     shutil.copytree(image_set / "raw", tmp_path / "data" / "insects" / "raw")
     # Folders of these names go before the Hub.
     shutil.copytree(tiny_bert, tmp_path / "bert-base-uncased")
-    shutil.copytree(tiny_clip_folder, tmp_path / "openai" / "clip-vit-base-patch32")
+    for name in ("clip-vit-base-patch32", "clip-vit-base-patch16"):
+        shutil.copytree(tiny_clip_folder, tmp_path / "openai" / name)
+    shutil.copytree(media_set, tmp_path / "data" / "actions")
     rng, lines = np.random.default_rng(2), ["image,caption"]
     (tmp_path / "data" / "photos").mkdir()
     for number in range(60):
@@ -223,6 +231,9 @@ def test_the_readmes_commands_run(workshop, tiny_bert: Path, monkeypatch: pytest
         if "clip_finetune.py" in command:
             command += " --max_steps 2 --effective_batch_size 16 --micro_batch_size 8 --num_workers 0"
             command += "" if "--run_name" in command else " --run_name demo_clip"
+        if "clip_har.py" in command:
+            name = "zero_shot" if "zero_shot" in command else "visual" if "visual" in command else "probe"
+            command += f" --max_steps 2 --num_workers 0 --run_name {name}"
         if "sign_train.py" in command:
             command += " --max_steps 2 --hidden_size 32 --intermediate_size 32 --run_name signs"
         if "cross_validate.py" in command:
