@@ -608,6 +608,7 @@ print(model.config.id2label[logits.argmax().item()])
 def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None:
     """What stands beside the saved weights: tokenizer, image processor and model card."""
     data.preprocessing.save(folder)
+    data.preprocessing.image_processor.save_pretrained(folder)
     usage = USAGE.format(folder=run.directory / "best")
     write_model_card(folder, run, "image-classification", args.model_name, usage)
 

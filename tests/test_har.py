@@ -15,6 +15,7 @@ from harness import HAR, history, script_module, weights
 from made_data import make_video
 from PIL import Image
 from safetensors.torch import load_file
+from tools import predict
 
 from accelerando.base.errors import UserError
 from accelerando.data.media import (
@@ -505,3 +506,44 @@ def test_without_pyav_the_package_is_named(har_here, monkeypatch) -> None:
 
 def test_history_has_the_validation_of_each_epoch(har_here) -> None:
     assert len(history(har_here(), "validation")) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ prediction
+
+
+def test_predict_answers_for_videos_and_any_class_names(har_here, media_set: Path, call_tool, tmp_path: Path) -> None:
+    """As the run's own predictions; with other class names by their prompts, also from a plain CLIP's folder."""
+    from accelerando.report.predictions import probabilities
+
+    run = har_here("--epochs", "3", "--frames", "8")
+    files = [media_set / "test" / name / file for name in NAMES for file in ("00.png", "02.mp4", "05.mp4")]
+    code, out, err = call_tool(predict, run, *files)
+    assert code == 0, err
+    answers = [json.loads(line) for line in out.splitlines()]
+    rows = {line.split(",")[0]: line.split(",") for line in (run / "predictions_test.csv").read_text().splitlines()}
+    header = rows["file"]
+    for file, answer in zip(files, answers, strict=True):
+        own = rows[str(file.relative_to(media_set))]
+        for name in NAMES:
+            assert answer["scores"][name] == pytest.approx(float(own[header.index(f"p_{name}")]), abs=2e-3)
+    code, out, _ = call_tool(
+        predict, run, *files[:3], "--class_names", "a lamp", "a chair", "--prompt_template", "one {}"
+    )
+    assert code == 0
+    named = [json.loads(line)["scores"] for line in out.splitlines()]
+    assert all(set(scores) == {"a lamp", "a chair"} for scores in named)
+    from accelerando.models.clip_classifier import open_with_classes
+
+    model = open_with_classes(str(run / "best"), ["a lamp", "a chair"], ["one {}"]).eval()
+    samples = EvaluationMedia(open_folders(media_set)["test"], np.zeros(18, np.int64), ImageTransform(16), 8)
+    place = open_folders(media_set)["test"].names.to_pylist().index(str(files[1].relative_to(media_set)))
+    from accelerando.data.transforms import normalise
+    from accelerando.models.clip import open_preprocessing
+
+    colours = open_preprocessing(str(run / "best"), None).colours
+    with torch.no_grad():
+        logits = model(normalise(samples[place]["pixel_values"], *colours), torch.tensor([8])).logits
+    expected = probabilities(logits.numpy())[0]
+    assert [named[1]["a lamp"], named[1]["a chair"]] == pytest.approx(expected.tolist(), abs=2e-3)
+    code, _, err = call_tool(predict, media_set, "x.png", "--class_names", "a", "b")
+    assert code == 2 and "no model here" in err

@@ -8,6 +8,7 @@
   python tools/predict.py runs/ants https://example.org/a.jpg
   python tools/predict.py runs/ants --file list.txt --output out.csv
   python tools/predict.py runs/mine photo.jpg --import my_module
+  python tools/predict.py runs/har film.mp4 --class_names "riding a horse" cooking
 
 A file of texts has one on each line, or is a table: .json, .jsonl, .csv, .tsv or .parquet.
 A folder stands for all images in it at any depth; a file (or standard input)
@@ -64,7 +65,10 @@ if TYPE_CHECKING:
 CHUNK = 4096  # texts that are read, sorted by length and predicted at once
 NO_LIMIT_LENGTH = 512  # tokens kept where neither tokenizer nor model names a limit
 Chunk = tuple[list[str], list[str] | None]  # texts, and second texts for a model of pairs
-ALIASES: dict[str, Alias] = {"import": "import_module"}  # Python's own word cannot name a field
+ALIASES: dict[str, Alias] = {
+    "import": "import_module",
+    "prompt_template": "prompt_templates",
+}  # Python's own word cannot name a field
 
 Inputs = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[INPUT ...]")]
 
@@ -83,6 +87,8 @@ class Args:
     trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
     batch_size: int = 32  # texts, clips or images in one forward pass
     max_length: int | None = None  # texts: tokens kept (default: what the tokenizer or the model was made for)
+    class_names: tuple[str, ...] = ()  # images: of a CLIP, any classes: "riding a horse" cooking
+    prompt_templates: tuple[str, ...] = ("a photo of a person {label}.",)  # images: prompts of --class_names
     tta: bool = False  # images: the mean over each one and its mirror image
     num_workers: int = 8  # images: threads that read, fetch and decode
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -408,7 +414,8 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
     if first is None:
         source = args.file or "standard input"
         raise UserError(f"{source}: no image in it; name images, folders or URLs behind the run, or in --file")
-    opened = open_image_model(folder, choose_device(args.device), module, args.trust_remote_code)
+    classes = (args.class_names, args.prompt_templates)
+    opened = open_image_model(folder, choose_device(args.device), module, args.trust_remote_code, *classes)
     # Typed paths are answered one by one.
     typed = not args.texts and not args.file and sys.stdin.isatty()
     batch_size, ahead = (1, 0) if typed else (args.batch_size, None)
@@ -533,7 +540,7 @@ def main() -> None:
     folder = model_folder(Path(args.model))
     config = read_json(folder / "config.json")
     module = import_user_module(args.import_module) if args.import_module else None
-    task = task_of_saved(folder, config, module)
+    task = "image" if args.class_names else task_of_saved(folder, config, module)
     check_task(args, task, folder)
     predict = {"text": predict_texts, "sign": predict_clips, "image": predict_images}[task]
     predict(args, folder, config, module)

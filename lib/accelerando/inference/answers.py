@@ -7,12 +7,15 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.base.processes import map_ahead
 from accelerando.base.texts import one_line
-from accelerando.inference.inputs import Servers, fault_of, read_image
+from accelerando.data.media import even_positions
+from accelerando.data.videos import VIDEO_SUFFIXES, read_frames
+from accelerando.inference.inputs import Servers, fault_of, is_url, read_image
 from accelerando.inference.outputs import printable
 from accelerando.inference.saved import image_logits
 
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from accelerando.inference.saved import ImageModel
 
+VIDEO_FRAMES = 8  # of a video, as clip_har.py takes by default
 REPORT_EVERY = 30.0  # seconds between lines of progress without a terminal
 
 
@@ -54,9 +58,14 @@ def image_answers(
     import torch
 
     servers = Servers()
+    takes_videos = getattr(opened.model.config, "model_type", "") == "clip_classifier"
 
     def prepared(name: str) -> torch.Tensor | str:
+        """The image, or the frames of a video one after the other [F, 3, H, W]; or why it cannot be read."""
         try:
+            if takes_videos and name.lower().endswith(VIDEO_SUFFIXES) and not is_url(name):
+                positions = even_positions(VIDEO_FRAMES)
+                return torch.stack([opened.prepare(frame) for frame in read_frames(Path(name), positions)])
             return opened.prepare(read_image(name, servers))
         except Exception as error:  # each of Pillow's decoders raises errors of its own
             return fault_of(error)
@@ -64,11 +73,13 @@ def image_answers(
     def answer(batch: list[tuple[str, torch.Tensor | str]]) -> Answers:
         sound = [pixels for _, pixels in batch if not isinstance(pixels, str)]
         logits = torch.zeros(0, len(opened.label_names))
-        if len({pixels.shape for pixels in sound}) > 1:
+        if len({pixels.shape[-3:] for pixels in sound}) > 1:
             raise UserError("the model's image processor makes images of different shapes; use --batch_size 1")
         if sound:
             try:
-                logits = image_logits(opened, torch.stack(sound), tta, amp)
+                together = torch.cat([pixels if pixels.ndim == 4 else pixels[None] for pixels in sound])
+                frames = torch.tensor([len(pixels) if pixels.ndim == 4 else 1 for pixels in sound])
+                logits = image_logits(opened, together, tta, amp, frames if takes_videos else None)
             except torch.OutOfMemoryError:
                 raise UserError("out of GPU memory: use a smaller --batch_size") from None
             except (ValueError, RuntimeError, AssertionError) as error:  # what nets raise for a size

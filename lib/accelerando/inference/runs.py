@@ -155,7 +155,8 @@ def task_of_model(folder: Path, config: Mapping[str, Any]) -> str:
         return str(config["task"])
     if any(name.endswith("ForSequenceClassification") for name in architectures):
         return "text"
-    if any(name.endswith("ForImageClassification") for name in architectures) or kind == "vision_net":
+    own = kind in ("vision_net", "clip_classifier")
+    if own or any(name.endswith("ForImageClassification") for name in architectures):
         return "image"
     if kind.startswith("sign_"):
         return "sign"

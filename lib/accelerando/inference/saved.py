@@ -20,12 +20,15 @@ from accelerando.train.weights import TORCH_MODULE
 LARGEST_SIDE = 8192  # of an image for a model, in pixels
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import ModuleType
 
     import torch
     from PIL import Image
     from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
+
+    from accelerando.data.decode import Source
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -230,26 +233,34 @@ class ImageModel:
     model: PreTrainedModel | TorchModel
     device: torch.device
     label_names: list[str]
-    prepare: Callable[[bytes], torch.Tensor]
+    prepare: Callable[[Source], torch.Tensor]
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
 def open_image_model(
-    folder: Path, device: torch.device, module: ModuleType | None = None, trust_remote_code: bool = False
+    folder: Path,
+    device: torch.device,
+    module: ModuleType | None = None,
+    trust_remote_code: bool = False,
+    class_names: Sequence[str] = (),
+    prompt_templates: Sequence[str] = (),
 ) -> ImageModel:
     """The classifier in ``folder``; images are preprocessed as in the evaluation of ``scripts/image_classify.py``, or
     by transformers' processor if ``preprocessor_config.json`` differs from that. ``module``: the user's, from
-    ``--import``.
+    ``--import``. ``class_names``: of a CLIP or a classifier on one, other classes than its own, in the prompts
+    ``prompt_templates``.
 
     Raises:
-        UserError: there is no processor, or the weights are missing or corrupted.
+        UserError: there is no processor, the weights are missing or corrupted, or classes are named for a model that
+            does not compare images with texts.
     """
     import torch
     from PIL import Image
     from transformers import AutoModelForImageClassification
 
-    import accelerando.models.vision  # noqa: F401  (registers its classes)
+    import accelerando.models.clip_classifier
+    import accelerando.models.vision
     from accelerando.data.decode import decode_for_evaluation
 
     path = folder / "preprocessor_config.json"
@@ -258,7 +269,12 @@ def open_image_model(
     settings = read_json(path)
     size = evaluation_size(settings)
     prepare = SavedProcessor(folder, trust_remote_code) if size is None else partial(decode_for_evaluation, size=size)
-    model = open_saved(AutoModelForImageClassification, folder, module, trust_remote_code)
+    if class_names:
+        model = accelerando.models.clip_classifier.open_with_classes(
+            str(folder), class_names, prompt_templates, trust_remote_code
+        ).eval()
+    else:
+        model = open_saved(AutoModelForImageClassification, folder, module, trust_remote_code)
     if isinstance(prepare, SavedProcessor) and not isinstance(model, TorchModel):
         try:
             with torch.inference_mode():  # its images may have a size that the model refuses
@@ -331,12 +347,12 @@ class SavedProcessor:
                     raise UserError(f"{folder}: {name} of its image processor is {side:,} pixels")
             self.prepare(Image.new("RGB", (64, 48)))  # which meets settings of a wrong kind
 
-    def __call__(self, file: bytes) -> torch.Tensor:
+    def __call__(self, source: Source) -> torch.Tensor:
         from PIL import Image
 
-        from accelerando.data.decode import decode_pixels, middle_of
+        from accelerando.data.decode import DecodedImage, decode_pixels, middle_of
 
-        pixels = decode_pixels(file)
+        pixels = source.pixels if isinstance(source, DecodedImage) else decode_pixels(source)
         size = dict(getattr(self.processor, "size", None) or {})
         if getattr(self.processor, "do_center_crop", False) and size.get("shortest_edge"):
             pixels = pixels[middle_of(*pixels.shape[:2], size["shortest_edge"])]
@@ -347,8 +363,11 @@ class SavedProcessor:
         return self.processor(images=[image], return_tensors="pt")["pixel_values"][0]
 
 
-def image_logits(opened: ImageModel, pixels: torch.Tensor, tta: bool = False, amp: str = "no") -> torch.Tensor:
-    """Logits [B, C], float32 on the CPU, of prepared images [B, 3, H, W].
+def image_logits(
+    opened: ImageModel, pixels: torch.Tensor, tta: bool = False, amp: str = "no", frames: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Logits [B, C], float32 on the CPU, of prepared images [B, 3, H, W]; with ``frames`` int64 [V], how many images
+    belong to each video, [V, C].
 
     ``tta``: test-time augmentation, the mean over each image and its horizontal flip. ``amp``: no, bf16 or fp16.
     """
@@ -361,9 +380,10 @@ def image_logits(opened: ImageModel, pixels: torch.Tensor, tta: bool = False, am
         pixels = normalise(pixels, opened.mean, opened.std)
     kind = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     with torch.inference_mode(), torch.autocast(opened.device.type, kind, enabled=amp != "no"):
-        logits = opened.model(pixel_values=pixels).logits.float()
+        parts = {} if frames is None else {"frames": frames.to(opened.device)}
+        logits = opened.model(pixel_values=pixels, **parts).logits.float()
         if tta:
-            logits = (logits + opened.model(pixel_values=pixels.flip(-1)).logits.float()) / 2
+            logits = (logits + opened.model(pixel_values=pixels.flip(-1), **parts).logits.float()) / 2
     return logits.cpu()
 
 

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.utils import ModelOutput
 
 from accelerando.base.errors import UserError
-from accelerando.models.clip import make_trainable_scale
+from accelerando.models.clip import make_trainable_scale, open_clip_model, open_preprocessing
 from accelerando.models.pretrained import open_config, open_model
 
 if TYPE_CHECKING:
@@ -296,6 +296,22 @@ def open_saved_head(model: ClipClassifier, name: str) -> None:
             f"{name}: its head was trained on other classes: {', '.join(list(saved.config.id2label.values())[:8])}"
         )
     model.head, model.config.head, model.config.features = saved.head, "linear", config.features
+
+
+def open_with_classes(
+    name: str, names: Sequence[str], templates: Sequence[str], trust_remote_code: bool = False
+) -> ClipClassifier:
+    """The CLIP in a folder (or that of a classifier saved there) as a classifier of ``names`` by their prompts.
+
+    Raises:
+        UserError: it is no such model, or has no tokenizer.
+    """
+    clip = open_clip_model(name, trust_remote_code=trust_remote_code)
+    make_trainable_scale(clip, None, None)
+    preprocessing = open_preprocessing(name, None, trust_remote_code)
+    prompts = fill_prompts(names, templates)
+    tokens = prompt_tokens(preprocessing.tokenizer, prompts, preprocessing.max_length, preprocessing.full_length)
+    return make_classifier(clip, "text", "embedding", names, tokens)
 
 
 AutoConfig.register(ClipClassifierConfig.model_type, ClipClassifierConfig, exist_ok=True)
