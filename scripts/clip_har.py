@@ -37,6 +37,7 @@ from accelerando.data.media import (
     content_groups,
     held_out,
     matching,
+    of_classes,
     open_folders,
     open_media,
 )
@@ -248,10 +249,10 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         kept = open_folders(Path(args.kept_data), args.fold, args.frame_folders) if args.kept_data else {}
         preprocessing = clip.open_preprocessing(args.model_name, None, args.trust_remote_code)
     names = list(args.class_names) or splits["train"].class_names()
+    if len(names) < 2:
+        raise UserError(f"one class, {names[0]}; a classifier needs at least two")
     novel = class_list(args.novel_classes, names, args.seed)
-    splits = {split: media.take(np.flatnonzero(media.classes(names) >= 0)) for split, media in splits.items()}
-    if empty := [split for split, media in splits.items() if not len(media)]:
-        raise UserError(f"{empty[0]}: no sample of the classes {', '.join(names[:8])}")
+    splits = {split: of_classes(media, names, split, bool(args.class_names)) for split, media in splits.items()}
     if not args.evaluate_only:
         check_validation(args, splits, args.report_on_train)
     for split, fraction in (("test", args.test_fraction), ("validation", args.validation_fraction)):

@@ -217,7 +217,16 @@ def test_zero_shot_trains_nothing_and_a_saved_run_is_scored_again(har_here, har_
     assert results(trained)["zero_shot"]["test"] == pytest.approx(
         {name: value for name, value in results(run)["test"].items() if name != "count"}
     )
-    again = har_here("--evaluate_only", "--model_name", str(trained / "best"), name="again")
+    again = har_here(
+        "--evaluate_only",
+        "--model_name",
+        str(trained / "best"),
+        "--prompt_template",
+        "x {}",
+        "--strategy",
+        "linear_probe",
+        name="again",
+    )
     for name, value in results(trained)["test"].items():
         assert results(again)["test"][name] == pytest.approx(value, rel=1e-4), name
     linear = har_here("--strategy", "visual", "--head", "linear", "--epochs", "3", name="linear")
@@ -495,6 +504,25 @@ def test_a_table_names_the_row_of_a_missing_file(har_here, tmp_path: Path, har_a
     base.remove(har_args[har_args.index("--data_dir") + 1])
     with pytest.raises(UserError, match=r"table.csv: row 1: no file .*a.mp4; --media_folder"):
         har_here("--train_file", str(tmp_path / "table.csv"), base=base)
+
+
+def test_classes_that_train_lacks_are_reported(har_here, media_set: Path, har_args, tmp_path: Path) -> None:
+    """Of a table; a single class is refused."""
+    files = {split: sorted((media_set / split).rglob("*.png")) for split in ("train", "val")}
+    for split, skipped in (("train", "red chair"), ("val", "")):
+        rows = [f"{file},{file.parent.name}" for file in files[split] if file.parent.name != skipped]
+        (tmp_path / f"{split}.csv").write_text("\n".join(["image,label", *rows]) + "\n")
+    base = [flag for flag in har_args if flag not in ("--data_dir", str(media_set))]
+    tables = ("--train_file", "train.csv", "--validation_file", "val.csv", "--media_folder", "/")
+    run = har_here(*tables, "--max_steps", "1", base=base)
+    assert (
+        "validation: 8 samples are left out, of classes that train does not have, such as red chair"
+        in (run / "logs" / "train.log").read_text()
+        or "samples are left out" in (run / "config.yaml").read_text()
+    )
+    assert results(run)["label_names"] == NAMES[:2]
+    with pytest.raises(UserError, match="one class, red chair"):
+        har_here("--class_names", "red chair", name="one")
 
 
 def test_without_pyav_the_package_is_named(har_here, monkeypatch) -> None:

@@ -260,6 +260,23 @@ def at_most_per_class(classes: np.ndarray, most: int, seed: int) -> np.ndarray:
     return np.sort(np.concatenate(kept)) if kept else np.zeros(0, np.int64)
 
 
+def of_classes(media: Media, names: Sequence[str], split: str, asked: bool) -> Media:
+    """The samples of ``media`` whose class is among ``names``; others are reported, unless the classes were ``asked``
+    for.
+
+    Raises:
+        UserError: there are none.
+    """
+    known = media.classes(names) >= 0
+    if not known.any():
+        raise UserError(f"{split}: no sample of the classes {', '.join(names[:8])}")
+    if not known.all() and not asked:
+        row = int(np.flatnonzero(~known)[0])
+        log.warning("%s: %d samples are left out, of classes that train does not have, such as %s", split,
+                    np.count_nonzero(~known), media.labels[row].as_py())  # fmt: skip
+    return media.take(np.flatnonzero(known))
+
+
 def class_list(asked: Sequence[str], names: Sequence[str], seed: int) -> list[str]:
     """The classes that ``asked`` means: names, a file with one a line, or a share of ``names`` such as 0.5, drawn.
 

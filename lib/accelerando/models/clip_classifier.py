@@ -280,7 +280,7 @@ def other_classes(
 
 
 def open_saved_head(model: ClipClassifier, name: str) -> None:
-    """Gives ``model`` the linear head of the classifier saved in ``name``, if it has one.
+    """Makes ``model`` the classifier saved in ``name``: its linear head, or its prompts if the classes are the same.
 
     Raises:
         UserError: it is no such classifier, or one of other classes.
@@ -288,14 +288,14 @@ def open_saved_head(model: ClipClassifier, name: str) -> None:
     config = open_config(name)
     if not isinstance(config, ClipClassifierConfig):
         raise UserError(f"{name}: a CLIP without a classifier: --evaluate_only needs --zero_shot, or best/ of a run")
-    if config.head == "text":
-        return
     saved = open_model(AutoModelForImageClassification, name, config, new_head=False)
-    if list(saved.config.id2label.values()) != list(model.config.id2label.values()):
-        raise UserError(
-            f"{name}: its head was trained on other classes: {', '.join(list(saved.config.id2label.values())[:8])}"
-        )
-    model.head, model.config.head, model.config.features = saved.head, "linear", config.features
+    names = list(saved.config.id2label.values())
+    same = names == list(model.config.id2label.values())
+    if config.head == "linear" and not same:
+        raise UserError(f"{name}: its head was trained on other classes: {', '.join(names[:8])}")
+    if same:
+        model.set_prompts(saved.prompt_ids, saved.prompt_mask, names)
+    model.head, model.config.head, model.config.features = saved.head, config.head, config.features
 
 
 def open_with_classes(
