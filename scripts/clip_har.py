@@ -249,10 +249,10 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         kept = open_folders(Path(args.kept_data), args.fold, args.frame_folders) if args.kept_data else {}
         preprocessing = clip.open_preprocessing(args.model_name, None, args.trust_remote_code)
     names = list(args.class_names) or splits["train"].class_names()
-    if len(names) < 2:
-        raise UserError(f"one class, {names[0]}; a classifier needs at least two")
     novel = class_list(args.novel_classes, names, args.seed)
     splits = {split: of_classes(media, names, split, bool(args.class_names)) for split, media in splits.items()}
+    if len(names) < 2:
+        raise UserError(f"one class, {names[0]}; a classifier needs at least two")
     if not args.evaluate_only:
         check_validation(args, splits, args.report_on_train)
     for split, fraction in (("test", args.test_fraction), ("validation", args.validation_fraction)):

@@ -422,7 +422,7 @@ def test_with_plain_python_killed_and_resumed(task: Task, request, tmp_path: Pat
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("task", each("real"))
+@pytest.mark.parametrize("task", [each("real")[0], each("real")[-1]])  # the launcher is the same for all scripts
 def test_with_torchrun_on_two_ranks(task: Task, request, tmp_path: Path) -> None:
     """torchrun gives what the forked ranks give."""
     args = task.args(request, *task.exact, *next(iter(task.kinds.values())), *task.parts, "--max_steps", "3")
