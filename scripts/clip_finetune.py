@@ -572,7 +572,7 @@ def score_base_model(model: torch.nn.Module, data: Data, run: Run, args: Args) -
 def score_alone(model: torch.nn.Module, data: Data, run: Run, args: Args) -> None:
     """Nothing is trained: the base model is all there is to score."""
     model.to(run.accelerator.device)
-    with stoppable(run, on_stop=lambda: None):
+    with stoppable(run):
         base = score_base_model(model, data, run, args)
     if run.accelerator.is_main_process:
         write_report(run, model, data, base, {}, [], args)

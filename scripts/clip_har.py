@@ -45,6 +45,7 @@ from accelerando.data.transforms import normalise
 from accelerando.inference.hub import check_push, push_best
 from accelerando.models import clip
 from accelerando.models.cpu import speed_up_dropout, use_eager_attention
+from accelerando.models.pretrained import add_embeddings
 from accelerando.report import page, results
 from accelerando.report.metrics import classification_metrics, nearest_neighbours_accuracy, top_k_accuracy
 from accelerando.report.model_card import write_model_card
@@ -325,7 +326,7 @@ def training_samples(args: Args, data: Data) -> TrainingMedia | FeatureRows:
     )  # fmt: skip
 
 
-def cache_features(model: PreTrainedModel, data: Data, run: Run, args: Args) -> None:
+def keep_image_features(model: PreTrainedModel, data: Data, run: Run, args: Args) -> None:
     """Computes the image features of every sample once, if the image tower is frozen and nothing random precedes it."""
     from accelerando.models.clip_classifier import IMAGE_PARTS
 
@@ -379,6 +380,9 @@ def image_features(
 # ------------------------------------------------------------------------------------------------------------ model
 
 
+TOWERS = ("vision_model", "text_model")
+
+
 def is_of_images(name: str) -> bool:
     """Whether a parameter belongs to the image tower or its projection."""
     return "vision_model" in name.split(".") or "visual_projection" in name.split(".")
@@ -390,29 +394,34 @@ def is_of_head(name: str) -> bool:
 
 
 def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedModel:
+    import torch
+
     from accelerando.models.clip_classifier import (
         fill_prompts,
         make_classifier,
-        open_saved_head,
+        open_trained,
         prompt_tokens,
         start_head_from_prompts,
     )
 
     on_cpu = accelerator.device.type == "cpu" and not args.compile_model
-    tower = clip.open_clip_model(args.model_name, trust_remote_code=args.trust_remote_code)
-    clip.check_image_size(tower, data.preprocessing)
-    clip.make_trainable_scale(tower, None, None)
     prompts = fill_prompts(data.label_names, args.prompt_templates)
     length, full_length = data.preprocessing.max_length, data.preprocessing.full_length
     tokens = prompt_tokens(data.preprocessing.tokenizer, prompts, length, full_length)
-    model = make_classifier(tower, args.head, args.head_features, data.label_names, tokens)
     if args.evaluate_only and not args.zero_shot:
-        open_saved_head(model, args.model_name)
-    elif args.head == "linear" and args.head_init == "prompts":
-        start_head_from_prompts(model)
+        model = open_trained(args.model_name, data.label_names, tokens, args.trust_remote_code)
+        tower = model.clip
+    else:
+        tower = clip.open_clip_model(args.model_name, trust_remote_code=args.trust_remote_code)
+        clip.check_image_size(tower, data.preprocessing)
+        add_embeddings(tower, data.preprocessing.tokenizer)
+        clip.make_trainable_scale(tower, None, None)
+        model = make_classifier(tower, args.head, args.head_features, data.label_names, tokens)
+        if args.head == "linear" and args.head_init == "prompts":
+            start_head_from_prompts(model)
     if on_cpu:
-        tokens_at_most = clip.tokens_at_most(tower, data.preprocessing.max_length)
-        use_eager_attention(tower, accelerator.mixed_precision, tokens_at_most)
+        longest = clip.tokens_at_most(tower, data.preprocessing.max_length)
+        use_eager_attention(tower, accelerator.mixed_precision, longest)
     if args.activation_checkpointing:
         tower.activation_checkpointing_enable()
     if args.strategy == "lora":
@@ -423,6 +432,8 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         parameter.requires_grad = not args.evaluate_only and is_trained(args, name)
     if on_cpu:
         speed_up_dropout(model)
+    if not is_sharded(accelerator):
+        model = model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     if not args.evaluate_only:
         log_trained(model, f"Strategy {args.strategy}, head {args.head}")
         log_trained_parts(model)
@@ -509,9 +520,11 @@ def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Arg
     """Labels [n], logits [n, C], losses [n] and row [n] of every sample once, in order, without the unreadable ones."""
     import torch
 
-    dataset = data.features.get(split) or EvaluationMedia(
-        data.splits[split], data.classes[split], data.preprocessing.transform(), args.frames, args.views
-    )
+    if split in data.features:
+        dataset = data.features[split]
+    else:
+        media, transform = data.splits[split], data.preprocessing.transform()
+        dataset = EvaluationMedia(media, data.classes[split], transform, args.frames, args.views)
     rows = EvaluationRows(run, model, dataset, data.collate, args.eval_batch_size, split, num_workers=args.num_workers)
     model.eval()
     with torch.no_grad():
@@ -564,6 +577,16 @@ def score_zero_shot(model: torch.nn.Module, data: Data, run: Run, args: Args) ->
         numbers = "  ".join(f"{name} {text}" for name, text in run.written(base[split], log_only=True))
         log.info("zero-shot, %s: %s", split, numbers)
     return base
+
+
+def score_alone(model: torch.nn.Module, data: Data, run: Run, args: Args) -> None:
+    """Nothing is trained: the model as it is, is all there is to score."""
+    model.to(run.accelerator.device)
+    with stoppable(run):
+        found = {split: evaluate(model, data, split, run, args) for split in scored_splits(data, args)}
+    if run.accelerator.is_main_process:
+        write_report(run, model, data, {}, found, {}, [], args)
+    finish_run(run)
 
 
 def scored_splits(data: Data, args: Args) -> list[str]:
@@ -768,18 +791,12 @@ def main() -> None:
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda"):
         log.warning("%s", line)
 
-    # Nothing is trained: the model as it is, is all there is to score.
     if args.evaluate_only:
-        model.to(accelerator.device)
-        with stoppable(run, on_stop=lambda: None):
-            found = {split: evaluate(model, data, split, run, args) for split in scored_splits(data, args)}
-        if accelerator.is_main_process:
-            write_report(run, model, data, {}, found, {}, [], args)
-        return finish_run(run)
+        return score_alone(model, data, run, args)
+    with stoppable(run):
+        keep_image_features(model, data, run, args)
 
     # What an optimizer step trains on: the same samples on any number of processes.
-    with stoppable(run, on_stop=lambda: None):
-        cache_features(model, data, run, args)
     train_data = training_samples(args, data)
     batches = TrainBatches(
         train_data, data.collate, args.batch_size, args.gradient_accumulation_steps, args.seed,
@@ -828,7 +845,7 @@ def main() -> None:
             if run.is_over:
                 checkpoint()
         for window in training_steps(run, batches):
-            train_mode(model)
+            train_mode(model, TOWERS)
             if args.loss == "contrastive":
                 loss = backward_contrastive(accelerator, model, window, lambda *each: embed(*each, data, args))
                 window.add_mean_loss(loss)

@@ -23,7 +23,7 @@ from accelerando.data.decode import (
     to_channels_last,
 )
 from accelerando.data.image_cache import CachedImages
-from accelerando.data.order import balanced_rows, epoch_order, number_repeats
+from accelerando.data.order import order_of_classes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -138,9 +138,7 @@ class TrainingImages:
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """The order of rows in an epoch, int64 [n]; ``balanced``: every class equally often."""
-        rows = balanced_rows(self.files.classes, seed, epoch) if self.balanced else np.arange(len(self))
-        order = rows[epoch_order(len(rows), seed, epoch)]
-        return number_repeats(order, len(self)) if self.balanced else order
+        return order_of_classes(self.files.classes, self.balanced, seed, epoch)
 
     def prefetch(self, rows: np.ndarray) -> None:
         """Does nothing: the files are local."""

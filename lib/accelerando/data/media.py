@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +21,7 @@ from accelerando.data.decode import is_unreadable, pixels_of, to_channels_last
 from accelerando.data.digest import digest, digest_of, file_contents, file_facts, file_stamps
 from accelerando.data.folders import IMAGE_SUFFIXES, Wanted, class_folders, read_class_folders, read_splits
 from accelerando.data.images import ImageAugmentation, blank_image, cut_mix, mix_up
-from accelerando.data.order import balanced_rows, epoch_order, number_repeats
+from accelerando.data.order import order_of_classes
 from accelerando.data.table_formats import read_datasets, table_suffix
 from accelerando.data.tables import read_text_table
 from accelerando.data.videos import VIDEO_SUFFIXES, read_frames, require_av
@@ -305,15 +306,27 @@ def class_list(asked: Sequence[str], names: Sequence[str], seed: int) -> list[st
 
 
 def content_groups(media: Media) -> np.ndarray:
-    """A number for each sample, int64 [n], equal for files with the same content (read once)."""
-    groups: dict[bytes, int] = {}
+    """A number for each sample, int64 [n], equal for files with the same content; only files of equal size are read."""
+    sizes = [_size(media.open(row)) for row in range(len(media))]
+    alike = Counter(sizes)
+    groups: dict[object, int] = {}
     found = np.zeros(len(media), np.int64)
     for row in with_progress(range(len(media)), len(media), "looking for copies", "samples"):
-        content = media.open(row)
-        if isinstance(content, Path):
-            content = b"".join(file.read_bytes() for file in _parts(content) if file.is_file())
-        found[row] = groups.setdefault(hashlib.blake2b(content, digest_size=16).digest(), len(groups))
+        key: object = row  # nothing is equal to it
+        if alike[sizes[row]] > 1:
+            content = media.open(row)
+            if isinstance(content, Path):
+                content = b"".join(file.read_bytes() for file in _parts(content) if file.is_file())
+            key = hashlib.blake2b(content, digest_size=16).digest()
+        found[row] = groups.setdefault(key, len(groups))
     return found
+
+
+def _size(content: bytes | Path) -> int:
+    """The bytes of a sample."""
+    if isinstance(content, bytes):
+        return len(content)
+    return sum(file.stat().st_size for file in _parts(content) if file.is_file())
 
 
 def held_out(classes: np.ndarray, groups: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -538,13 +551,6 @@ class FeatureRows:
         """The first view of each readable sample [m, d], and its class [m]."""
         readable = ~np.isnan(self.features[:, 0, 0])
         return np.asarray(self.features[readable, 0]), self.classes[readable]
-
-
-def order_of_classes(classes: np.ndarray, balanced: bool, seed: int, epoch: int) -> np.ndarray:
-    """The order of rows in an epoch, int64 [n]; ``balanced``: every class equally often."""
-    rows = balanced_rows(classes, seed, epoch) if balanced else np.arange(len(classes))
-    order = rows[epoch_order(len(rows), seed, epoch)]
-    return number_repeats(order, len(classes)) if balanced else order
 
 
 def by_sample(values: torch.Tensor, views: torch.Tensor, most: int) -> torch.Tensor:

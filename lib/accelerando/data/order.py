@@ -49,6 +49,13 @@ def balanced_rows(classes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return np.stack([np.resize(rows, turns) for rows in members], axis=1).reshape(-1)[: len(classes)]
 
 
+def order_of_classes(classes: np.ndarray, balanced: bool, seed: int, epoch: int) -> np.ndarray:
+    """The order of rows in an epoch, int64 [n]; ``balanced``: every class equally often."""
+    rows = balanced_rows(classes, seed, epoch) if balanced else np.arange(len(classes))
+    order = rows[epoch_order(len(rows), seed, epoch)]
+    return number_repeats(order, len(classes)) if balanced else order
+
+
 def poisson_rows(num_samples: int, rate: float, seed: int, epoch: int, position: int) -> np.ndarray:
     """The rows of the step at ``position`` of an epoch, int64 in random order: each of ``num_samples`` with probability
     ``rate``, so their number varies and may be 0. Steps are drawn independently, even if their size changes during an

@@ -62,7 +62,7 @@ def open_clip_model(
     return model
 
 
-# Model types that look like CLIP and are none: what they take instead.
+# Model types that look like CLIP but take other inputs.
 OTHER_INPUTS = {
     "siglip2": "images of any aspect ratio, cut into patches (NaFlex): choose a checkpoint for a fixed size, such as "
     "google/siglip2-base-patch16-224",

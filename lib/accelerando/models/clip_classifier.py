@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput
 
 from accelerando.base.errors import UserError
 from accelerando.models.clip import make_trainable_scale, open_clip_model, open_preprocessing
-from accelerando.models.pretrained import open_config, open_model
+from accelerando.models.pretrained import add_embeddings, open_config, open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -279,23 +279,26 @@ def other_classes(
         base.set_prompts(*own)
 
 
-def open_saved_head(model: ClipClassifier, name: str) -> None:
-    """Makes ``model`` the classifier saved in ``name``: its linear head, or its prompts if the classes are the same.
+def open_trained(
+    name: str, names: Sequence[str], tokens: tuple[torch.Tensor, torch.Tensor], trust_remote_code: bool = False
+) -> ClipClassifier:
+    """The classifier saved in ``name``; with its prompts, or those of ``tokens`` if ``names`` are other classes.
 
     Raises:
-        UserError: it is no such classifier, or one of other classes.
+        UserError: it is no such classifier, or has a linear head for other classes.
     """
-    config = open_config(name)
+    config = open_config(name, trust_remote_code)
     if not isinstance(config, ClipClassifierConfig):
         raise UserError(f"{name}: a CLIP without a classifier: --evaluate_only needs --zero_shot, or best/ of a run")
-    saved = open_model(AutoModelForImageClassification, name, config, new_head=False)
-    names = list(saved.config.id2label.values())
-    same = names == list(model.config.id2label.values())
-    if config.head == "linear" and not same:
-        raise UserError(f"{name}: its head was trained on other classes: {', '.join(names[:8])}")
-    if same:
-        model.set_prompts(saved.prompt_ids, saved.prompt_mask, names)
-    model.head, model.config.head, model.config.features = saved.head, config.head, config.features
+    model = open_model(
+        AutoModelForImageClassification, name, config, new_head=False, trust_remote_code=trust_remote_code
+    )
+    own = list(config.id2label.values())
+    if own != list(names):
+        if config.head == "linear":
+            raise UserError(f"{name}: its head was trained on other classes: {', '.join(own[:8])}")
+        model.set_prompts(*tokens, names)
+    return model
 
 
 def open_with_classes(
@@ -307,8 +310,9 @@ def open_with_classes(
         UserError: it is no such model, or has no tokenizer.
     """
     clip = open_clip_model(name, trust_remote_code=trust_remote_code)
-    make_trainable_scale(clip, None, None)
     preprocessing = open_preprocessing(name, None, trust_remote_code)
+    add_embeddings(clip, preprocessing.tokenizer)
+    make_trainable_scale(clip, None, None)
     prompts = fill_prompts(names, templates)
     tokens = prompt_tokens(preprocessing.tokenizer, prompts, preprocessing.max_length, preprocessing.full_length)
     return make_classifier(clip, "text", "embedding", names, tokens)

@@ -201,7 +201,7 @@ def pooled(output: Any, pooling: str, mask: torch.Tensor | None = None) -> torch
 
 
 def without_pooler(net: nn.Module, pooling: str) -> None:
-    """Drops a pooler that is not used: its weights would be trained by nobody, which DDP does not allow."""
+    """Drops a pooler that is not used: its weights would get no gradient, which DDP does not allow."""
     if pooling != "pooler" and isinstance(getattr(net, "pooler", None), nn.Module):
         net.pooler = None
 

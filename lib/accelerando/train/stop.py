@@ -78,7 +78,8 @@ def raise_if_stopped(run: Run) -> None:
 def stoppable(run: Run, on_stop: Callable[[], Path | None] | None = None) -> Iterator[None]:
     """Within the block, a stop signal on any process ends the run cleanly, with exit code 128 + signal.
 
-    ``on_stop`` saves a checkpoint and returns its path; without it, ``--resume`` continues from the last checkpoint.
+    ``on_stop`` saves a checkpoint and returns its path; without it, ``--resume`` continues from the last checkpoint, if
+    there is one.
     Contexts that the block opened (averaged weights, a progress bar) are closed before it is called.
 
     Raises:
@@ -87,7 +88,8 @@ def stoppable(run: Run, on_stop: Callable[[], Path | None] | None = None) -> Ite
     try:
         yield
     except StopRequested:
-        checkpoint = on_stop() if on_stop else run.checkpoints
+        saved = run.checkpoints if any(run.checkpoints.glob("step_*")) else None
+        checkpoint = on_stop() if on_stop else saved
         for tracker in run.trackers:
             tracker.finish()
         exit_code = 128 + (_received or signal.SIGTERM)
