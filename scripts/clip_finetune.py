@@ -645,10 +645,7 @@ def write_report(
     tiles += [("gallery", f"{galleries[last]['images']:,}", f"images, {galleries[last]['captions']:,} captions")]
     blocks = []
     if mixtures:
-        names = [name for name in results.metric_names(run, {"": mixtures[0]}) if name != "alpha"]
-        rows = [tuple(mixture[name] for name in ("alpha", *names)) for mixture in mixtures]
-        title = "WiSE-FT: mixtures of old and new weights, validation"
-        blocks.append(page.table(["share of new weights", *names], rows, title=title))
+        blocks.append(results.mixtures_block(run, mixtures))
     titles = {"base": "before", "tuned": "after"} if tuned else {"base": "base model"}
     examples = example_rows(run, data.splits[last], last, titles)
     blocks.append(page.retrieval(examples, title=f"Examples, {last}"))
@@ -688,6 +685,8 @@ def check_args(args: Args) -> None:
         raise UserError(f"--patch_size {args.patch_size}: a side of {args.image_size} pixels is no multiple of it")
     if args.lock_image_tower and args.lock_text_tower and not args.image_model:
         raise UserError("--lock_image_tower and --lock_text_tower together leave nothing to train")
+    if args.lr == 0 and (args.image_lr or args.text_lr):
+        raise UserError("--lr 0 with a learning rate of a tower: freeze the rest with another --scenario instead")
     if bool(args.image_model) != bool(args.text_model):
         there, lacking = ("image", "text") if args.image_model else ("text", "image")
         raise UserError(f"--{there}_model is one of two towers: name the other one with --{lacking}_model")

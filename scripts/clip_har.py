@@ -464,7 +464,7 @@ def is_trained(args: Args, name: str) -> bool:
 
 def rate_factors(model: PreTrainedModel, args: Args) -> dict[str, float]:
     """The learning rates of a linear head's parameters, as factors of ``lr``."""
-    factor = args.head_lr / max(args.lr, 1e-12)
+    factor = args.head_lr / args.lr if args.lr else 1.0
     return {name: factor for name, _ in model.named_parameters() if is_of_head(name)}
 
 
@@ -685,10 +685,7 @@ def write_report(
         rows = [(name, base["kept"][name], kept[name]) for name in ("accuracy", "top3_accuracy")]
         blocks.append(page.table(["zero-shot on other classes", "before", "after"], rows, title="What was kept"))
     if mixtures:
-        names = [name for name in results.metric_names(run, {"": mixtures[0]}) if name != "alpha"]
-        rows = [tuple(mixture[name] for name in ("alpha", *names)) for mixture in mixtures]
-        title = "WiSE-FT: mixtures of old and new weights, validation"
-        blocks.append(page.table(["share of new weights", *names], rows, title=title))
+        blocks.append(results.mixtures_block(run, mixtures))
     blocks += [
         *results.class_blocks(matrices[last], data.label_names, last),
         page.mistakes(worst, title=f"Worst mistakes, {last}"),
@@ -744,6 +741,8 @@ def check_args(args: Args) -> None:
     if args.strategy == "linear_probe" and args.head == "text" and not args.train_logit_scale:
         raise UserError("--strategy linear_probe trains the head, but --head text has no weights: use --head linear")
     if args.head == "linear":
+        if args.lr == 0 < args.head_lr:
+            raise UserError("--lr 0 with --head_lr: freeze the towers with --strategy linear_probe instead")
         for flag, given in {
             "novel_classes": args.novel_classes,
             "loss contrastive": args.loss == "contrastive",

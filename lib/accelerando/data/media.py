@@ -21,6 +21,7 @@ from accelerando.data.decode import is_unreadable, pixels_of, to_channels_last
 from accelerando.data.digest import digest, digest_of, file_contents, file_facts, file_stamps
 from accelerando.data.folders import IMAGE_SUFFIXES, Wanted, class_folders, read_class_folders, read_splits
 from accelerando.data.images import ImageAugmentation, blank_image, cut_mix, mix_up
+from accelerando.data.mapped import by_file, opened
 from accelerando.data.order import order_of_classes
 from accelerando.data.table_formats import read_datasets, table_suffix
 from accelerando.data.tables import read_text_table
@@ -546,6 +547,12 @@ class FeatureRows:
     def problem(self, row: int) -> str:
         """The row number."""
         return f"row {row}: could not be read when its features were computed"
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "features": by_file(self.features)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"features": opened(state["features"])})
 
     def first_views(self) -> tuple[np.ndarray, np.ndarray]:
         """The first view of each readable sample [m, d], and its class [m]."""

@@ -18,6 +18,7 @@ from accelerando.base.errors import UserError, first_line
 from accelerando.base.log import progress_bar
 from accelerando.data.digest import digest, digest_of, file_contents, file_facts, file_stamps
 from accelerando.data.duplicates import join_pairs
+from accelerando.data.mapped import by_file, opened
 from accelerando.data.order import epoch_order
 from accelerando.data.table_formats import table_suffix
 from accelerando.data.tables import read_text_table
@@ -78,13 +79,10 @@ class ImageFeatures:
         return found
 
     def __getstate__(self) -> dict[str, object]:
-        """A worker process opens the memory-mapped file by itself."""
-        file = getattr(self.values, "filename", None)
-        return {"places": self.places, "values": self.values if file is None else None, "file": file}
+        return {**vars(self), "values": by_file(self.values)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        mapped = None if state["file"] is None else np.load(state["file"], mmap_mode="r", allow_pickle=False)
-        self.values, self.places = state["values"] if mapped is None else mapped, state["places"]
+        vars(self).update(state | {"values": opened(state["values"])})
 
 
 @dataclass

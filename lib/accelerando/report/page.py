@@ -204,10 +204,7 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
                 f'<details class="text"><summary dir="auto">{_text(cut)} … <u>whole text</u></summary>'
                 f'<p dir="auto">{_text(text)}</p></details>'
             )
-        images = f'<img alt="" src="{_data_uri(row["image"])}">' if row.get("image") else ""
-        if row.get("heat"):
-            alt = _text(f"saliency map for {row['predicted']}")
-            images += f'<img alt="{alt}" title="{alt}" src="{_data_uri(row["heat"])}">'
+        images = _seen(row)
         confidence = row.get("confidence")
         sure = f'<span class="sure">{_number(confidence)}</span>' if confidence is not None else ""
         verdict = (
@@ -215,7 +212,6 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
             f'<span>predicted <b class="wrong">{_text(row["predicted"])}</b> {sure}</span></p>'
         )
         wide = ' class="pair"' if row.get("image") and row.get("heat") else ""
-        images = f'<div class="seen">{images}</div>' if images else ""
         items.append(f'<li{wide}>{images}<div class="said">{verdict}{shown}</div></li>')
     if not items:
         return _section(title, '<p class="note">None.</p>')
@@ -226,16 +222,21 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
     return _section(title, f'{_note(note)}{legend}<ol class="mistakes cards">{"".join(items)}</ol>')
 
 
+def _seen(row: Mapping[str, Any]) -> str:
+    """The ``image`` of a card and, beside it, its ``heat``."""
+    images = f'<img alt="" src="{_data_uri(row["image"])}">' if row.get("image") else ""
+    if row.get("heat"):
+        alt = _text(f"saliency map for {row['predicted']}")
+        images += f'<img alt="{alt}" title="{alt}" src="{_data_uri(row["heat"])}">'
+    return f'<div class="seen">{images}</div>' if images else ""
+
+
 def class_scores(rows: Sequence[Mapping[str, Any]], title: str = "Scores", limit: int = 15) -> str:
     """Samples with the probability of every class name, as cards: dicts with ``text``, ``true``, ``predicted`` and
     ``scores`` (name -> probability); ``image`` and ``heat`` as in :func:`mistakes`. Of more than ``limit`` classes the
     most probable ones are shown."""
     items = []
     for row in rows:
-        images = f'<img alt="" src="{_data_uri(row["image"])}">' if row.get("image") else ""
-        if row.get("heat"):
-            alt = _text(f"saliency map for {row['predicted']}")
-            images += f'<img alt="{alt}" title="{alt}" src="{_data_uri(row["heat"])}">'
         marked = ' class="right"'
         ranked = sorted(row["scores"].items(), key=lambda each: -each[1])
         bars = "".join(
@@ -244,9 +245,8 @@ def class_scores(rows: Sequence[Mapping[str, Any]], title: str = "Scores", limit
             for name, share in ranked[:limit]
         )
         more = f'<p class="note">and {len(ranked) - limit:,} more</p>' if len(ranked) > limit else ""
-        seen = f'<div class="seen">{images}</div>' if images else ""
         said = f'<p>{_text(row.get("text") or "")}</p><table class="scores"><tbody>{bars}</tbody></table>{more}'
-        items.append(f'<li class="pair">{seen}<div class="said">{said}</div></li>')
+        items.append(f'<li class="pair">{_seen(row)}<div class="said">{said}</div></li>')
     legend = _heat_legend() if any(row.get("heat") for row in rows) else ""
     note = _note("The true class is in bold.")
     return _section(title, f'{note}{legend}<ol class="mistakes cards">{"".join(items)}</ol>')

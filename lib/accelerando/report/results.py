@@ -216,6 +216,14 @@ def class_blocks(matrix: np.ndarray, class_names: Sequence[str], what: str) -> l
     ]
 
 
+def mixtures_block(run: Run, mixtures: Sequence[Mapping[str, float]]) -> str:
+    """A block of ``report.html``: the validation metrics of mixtures of old and new weights, by their ``alpha``."""
+    names = [name for name in metric_names(run, {"": mixtures[0]}) if name != "alpha"]
+    rows = [tuple(mixture[name] for name in ("alpha", *names)) for mixture in mixtures]
+    title = "WiSE-FT: mixtures of old and new weights, validation"
+    return page.table(["share of new weights", *names], rows, title=title)
+
+
 def write_table(run: Run, path: str | Path, columns: Mapping[str, str]) -> None:
     """Writes a CSV with a row for each evaluation; ``columns``: heading -> name in ``metrics.jsonl``.
 
