@@ -331,8 +331,9 @@ def locations(args: Args) -> dict[str, str]:
 
 
 def training_pairs(args: Args, data: Data) -> PairDataset:
-    """The training pairs as each epoch augments them; without augmentation the images are those of evaluation."""
-    transform = data.preprocessing.transform(args.augmentation, exact=args.augmentation == "none")
+    """The training pairs as each epoch augments them; a frozen image tower sees the images of evaluation."""
+    frozen = args.lock_image_tower if args.scenario == "full" else args.scenario in ("linear_probe", "text_lora")
+    transform = data.preprocessing.transform(args.augmentation, exact=frozen and args.augmentation == "none")
     return PairDataset(data.splits["train"], transform, args.seed, features=data.features.get("train"))
 
 
@@ -343,9 +344,7 @@ PROJECTIONS = ("visual_projection", "text_projection")
 
 
 def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedModel:
-    import torch
-
-    from accelerando.models.towers import make_two_towers
+    from accelerando.models.towers import make_two_towers, use_fast_layout
 
     on_cpu = accelerator.device.type == "cpu" and not args.compile_model
     if args.from_scratch:
@@ -360,6 +359,8 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
             model = clip.open_clip_model(args.model_name, args.adapter, args.attention_dropout, args.trust_remote_code)
         clip.check_image_size(model, data.preprocessing)
         add_embeddings(model, data.preprocessing.tokenizer)
+    if not is_sharded(accelerator):
+        use_fast_layout(model)
     clip.make_trainable_scale(model, args.logit_scale_init, args.logit_bias_init if args.loss == "siglip" else None)
     if on_cpu:
         longest = clip.tokens_at_most(model, data.preprocessing.max_length)
@@ -384,8 +385,6 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         raise UserError(f"--scenario {args.scenario} finds nothing to train in {model_title(args)}")
     if on_cpu:
         speed_up_dropout(model)
-    if not is_sharded(accelerator):
-        model = model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     if args.scenario != "zero_shot":
         log_trained(model, f"Scenario {args.scenario}")
         log_trained_parts(model)

@@ -304,7 +304,8 @@ def training_samples(args: Args, data: Data) -> TrainingMedia | FeatureRows:
     """The training samples as each epoch augments, mixes and orders them, or their cached features."""
     if "train" in data.features:
         return data.features["train"]
-    transform, mean = data.preprocessing.transform(exact=args.augmentation == "none"), data.preprocessing.colours[0]
+    frozen = args.strategy in ("linear_probe", "text")  # such an image tower sees the images of evaluation
+    transform, mean = data.preprocessing.transform(exact=frozen), data.preprocessing.colours[0]
     augmentation = {
         "none": None,
         "light": ImageAugmentation(0.6, 0.5, "none", 0.0, mean),
@@ -394,8 +395,6 @@ def is_of_head(name: str) -> bool:
 
 
 def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedModel:
-    import torch
-
     from accelerando.models.clip_classifier import (
         fill_prompts,
         make_classifier,
@@ -403,6 +402,7 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         prompt_tokens,
         start_head_from_prompts,
     )
+    from accelerando.models.towers import use_fast_layout
 
     on_cpu = accelerator.device.type == "cpu" and not args.compile_model
     prompts = fill_prompts(data.label_names, args.prompt_templates)
@@ -419,6 +419,8 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         model = make_classifier(tower, args.head, args.head_features, data.label_names, tokens)
         if args.head == "linear" and args.head_init == "prompts":
             start_head_from_prompts(model)
+    if not is_sharded(accelerator):
+        use_fast_layout(tower)
     if on_cpu:
         longest = clip.tokens_at_most(tower, data.preprocessing.max_length)
         use_eager_attention(tower, accelerator.mixed_precision, longest)
@@ -432,8 +434,6 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         parameter.requires_grad = not args.evaluate_only and is_trained(args, name)
     if on_cpu:
         speed_up_dropout(model)
-    if not is_sharded(accelerator):
-        model = model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     if not args.evaluate_only:
         log_trained(model, f"Strategy {args.strategy}, head {args.head}")
         log_trained_parts(model)

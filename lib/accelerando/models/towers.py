@@ -178,6 +178,13 @@ class TwoTowers(PreTrainedModel):
         return CLIPOutput(logits_per_image=logits, logits_per_text=logits.T, image_embeds=image, text_embeds=text)
 
 
+def use_fast_layout(model: nn.Module) -> None:
+    """channels_last for the weights of an image net, in which convolutions are fastest; not for sharded models. Other
+    models stay as they are."""
+    if isinstance(model, TwoTowers):
+        model.vision_model.to(memory_format=torch.channels_last)
+
+
 def make_projection(kind: str, width: int, dim: int) -> nn.Module:
     """From a tower of ``width`` to embeddings of ``dim`` numbers."""
     if kind == "linear":
