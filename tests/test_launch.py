@@ -123,7 +123,8 @@ os.kill(os.getpid(), 9)
 
 @pytest.mark.launch
 def test_the_launcher_of_several_ends_with_the_scripts_code_and_without_a_traceback(tmp_path: Path) -> None:
-    path = script(tmp_path, "import os, sys\nprint(os.environ['WORLD_SIZE'])\nsys.exit(int(sys.argv[1]))\n")
+    said = "os.write(1, os.environ['WORLD_SIZE'].encode() + b'\\n')"  # in one piece: there are two
+    path = script(tmp_path, f"import os, sys\n{said}\nsys.exit(int(sys.argv[1]))\n")
     flags = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
     done = subprocess.run(
         accelerate_command(path, ["7"], flags), cwd=tmp_path, env={**ENVIRONMENT, "ACCELERATE_USE_CPU": "true"},
