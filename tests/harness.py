@@ -289,7 +289,7 @@ def wait_for_draft(run: Path, process: Process, timeout: float = 60) -> None:
         drafts = (*run.glob(".best.*.draft"), *run.glob(".last.*.draft"), *run.glob("checkpoints/.step_*"))
         return bool(drafts)
 
-    wait_until(writing, process, timeout, every=0.0002)
+    wait_until(writing, process, timeout, every=0.001)
 
 
 def last_step(run: Path) -> int:
@@ -301,12 +301,12 @@ def last_step(run: Path) -> int:
 def kill_and_resume(
     folder: Path, script: Path, args: list[str], processes: int, kills: int, seed: int, real: bool = False
 ) -> Path:
-    """Kills the run ``kills`` times, every third time while it saves, and lets it finish."""
+    """Kills the run ``kills`` times, the second of three times while it saves, and lets it finish."""
     rng = random.Random(seed)
     run = folder / "runs" / "run"
     for number in range(kills):
         process = start(script, *args, "--resume", cwd=folder, processes=processes, real=real)
-        if number % 3 == 2:
+        if number % 3 == 1:
             wait_for_draft(run, process)
         else:
             wait_for_step(run, last_step(run) + rng.randint(4, 7), process)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from functools import lru_cache
 from urllib.parse import unquote
 
 # Control characters (ANSI codes begin with one), line breaks, marks that reverse the direction, half characters.
@@ -47,7 +48,7 @@ def without_credentials(text: str, mark: str = "") -> str:
     ``WANDB_API_KEY`` and ``HF_TOKEN``, passwords of proxies, tokens of known forms, and ``password: ...``. With a
     ``mark``, it stands where something was removed from a URL.
     """
-    for secret in _secrets_of_environment():
+    for secret in _secrets_of_environment(tuple(os.environ.items())):
         text = text.replace(secret, MARK)
     if "://" in text:
         user, query = (f"{mark}@", f"?{mark}") if mark else ("", "")
@@ -63,9 +64,10 @@ def without_credentials(text: str, mark: str = "") -> str:
     return NAMED.sub(rf"\1{MARK}", TOKENS.sub(MARK, text))
 
 
-def _secrets_of_environment() -> list[str]:
+@lru_cache(maxsize=4)  # asked for with each line of the log
+def _secrets_of_environment(environment: tuple[tuple[str, str], ...]) -> list[str]:
     found = []
-    for name, value in os.environ.items():
+    for name, value in environment:
         # A shorter value is no real secret and would match parts of words.
         if len(value) >= (5 if name in AWS else 8) and (name in AWS or SECRET_VARIABLE.search(name)):
             found += [value] if name in AWS or not value.startswith(("/", "~")) else []
