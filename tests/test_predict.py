@@ -7,7 +7,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -255,9 +254,7 @@ def test_endless_input_and_a_closed_pipe(run_folder: Path) -> None:
 
 
 def test_as_a_program() -> None:
-    started = time.perf_counter()
-    done = subprocess.run(**command("--help"), text=True)
+    done = subprocess.run(**command("--help"), text=True)  # its time: tests/test_docs.py
     assert done.returncode == 0 and "--top_k" in done.stdout
-    assert time.perf_counter() - started < 2
     done = subprocess.run(**command("nowhere", "x"), text=True)
     assert (done.returncode, done.stdout) == (2, "") and done.stderr.startswith("error: nowhere: no such folder")
