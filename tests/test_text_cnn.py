@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from harness import launch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from accelerando.base.errors import UserError
@@ -170,8 +168,9 @@ RANKS = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from tests.test_text_cnn import make_model, padded
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
+sys.path.insert(0, "tests")
+from test_text_cnn import make_model, padded
+dist.init_process_group("gloo")
 mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
 texts, labels = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [2, 3]], torch.tensor([0, 1, 2, 0])
 mine = slice(dist.get_rank() * 2, dist.get_rank() * 2 + 2)
@@ -194,14 +193,6 @@ dist.destroy_process_group()
 
 @pytest.mark.launch
 def test_ddp_and_fsdp2_on_two_ranks_give_the_gradients_of_one(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib"), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANKS, str(tmp_path / "rendezvous"), str(rank)],
-            env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for rank in ranks:
-        out, err = rank.communicate(timeout=100)
-        assert rank.returncode == 0 and out.strip() == "same", err
+    (tmp_path / "ranks.py").write_text(RANKS)
+    done = launch(tmp_path / "ranks.py", cwd=ROOT, processes=2)
+    assert done.out.split() == ["same", "same"], done.err
