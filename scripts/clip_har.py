@@ -33,13 +33,14 @@ from accelerando.data.media import (
     TrainingMedia,
     at_most_per_class,
     by_sample,
+    candidates_of,
     class_list,
-    content_groups,
-    held_out,
     matching,
     of_classes,
     open_folders,
     open_media,
+    with_held_out,
+    with_novel_apart,
 )
 from accelerando.data.transforms import normalise
 from accelerando.inference.hub import check_push, push_best
@@ -256,25 +257,16 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         raise UserError(f"one class, {names[0]}; a classifier needs at least two")
     if not args.evaluate_only:
         check_validation(args, splits, args.report_on_train)
-    for split, fraction in (("test", args.test_fraction), ("validation", args.validation_fraction)):
-        if split not in splits and fraction and not args.evaluate_only:
-            rest, held = held_out(splits["train"].classes(names), content_groups(splits["train"]), fraction, args.seed)
-            splits |= {"train": splits["train"].take(rest), split: splits["train"].take(held)}
-    base = np.array([number for number, name in enumerate(names) if name not in novel])
+        fractions = {"test": args.test_fraction, "validation": args.validation_fraction}
+        splits = with_held_out(splits, names, fractions, args.seed)
     if novel:  # their samples are in no split but their own
-        last = splits[results.split_to_show(splits)]
-        apart = last.take(np.flatnonzero(np.isin(last.classes(names), base, invert=True)))
-        splits = {
-            split: media.take(np.flatnonzero(np.isin(media.classes(names), base))) for split, media in splits.items()
-        } | ({"novel": apart} if len(apart) else {})
+        splits = with_novel_apart(splits, names, novel, results.split_to_show(splits))
     most = min(args.shots or 2**62, args.max_samples_per_class or 2**62)
     if most < 2**62:
         train = splits["train"]
         splits["train"] = train.take(at_most_per_class(train.classes(names), most, args.seed))
     classes = {split: media.classes(names) for split, media in splits.items()}
-    candidates = dict.fromkeys(splits, base)
-    if novel:
-        candidates["novel"] = np.setdiff1d(np.arange(len(names)), base)
+    candidates = {split: candidates_of(split, names, novel) for split in splits}
     counts = ", ".join(f"{split} {len(media):,}" for split, media in splits.items())
     log.info("Samples: %s; %d classes: %s", counts, len(names), ", ".join(names[:12]) + " ..." * (len(names) > 12))
     if novel:
