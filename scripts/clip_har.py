@@ -115,6 +115,7 @@ class Args:
     cache_dir: str | None = None  # features and fetched shards (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
     cache_gb: float = 50.0  # cached remote shards, in GB
     cache_features: bool = True  # compute the features of a frozen image tower once, where augmentation is none
+    dataset_version: str | None = None  # tag or revision of the data, kept with the results: v1.2, say
     # -- model --
     model_name: str = "openai/clip-vit-base-patch16"  # folder or Hub name of a CLIP, SigLIP, or of a saved run
     trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
@@ -183,6 +184,7 @@ class Args:
     wandb_project: str = "clip_har"  # wandb: project
     wandb_entity: str | None = None  # wandb: user or team
     wandb_name: str | None = None  # wandb: name of the run (default: run_name)
+    wandb_group: str | None = None  # wandb: group of runs that belong together
     wandb_tags: tuple[str, ...] = ()  # wandb: tags
     wandb_notes: str | None = None  # wandb: notes
     experiment_name: str = "accelerando"  # mlflow: experiment
