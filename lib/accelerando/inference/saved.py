@@ -115,10 +115,7 @@ def open_saved(
     Raises:
         UserError: the weights are missing, corrupted or another model's, or the class is unknown.
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_loading()
     content = read_json(folder / "config.json")
     if content.get("model_type") == TORCH_MODULE:
         return TorchModel(open_torch_module(folder, module), read_config(content))
@@ -130,6 +127,14 @@ def open_saved(
     except UserError as error:
         raise UserError(f"{error}{import_hint(content)}") from None
     return model.eval()
+
+
+def quiet_loading() -> None:
+    """Turns off transformers' own messages and progress bars."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def open_torch_module(folder: Path, module: ModuleType | None) -> torch.nn.Module:
@@ -300,6 +305,7 @@ def _open_clip_classifier(
     from accelerando.models.clip import check_image_size, open_preprocessing
     from accelerando.models.clip_classifier import open_with_classes
 
+    quiet_loading()
     preprocessing = open_preprocessing(str(folder), None, trust_remote_code)
     if class_names:
         model = open_with_classes(str(folder), class_names, prompt_templates, trust_remote_code).eval()
