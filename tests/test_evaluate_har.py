@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import HAR, run_in_this_process
+from harness import HAR, ROOT, run_in_this_process
 from made_data import make_video
 from PIL import Image
 from tools import evaluate, predict
@@ -225,3 +228,14 @@ def test_without_pyav_a_video_names_the_package(run: Path, media_set: Path, call
     monkeypatch.setattr("accelerando.data.videos.importlib.util.find_spec", lambda name: None)
     code, _, err = call(run, media_set / "test" / "red chair", tool=predict)
     assert code == 1 and err.count("a video needs PyAV to be read: pip install av") == 2
+
+
+def test_an_image_run_opens_where_nothing_else_was_imported(image_here, image_set: Path, tmp_path: Path) -> None:
+    """Each tool registers the classes of this library by itself."""
+    run = image_here("--max_steps", "1", base=["--data_dir", str(image_set), "--image_size", "32", "--report_to", "none",
+                                               "--architecture", "squeezenet1_1"])  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "lib")}
+    for tool, flags in (("evaluate.py", ()), ("predict.py", (str(image_set / "raw" / "lamp"),))):
+        command = [sys.executable, str(ROOT / "tools" / tool), str(run), *flags]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr

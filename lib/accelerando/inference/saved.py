@@ -271,6 +271,7 @@ def open_image_model(
     from PIL import Image
     from transformers import AutoModelForImageClassification
 
+    import accelerando.models.vision  # noqa: F401  (makes the auto classes know it)
     from accelerando.data.decode import decode_for_evaluation
 
     if takes_videos(read_json(folder / "config.json"), class_names):
