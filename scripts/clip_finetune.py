@@ -120,6 +120,7 @@ class Args:
     class_names: tuple[str, ...] = ()  # zero-shot classification: the classes (default: those of the validation set)
     class_templates: tuple[str, ...] = ("a photo of a {}.",)  # zero-shot classification: captions of a class
     max_length: int | None = None  # tokens kept of a caption (default: what the model can take)
+    dataset_version: str | None = None  # tag or revision of the data, kept with the results: v1.2, say
     # -- model --
     model_name: str = "openai/clip-vit-base-patch32"  # pretrained: folder or Hub name, of a LoRA adapter too
     image_model: str | None = None  # two towers: timm/<name>, a net of torchvision, or an encoder's folder or Hub name
@@ -207,6 +208,7 @@ class Args:
     wandb_project: str = "clip-furniture-finetune"  # wandb: project
     wandb_entity: str | None = None  # wandb: user or team
     wandb_name: str | None = None  # wandb: name of the run (default: run_name)
+    wandb_group: str | None = None  # wandb: group of runs that belong together
     wandb_tags: tuple[str, ...] = ()  # wandb: tags
     wandb_notes: str | None = None  # wandb: notes
     experiment_name: str = "accelerando"  # mlflow: experiment

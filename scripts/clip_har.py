@@ -33,13 +33,14 @@ from accelerando.data.media import (
     TrainingMedia,
     at_most_per_class,
     by_sample,
+    candidates_of,
     class_list,
-    content_groups,
-    held_out,
     matching,
     of_classes,
     open_folders,
     open_media,
+    with_held_out,
+    with_novel_apart,
 )
 from accelerando.data.transforms import normalise
 from accelerando.inference.hub import check_push, push_best
@@ -114,6 +115,7 @@ class Args:
     cache_dir: str | None = None  # features and fetched shards (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
     cache_gb: float = 50.0  # cached remote shards, in GB
     cache_features: bool = True  # compute the features of a frozen image tower once, where augmentation is none
+    dataset_version: str | None = None  # tag or revision of the data, kept with the results: v1.2, say
     # -- model --
     model_name: str = "openai/clip-vit-base-patch16"  # folder or Hub name of a CLIP, SigLIP, or of a saved run
     trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
@@ -182,6 +184,7 @@ class Args:
     wandb_project: str = "clip_har"  # wandb: project
     wandb_entity: str | None = None  # wandb: user or team
     wandb_name: str | None = None  # wandb: name of the run (default: run_name)
+    wandb_group: str | None = None  # wandb: group of runs that belong together
     wandb_tags: tuple[str, ...] = ()  # wandb: tags
     wandb_notes: str | None = None  # wandb: notes
     experiment_name: str = "accelerando"  # mlflow: experiment
@@ -256,25 +259,16 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         raise UserError(f"one class, {names[0]}; a classifier needs at least two")
     if not args.evaluate_only:
         check_validation(args, splits, args.report_on_train)
-    for split, fraction in (("test", args.test_fraction), ("validation", args.validation_fraction)):
-        if split not in splits and fraction and not args.evaluate_only:
-            rest, held = held_out(splits["train"].classes(names), content_groups(splits["train"]), fraction, args.seed)
-            splits |= {"train": splits["train"].take(rest), split: splits["train"].take(held)}
-    base = np.array([number for number, name in enumerate(names) if name not in novel])
+        fractions = {"test": args.test_fraction, "validation": args.validation_fraction}
+        splits = with_held_out(splits, names, fractions, args.seed)
     if novel:  # their samples are in no split but their own
-        last = splits[results.split_to_show(splits)]
-        apart = last.take(np.flatnonzero(np.isin(last.classes(names), base, invert=True)))
-        splits = {
-            split: media.take(np.flatnonzero(np.isin(media.classes(names), base))) for split, media in splits.items()
-        } | ({"novel": apart} if len(apart) else {})
+        splits = with_novel_apart(splits, names, novel, results.split_to_show(splits))
     most = min(args.shots or 2**62, args.max_samples_per_class or 2**62)
     if most < 2**62:
         train = splits["train"]
         splits["train"] = train.take(at_most_per_class(train.classes(names), most, args.seed))
     classes = {split: media.classes(names) for split, media in splits.items()}
-    candidates = dict.fromkeys(splits, base)
-    if novel:
-        candidates["novel"] = np.setdiff1d(np.arange(len(names)), base)
+    candidates = {split: candidates_of(split, names, novel) for split in splits}
     counts = ", ".join(f"{split} {len(media):,}" for split, media in splits.items())
     log.info("Samples: %s; %d classes: %s", counts, len(names), ", ".join(names[:12]) + " ..." * (len(names) > 12))
     if novel:

@@ -95,6 +95,7 @@ class Args:
     cache: bool = False  # decode the images once, then read them from a memory map
     cache_side: int | None = None  # cache: shorter side of what is kept, in pixels (default: what evaluation needs)
     cache_dir: str | None = None  # cache: where (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
+    dataset_version: str | None = None  # tag or revision of the data, kept with the results: v1.2, say
     # -- model --
     architecture: str = "resnet18"  # net of torchvision, or of timm as timm/<name>
     weights: str | None = None  # of the net: a file, or DEFAULT for ImageNet's, downloaded; None: random
@@ -159,6 +160,7 @@ class Args:
     wandb_project: str = "accelerando"  # wandb: project
     wandb_entity: str | None = None  # wandb: user or team
     wandb_name: str | None = None  # wandb: name of the run (default: run_name)
+    wandb_group: str | None = None  # wandb: group of runs that belong together
     wandb_tags: tuple[str, ...] = ()  # wandb: tags
     wandb_notes: str | None = None  # wandb: notes
     experiment_name: str = "accelerando"  # mlflow: experiment

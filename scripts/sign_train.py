@@ -89,6 +89,7 @@ class Args:
     mirror: float = 0.0  # augmentation: probability that left and right change places
     cache_dir: str | None = None  # where packed clips are kept (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
     smoke_test: bool = False  # train on generated clips: no data is needed
+    dataset_version: str | None = None  # tag or revision of the data, kept with the results: v1.2, say
     # -- model --
     model: Literal["transformer", "iv3_gru"] = "transformer"  # of keypoints, or of Inception features
     normalisation: Literal["body", "standard", "none"] | None = None  # transformer: default body; iv3_gru: none
@@ -162,6 +163,7 @@ class Args:
     wandb_project: str = "accelerando"  # wandb: project
     wandb_entity: str | None = None  # wandb: user or team
     wandb_name: str | None = None  # wandb: name of the run (default: run_name)
+    wandb_group: str | None = None  # wandb: group of runs that belong together
     wandb_tags: tuple[str, ...] = ()  # wandb: tags
     wandb_notes: str | None = None  # wandb: notes
     experiment_name: str = "accelerando"  # mlflow: experiment

@@ -73,6 +73,7 @@ class Args:
     max_length: int = 128  # tokens kept of each text
     length_buckets: bool = True  # texts of similar length share a batch: little padding
     cache_dir: str | None = None  # where tokenized text is kept (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
+    dataset_version: str | None = None  # tag or revision of the data, kept with the results: v1.2, say
     # -- model --
     architecture: Literal["transformer", "cnn"] = "transformer"  # transformer, or Kim's convolutional net
     model_name: str = "bert-base-uncased"  # transformer: folder or Hub name
@@ -143,6 +144,7 @@ class Args:
     wandb_project: str = "accelerando"  # wandb: project
     wandb_entity: str | None = None  # wandb: user or team
     wandb_name: str | None = None  # wandb: name of the run (default: run_name)
+    wandb_group: str | None = None  # wandb: group of runs that belong together
     wandb_tags: tuple[str, ...] = ()  # wandb: tags
     wandb_notes: str | None = None  # wandb: notes
     experiment_name: str = "accelerando"  # mlflow: experiment

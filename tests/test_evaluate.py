@@ -112,7 +112,7 @@ def test_a_folder_may_lack_classes_but_not_have_others(runs: Path, image_set: Pa
     (tmp_path / "new" / "notes.txt").write_text("x")
     code, out, err = call(runs / "b", "--data", tmp_path / "new", "--output_dir", tmp_path / "out")
     rows = rows_of(tmp_path / "out" / "predictions.csv")
-    assert code == 0 and "No image is of lamp" in out and "1 more cannot be read" in out
+    assert code == 0 and "None of the images is of lamp" in out and "1 more cannot be read" in out
     assert "cannot be read:" in err and "broken.jpg" in err and "notes.txt" in err
     assert {(row["label"], row["file"].split("/")[0]) for row in rows} == {("chair", "chair"), ("table", "table")}
     (tmp_path / "new" / "table").rename(tmp_path / "new" / "tables")
@@ -173,7 +173,7 @@ def test_mistakes_end_in_one_line(runs: Path, image_set: Path, call, tmp_path: P
     cases: list[tuple[tuple, str]] = [
         ((), "no run: name one"),
         ((tmp_path / "gone",), "no such folder"),
-        ((text, "--data", data), "a classifier of texts; only runs of image_classify.py are scored here"),
+        ((text, "--data", data), "a classifier of texts; only those of images are scored here"),
         ((truncated,), "the model cannot be loaded"),
         ((moved,), "--data_dir says where the run's images lie now"),
         ((alone,), "score others with --data"),

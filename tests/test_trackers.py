@@ -58,7 +58,8 @@ def test_mlflow_and_wandb_together_and_the_same_run_after_a_resume(train_here, t
     monkeypatch.setenv("WANDB_SILENT", "true")
     flags = (
         "--report_to", "wandb", "mlflow", "--experiment_name", "exp", "--wandb_project", "proj", "--wandb_tags", "a", "b",
-        "--wandb_notes", "about this", "--wandb_name", "title", "--wandb_entity", "team",
+        "--wandb_notes", "about this", "--wandb_name", "title", "--wandb_entity", "team", "--group_name", "together",
+        "--dataset_version", "v1.2",
     )  # fmt: skip
     run = train_here(*flags, "--max_steps", "7", name="run")
     train_here(*flags, "--resume", str(run), "--max_steps", "14", name="run")
@@ -67,13 +68,22 @@ def test_mlflow_and_wandb_together_and_the_same_run_after_a_resume(train_here, t
     (found,) = client.search_runs([experiment.experiment_id])  # one run, not two
     losses = sorted((m.step, m.value) for m in client.get_metric_history(found.info.run_id, "train/loss"))
     assert [step for step, _ in losses] == list(range(1, 15))
-    assert found.data.params["lr"] == "0.003"
+    assert found.data.params["lr"] == "0.003" and found.data.params["dataset_version"] == "v1.2"
     # Offline, a resumed wandb run is a second folder with the same id; `wandb sync` joins them.
     folders = list((run / "wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert len({folder.name.rsplit("-", 1)[1] for folder in folders}) == 1
     content = b"".join(file.read_bytes() for folder in folders for file in folder.glob("*.wandb"))
-    for word in (b"proj", b"title", b"about this", b"team", b"train/loss", b"validation/accuracy"):
+    for word in (
+        b"proj",
+        b"title",
+        b"about this",
+        b"team",
+        b"together",
+        b"v1.2",
+        b"train/loss",
+        b"validation/accuracy",
+    ):
         assert word in content, word
 
 

@@ -124,5 +124,5 @@ def test_a_folder_of_frames_is_a_video(tmp_path: Path) -> None:
         "frame1.png",
         "frame2.png",
     ]
-    assert len(frames_of(media, 0, even_positions(4))) == 4
+    assert len(frames_of(media.open(0), even_positions(4))) == 4
     assert len(open_folders(tmp_path)["train"]) == 24

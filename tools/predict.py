@@ -8,11 +8,13 @@
   python tools/predict.py runs/ants https://example.org/a.jpg
   python tools/predict.py runs/ants --file list.txt --output out.csv
   python tools/predict.py runs/mine photo.jpg --import my_module
-  python tools/predict.py runs/har film.mp4 --class_names "riding a horse" cooking
+  python tools/predict.py runs/har film.mp4 data/films        a run of clip_har.py
+  python tools/predict.py runs/har data/films --class_names "riding a horse" cooking
 
 A file of texts has one on each line, or is a table: .json, .jsonl, .csv, .tsv or .parquet.
-A folder stands for all images in it at any depth; a file (or standard input)
-lists paths and URLs of images, one on each line. An image that cannot be read
+A folder stands for all images in it at any depth, and for all videos where the
+model takes them; a file (or standard input) lists paths of either and URLs of
+images, one on each line. An image that cannot be read
 is named on standard error and in the JSON, and the exit code is then 1. Where
 none can be read it is 2, and no file is written.
 
@@ -41,10 +43,11 @@ from accelerando.base.model_folder import read_json
 from accelerando.base.texts import CONTROL, one_line
 from accelerando.data.table_formats import SUFFIXES, table_suffix
 from accelerando.data.tokenizer import open_tokenizer
-from accelerando.inference.answers import image_answers, with_progress
-from accelerando.inference.inputs import IMAGES, images_in, is_url
+from accelerando.data.videos import VIDEO_SUFFIXES
+from accelerando.inference.answers import Computing, image_answers, with_progress
+from accelerando.inference.inputs import IMAGES, frame_folders_in, is_url, samples_in
 from accelerando.inference.outputs import open_output, printable
-from accelerando.inference.runs import model_folder
+from accelerando.inference.runs import model_folder, read_settings, run_of
 from accelerando.inference.saved import (
     TorchModel,
     choose_device,
@@ -52,6 +55,7 @@ from accelerando.inference.saved import (
     open_image_model,
     open_saved,
     scores_of,
+    takes_videos,
     task_of_saved,
 )
 
@@ -77,7 +81,7 @@ Inputs = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar=
 class Args:
     # -- input --
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]  # run, its best/ or last/, or a folder
-    texts: Inputs = ()  # texts; clips or folders of them; or images, folders of them and URLs
+    texts: Inputs = ()  # texts; clips or folders of them; or images and videos, folders of them and URLs
     file: str | None = None  # read the input from here: a text, path or URL a line; texts also as a table
     text_column: str = "text"  # texts: column of a table (.json .jsonl .csv .tsv .parquet)
     text_pair_column: str | None = None  # texts: column of a second text, for a model of pairs
@@ -89,6 +93,9 @@ class Args:
     max_length: int | None = None  # texts: tokens kept (default: what the tokenizer or the model was made for)
     class_names: tuple[str, ...] = ()  # images: of a CLIP, any classes: "riding a horse" cooking
     prompt_templates: tuple[str, ...] = ("a photo of a person {label}.",)  # images: prompts of --class_names
+    frames: int | None = None  # videos: frames of each (default: as in training, or 8)
+    views: int | None = None  # videos: the mean over so many sets of frames (default: as in training, or 1)
+    frame_folders: bool = False  # videos: a folder of images is one, its images are the frames
     tta: bool = False  # images: the mean over each one and its mirror image
     num_workers: int = 8  # images: threads that read, fetch and decode
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -409,7 +416,11 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
     as_csv = args.format == "csv" or (args.format is None and str(args.output).lower().endswith(".csv"))
     if as_csv and args.top_k:
         raise UserError("--top_k is for JSON; CSV has a column for every class")
-    total, names = image_names(args)
+    videos = takes_videos(config, args.class_names)
+    given = {"frames": args.frames, "views": args.views, "frame_folders": args.frame_folders or None}
+    if not videos and (flag := next((name for name, value in given.items() if value is not None), None)):
+        raise UserError(f"--{flag} has no effect: this model takes images, not videos")
+    total, names = image_names(args, (*IMAGES, *VIDEO_SUFFIXES) if videos else IMAGES)
     first = next(names, None)  # before the model is loaded, so that a missing input is reported at once
     if first is None:
         source = args.file or "standard input"
@@ -419,19 +430,20 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
     # Typed paths are answered one by one.
     typed = not args.texts and not args.file and sys.stdin.isatty()
     batch_size, ahead = (1, 0) if typed else (args.batch_size, None)
+    trained = read_settings(run) if (run := run_of(Path(args.model))) else {}
+    frames, views = (getattr(args, name) or trained.get(name) or usual for name, usual in (("frames", 8), ("views", 1)))
+    how = Computing(batch_size, args.num_workers, args.tta, ahead=ahead, frames=frames, views=views)
 
     from accelerando.report.predictions import prediction_header, prediction_rows
 
-    answers = image_answers(
-        opened, itertools.chain([first], names), batch_size, args.num_workers, args.tta, ahead=ahead
-    )
+    answers = image_answers(opened, itertools.chain([first], names), how)
     read, unread = 0, 0
     hidden = typed or (args.output is None and sys.stdout.isatty())  # the bar would be drawn between the lines
     with open_output(args.output) as stream, contextlib.closing(answers):
         writer = csv.writer(stream, lineterminator="\n")
         if as_csv:
             writer.writerow(prediction_header(opened.label_names))
-        for batch in with_progress(answers, total, "predicting", hidden):
+        for batch in with_progress(answers, total, "predicting", hidden, "samples" if videos else "images"):
             scores = scores_of(batch.logits.double(), opened.model.config).numpy()
             sound = [printable(name) for name, fault in zip(batch.names, batch.faults, strict=True) if fault is None]
             if as_csv:
@@ -447,13 +459,15 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
             stream.flush()
             read, unread = read + len(sound), unread + len(batch.names) - len(sound)
         if not read:
-            raise UserError(f"none of {unread:,} images can be read" if unread > 1 else "the image cannot be read")
+            noun = "sample" if videos else "image"
+            raise UserError(f"none of {unread:,} {noun}s can be read" if unread > 1 else f"the {noun} cannot be read")
     if unread:
         sys.exit(1)
 
 
-def image_names(args: Args) -> tuple[int | None, Iterator[str]]:
-    """How many images there are (None: not known yet), and their paths and URLs from where ``args`` says.
+def image_names(args: Args, suffixes: tuple[str, ...]) -> tuple[int | None, Iterator[str]]:
+    """How many images there are (None: not known yet), and their paths and URLs from where ``args`` says; of folders,
+    the files with one of ``suffixes``, or the folders of frames.
 
     Raises:
         UserError: a path that is not there, a folder without images, a list that is no text.
@@ -461,8 +475,8 @@ def image_names(args: Args) -> tuple[int | None, Iterator[str]]:
     if args.texts and args.file:
         raise UserError("images and --file: give one of them")
     if args.texts:
-        counts = [_count_images(name) for name in args.texts]
-        return sum(counts), (found for name in args.texts for found in _expanded(name))
+        counts = [_count_images(name, suffixes, args.frame_folders) for name in args.texts]
+        return sum(counts), (found for name in args.texts for found in _expanded(name, suffixes, args.frame_folders))
     if args.file:
         path = Path(args.file)
         if path.is_dir() or not path.exists():
@@ -473,21 +487,25 @@ def image_names(args: Args) -> tuple[int | None, Iterator[str]]:
     return None, _listed(sys.stdin.buffer)
 
 
-def _count_images(name: str) -> int:
+def _count_images(name: str, suffixes: tuple[str, ...], frame_folders: bool) -> int:
     path = Path(name)
     if is_url(name):
         return 1
     if not path.exists():
-        hint = "of URLs, only http:// and https:// are read" if "://" in name else "this model classifies images"
+        what = "images and videos" if ".mp4" in suffixes else "images"
+        hint = "of URLs, only http:// and https:// are read" if "://" in name else f"this model classifies {what}"
         raise UserError(f"{printable(name)}: no such file or folder ({hint})")
-    count = sum(1 for _ in images_in(path)) if path.is_dir() else 1
+    count = sum(1 for _ in _expanded(name, suffixes, frame_folders))
     if not count:
-        raise UserError(f"{printable(name)}: no image in this folder")
+        what = "image or video" if ".mp4" in suffixes and not frame_folders else "image"
+        raise UserError(f"{printable(name)}: no {what} in this folder")
     return count
 
 
-def _expanded(name: str) -> Iterator[str]:
-    return images_in(Path(name)) if not is_url(name) and Path(name).is_dir() else iter([name])
+def _expanded(name: str, suffixes: tuple[str, ...], frame_folders: bool) -> Iterator[str]:
+    if is_url(name) or not Path(name).is_dir():
+        return iter([name])
+    return iter(frame_folders_in(Path(name))) if frame_folders else samples_in(Path(name), suffixes)
 
 
 def _listed(source: Path | IO[bytes]) -> Iterator[str]:
@@ -513,7 +531,7 @@ def _listed(source: Path | IO[bytes]) -> Iterator[str]:
 
 def check(args: Args) -> None:
     """UserError for a number that makes no sense."""
-    check_ranges(args, top_k=(0, 2**30), num_workers=(1, 1024))
+    check_ranges(args, top_k=(0, 2**30), num_workers=(1, 1024), frames=(1, 1024), views=(1, 64))
     same = args.file and args.output and Path(args.output).exists() and Path(args.file).exists()
     if same and Path(args.file).samefile(args.output):
         raise UserError(f"--output {args.output}: would replace the file that is read; name another")
@@ -521,7 +539,7 @@ def check(args: Args) -> None:
 
 def check_task(args: Args, task: str, folder: Path) -> None:
     """UserError for what a model of this task does not read: images for one of texts, flags of another task."""
-    owner = {"texts": "text", "images": "image"}
+    owner = {"texts": "text", "images": "image", "videos": "image"}
     defaults = {field.name: field.default for field in fields(Args)}
     for rows in sections(Args).values():
         for name, text in rows:

@@ -73,9 +73,11 @@ COMMON_ALIASES: dict[str, Alias] = {
     "use_wandb": ("report_to", {"true": "wandb", "false": "none"}),
     "use_mlflow": ("report_to", {"true": "mlflow", "false": "none"}),
     "project_name": "wandb_project",
+    "group_name": "wandb_group",
     "wandb.project": "wandb_project",
     "wandb.entity": "wandb_entity",
     "wandb.name": "wandb_name",
+    "wandb.group": "wandb_group",
     "wandb.tags": "wandb_tags",
     "wandb.notes": "wandb_notes",
 }
@@ -213,7 +215,8 @@ def compared_settings(args: DataclassInstance, named: Sequence[str]) -> list[str
     for heading, rows in sections(type(args)).items():
         for name, _ in rows if heading != "output" else []:
             value, default = getattr(args, name), fields[name].default
-            is_source = heading == "data" and re.search(r"\bstr\b", str(fields[name].type))
+            is_text = bool(re.search(r"\bstr\b", str(fields[name].type)))
+            is_source = heading == "data" and is_text and name != "dataset_version"
             if value != default and not is_source and name not in (*named, *NOT_COMPARED):
                 texts.append(_short(name, value))
     return texts
@@ -271,7 +274,7 @@ def check_ranges(args: DataclassInstance, **others: tuple[float, float]) -> None
 
 # Settings that have an effect only together with another one: {"flag value ...": names}.
 ONLY_WITH: dict[str, tuple[str, ...]] = {
-    "report_to wandb": ("wandb_project", "wandb_entity", "wandb_name", "wandb_tags", "wandb_notes"),
+    "report_to wandb": ("wandb_project", "wandb_entity", "wandb_name", "wandb_group", "wandb_tags", "wandb_notes"),
     "report_to mlflow": ("experiment_name",),
     "optimizer sgd": ("momentum",),
     "scheduler plateau": ("scheduler_patience",),

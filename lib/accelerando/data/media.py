@@ -7,7 +7,7 @@ import fnmatch
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -65,6 +65,11 @@ class Media:
     def open(self, row: int) -> bytes | Path:
         """An image file's content, or the path of a file or of a folder of frames."""
         return self.source.open(int(self.rows[row]))
+
+    def place(self, row: int) -> str:
+        """Where a sample is, for messages: the path of its file, or its name."""
+        name = self.names[row].as_py()
+        return str(self.source.folder / name) if isinstance(self.source, _Files) else name
 
     def take(self, rows: np.ndarray) -> Media:
         """The samples ``rows`` [m]."""
@@ -174,14 +179,15 @@ def open_folders(folder: Path, fold: int = 0, whole_folders: bool = False) -> di
         log.warning("... and %d more", len(left_out) - 5)
     if sides == {"train": None}:
         labels = [name for name, files in found.items() for _ in files]
-        return {"train": _of_files(folder, names, labels, whole_folders)}
+        return {"train": media_files(folder, names, labels, whole_folders)}
     return {
-        side: _of_files(files.folder, files.names.to_pylist(), None, whole_folders) for side, files in sides.items()
+        side: media_files(files.folder, files.names.to_pylist(), None, whole_folders) for side, files in sides.items()
     }
 
 
-def _of_files(folder: Path, names: list[str], labels: list[str] | None, whole_folders: bool) -> Media:
-    """Samples that are files or folders of frames; without ``labels``, the second part of each name is its class."""
+def media_files(folder: Path, names: list[str], labels: list[str] | None, whole_folders: bool = False) -> Media:
+    """Samples that are files in ``folder``, or with ``whole_folders`` also folders of frames; without ``labels``, the
+    second part of each name is its class."""
     import pyarrow as pa
 
     labels = [name.split("/")[1] for name in names] if labels is None else labels
@@ -214,7 +220,7 @@ def open_media(
             if not (home / name).exists():
                 raise UserError(f"{where}: row {row}: no file {home / name}; --media_folder says where the files are")
         whole_folders = any((home / name).is_dir() for name in names)
-        return _of_files(home, names, [str(label) for label in table.labels.to_pylist()], whole_folders)
+        return media_files(home, names, [str(label) for label in table.labels.to_pylist()], whole_folders)
     if "://" in where or where.endswith(".tar") or any(Path(where).glob("*.tar")):
         from accelerando.data.pairs import open_pairs
 
@@ -342,6 +348,39 @@ def held_out(classes: np.ndarray, groups: np.ndarray, fraction: float, seed: int
     return rest, held
 
 
+def with_held_out(
+    splits: dict[str, Media], names: Sequence[str], fractions: Mapping[str, float], seed: int
+) -> dict[str, Media]:
+    """``splits`` with those of ``fractions`` that are missing: such a share of the training samples; 0: none."""
+    for split, fraction in fractions.items():
+        if split not in splits and fraction:
+            train = splits["train"]
+            rest, held = held_out(train.classes(names), content_groups(train), fraction, seed)
+            splits = splits | {"train": train.take(rest), split: train.take(held)}
+    return splits
+
+
+def with_novel_apart(
+    splits: dict[str, Media], names: Sequence[str], novel: Sequence[str], last: str
+) -> dict[str, Media]:
+    """``splits`` without the samples of the ``novel`` classes; those of the split ``last`` are the split novel."""
+    of_novel = {split: np.isin(media.classes(names), _places(novel, names)) for split, media in splits.items()}
+    apart = splits[last].take(np.flatnonzero(of_novel[last]))
+    splits = {split: media.take(np.flatnonzero(~of_novel[split])) for split, media in splits.items()}
+    return splits | ({"novel": apart} if len(apart) else {})
+
+
+def candidates_of(split: str, names: Sequence[str], novel: Sequence[str]) -> np.ndarray:
+    """The classes among which the samples of a split are classified, int64, ascending: the ``novel`` ones of the split
+    novel, the others elsewhere."""
+    of_novel = np.isin(np.arange(len(names)), _places(novel, names))
+    return np.flatnonzero(of_novel if split == "novel" else ~of_novel)
+
+
+def _places(novel: Sequence[str], names: Sequence[str]) -> list[int]:
+    return [number for number, name in enumerate(names) if name in set(novel)]
+
+
 # ------------------------------------------------------------------------------------------------------------- frames
 
 
@@ -359,14 +398,14 @@ def _parts(path: Path) -> list[Path]:
     return frame_files(path) if path.is_dir() else [path]
 
 
-def frames_of(media: Media, row: int, positions: Sequence[float]) -> list[Source]:
-    """The frames of a video at ``positions`` (ascending, 0 <= p < 1); of an image, itself alone.
+def frames_of(found: bytes | Path, positions: Sequence[float]) -> list[Source]:
+    """The frames of a video, or of a folder of frames, at ``positions`` (ascending, 0 <= p < 1); of an image, itself
+    alone.
 
     Raises:
         ValueError: it cannot be read as one; its message is the reason.
         OSError: an error of the disk, or there is no such file.
     """
-    found = media.open(row)
     if isinstance(found, bytes):
         return [found]
     if found.is_dir():
@@ -387,6 +426,42 @@ def even_positions(frames: int, views: int = 1, view: int = 0) -> list[float]:
 def jittered_positions(frames: int, rng: np.random.Generator) -> list[float]:
     """A random position in each of ``frames`` segments of equal length (Wang et al. 2016, arXiv:1608.00859)."""
     return ((np.arange(frames) + rng.uniform(0, 1, frames)) / frames).tolist()
+
+
+def prepared_frames(
+    found: bytes | Path, made: Callable[[Source], torch.Tensor], positions: Sequence[float]
+) -> torch.Tensor:
+    """The frames of :func:`frames_of`, each ``made`` a uint8 [3, S, S]: [F, 3, S, S]."""
+    import torch
+
+    frames = [to_channels_last(made(frame)) for frame in frames_of(found, positions)]
+    return torch.stack([frame.permute(1, 2, 0) for frame in frames]).permute(0, 3, 1, 2)
+
+
+def prepared_views(
+    found: bytes | Path, made: Callable[[Source], torch.Tensor], frames: int, views: int
+) -> tuple[torch.Tensor, list[int]]:
+    """What evaluation sees of a sample: frames at even distances as in :func:`prepared_frames`, those of a view after
+    each other, and the number of frames of each view. A video has ``views`` groups of ``frames`` frames, at other times
+    each; an image is one view of one frame."""
+    positions = np.array([even_positions(frames, views, view) for view in range(views)])
+    order = np.argsort(positions, axis=None, kind="stable")  # read once, in the order of time
+    pixels = prepared_frames(found, made, positions.ravel()[order].tolist())
+    if len(pixels) == 1 < len(order):
+        return pixels, [1]
+    return pixels[np.argsort(order)], [frames] * views
+
+
+def thumbnail(found: bytes | Path, side: int, frames: int = 3) -> np.ndarray | None:
+    """A whole image, or ``frames`` frames of a video side by side, uint8 [H, W, 3]; None: it is unreadable."""
+    try:
+        parts = [pixels_of(frame, side) for frame in frames_of(found, even_positions(frames))]
+    except (ValueError, OSError) as error:
+        if not is_unreadable(error):
+            raise
+        return None
+    height = min(len(part) for part in parts)
+    return np.concatenate([part[:height] for part in parts], axis=1)
 
 
 def matching(names: Sequence[str], patterns: Sequence[str]) -> np.ndarray:
@@ -479,31 +554,19 @@ class EvaluationMedia:
         return len(self.media)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        views = [even_positions(self.frames, self.views, view) for view in range(self.views)]
-        # Read once, in the order of time.
-        positions = np.array(views)
-        order = np.argsort(positions, axis=None, kind="stable")
-        pixels = read_or_none(self.media, row, self.transform, positions.ravel()[order].tolist())
         label = int(self.classes[row])
-        sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
-        if pixels is None:
-            return sample | {"pixel_values": blank_image(self.transform.size)[None], "frames": [1]}
-        if len(pixels) == 1 < len(order):
-            return sample | {"pixel_values": pixels, "frames": [1]}
-        return sample | {"pixel_values": pixels[np.argsort(order)], "frames": [self.frames] * self.views}
-
-    def thumbnail(self, row: int, side: int) -> np.ndarray | None:
-        """The whole image, or frames of the video side by side, uint8 [H, W, 3]; None: it is unreadable."""
+        sample = {"label": label, "other_label": label, "share": 1.0}
         try:
-            frames = [
-                pixels_of(frame, side) for frame in frames_of(self.media, row, even_positions(min(3, self.frames)))
-            ]
+            pixels, frames = prepared_views(self.media.open(row), self.transform, self.frames, self.views)
         except (ValueError, OSError) as error:
             if not is_unreadable(error):
                 raise
-            return None
-        height = min(len(frame) for frame in frames)
-        return np.concatenate([frame[:height] for frame in frames], axis=1)
+            return sample | {"valid": 0.0, "pixel_values": blank_image(self.transform.size)[None], "frames": [1]}
+        return sample | {"valid": 1.0, "pixel_values": pixels, "frames": frames}
+
+    def thumbnail(self, row: int, side: int) -> np.ndarray | None:
+        """See :func:`thumbnail`."""
+        return thumbnail(self.media.open(row), side, min(3, self.frames))
 
     def seen(self, row: int) -> torch.Tensor:
         """What the model takes of its middle frame, uint8 [3, S, S]."""
@@ -607,24 +670,19 @@ def read_or_none(
     Raises:
         OSError: an error of the disk.
     """
-    import torch
-
     try:
-        frames = [to_channels_last(made(frame)) for frame in frames_of(media, row, positions)]
+        return prepared_frames(media.open(row), made, positions)
     except (ValueError, OSError) as error:
         if not is_unreadable(error):
             raise
         return None
-    return torch.stack([frame.permute(1, 2, 0) for frame in frames]).permute(0, 3, 1, 2)
 
 
 def why_unreadable(media: Media, row: int, transform: ImageTransform, frames: int) -> str:
     """The name of a sample and why it cannot be read."""
-    place = media.open(row)
-    shown = place if isinstance(place, Path) else media.names[row].as_py()
     try:
-        for frame in frames_of(media, row, even_positions(frames)):
+        for frame in frames_of(media.open(row), even_positions(frames)):
             transform(frame)
     except (ValueError, OSError) as error:
-        return f"{shown}: {' '.join(first_line(error).split())}"
-    return f"{shown}: it can be read now"
+        return f"{media.place(row)}: {' '.join(first_line(error).split())}"
+    return f"{media.place(row)}: it can be read now"

@@ -42,6 +42,7 @@ def read_frames(path: Path, positions: Sequence[float]) -> list[DecodedImage]:
         ValueError: it is not a video, has no video stream, is damaged or ends before its stated duration.
         OSError: it cannot be read from the disk.
     """
+    require_av("a video")
     import av
 
     with open(path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Images from files and URLs."""
+"""Images and videos from files, folders and URLs."""
 
 from __future__ import annotations
 
@@ -152,11 +152,15 @@ def fault_of(error: BaseException) -> str:
     return " ".join(str(getattr(error, "strerror", None) or first_line(error)).split())
 
 
-def images_in(folder: Path) -> Iterator[str]:
-    """The image files in a folder and its subfolders, by suffix; sorted within each folder.
+def samples_in(folder: Path, suffixes: tuple[str, ...] = IMAGES) -> Iterator[str]:
+    """The files with one of ``suffixes`` in a folder and its subfolders; sorted within each folder.
 
     Raises:
         UserError: a folder in it cannot be listed.
     """
+    return map(str, visible_files(folder, suffixes))
 
-    return map(str, visible_files(folder, IMAGES))
+
+def frame_folders_in(folder: Path) -> list[str]:
+    """``folder`` and the folders below it that hold images, sorted: each is a video, its images are the frames."""
+    return sorted({str(file.parent) for file in visible_files(folder, IMAGE_SUFFIXES)})

@@ -115,10 +115,7 @@ def open_saved(
     Raises:
         UserError: the weights are missing, corrupted or another model's, or the class is unknown.
     """
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_loading()
     content = read_json(folder / "config.json")
     if content.get("model_type") == TORCH_MODULE:
         return TorchModel(open_torch_module(folder, module), read_config(content))
@@ -130,6 +127,14 @@ def open_saved(
     except UserError as error:
         raise UserError(f"{error}{import_hint(content)}") from None
     return model.eval()
+
+
+def quiet_loading() -> None:
+    """Turns off transformers' own messages and progress bars."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def open_torch_module(folder: Path, module: ModuleType | None) -> torch.nn.Module:
@@ -227,7 +232,8 @@ class ImageModel:
     """An image classifier with its preprocessing.
 
     ``prepare`` returns uint8 [3, S, S], which is normalised with ``mean`` and ``std`` (per channel, 0 to 1), or
-    float32 [3, H, W], which is already normalised.
+    float32 [3, H, W], which is already normalised. ``takes_videos``: the model can be told which images are the frames
+    of one video.
     """
 
     model: PreTrainedModel | TorchModel
@@ -236,6 +242,12 @@ class ImageModel:
     prepare: Callable[[Source], torch.Tensor]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    takes_videos: bool = False
+
+
+def takes_videos(config: Mapping[str, Any], class_names: Sequence[str] = ()) -> bool:
+    """Whether :func:`open_image_model` opens a model that sees videos too, from the content of its ``config.json``."""
+    return config.get("model_type") == "clip_classifier" or bool(class_names)
 
 
 def open_image_model(
@@ -246,8 +258,8 @@ def open_image_model(
     class_names: Sequence[str] = (),
     prompt_templates: Sequence[str] = (),
 ) -> ImageModel:
-    """The classifier in ``folder``; images are preprocessed as in the evaluation of ``scripts/image_classify.py``, or
-    by transformers' processor if ``preprocessor_config.json`` differs from that. ``module``: the user's, from
+    """The classifier in ``folder``; images are preprocessed as in the evaluation of the script that trained it, or by
+    transformers' processor if ``preprocessor_config.json`` differs from that. ``module``: the user's, from
     ``--import``. ``class_names``: of a CLIP or a classifier on one, other classes than its own, in the prompts
     ``prompt_templates``.
 
@@ -259,22 +271,18 @@ def open_image_model(
     from PIL import Image
     from transformers import AutoModelForImageClassification
 
-    import accelerando.models.clip_classifier
-    import accelerando.models.vision
+    import accelerando.models.vision  # noqa: F401  (makes the auto classes know it)
     from accelerando.data.decode import decode_for_evaluation
 
+    if takes_videos(read_json(folder / "config.json"), class_names):
+        return _open_clip_classifier(folder, device, trust_remote_code, class_names, prompt_templates)
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         raise UserError(f"{folder}: no preprocessor_config.json beside the model; copy it from the base model")
     settings = read_json(path)
     size = evaluation_size(settings)
     prepare = SavedProcessor(folder, trust_remote_code) if size is None else partial(decode_for_evaluation, size=size)
-    if class_names:
-        model = accelerando.models.clip_classifier.open_with_classes(
-            str(folder), class_names, prompt_templates, trust_remote_code
-        ).eval()
-    else:
-        model = open_saved(AutoModelForImageClassification, folder, module, trust_remote_code)
+    model = open_saved(AutoModelForImageClassification, folder, module, trust_remote_code)
     if isinstance(prepare, SavedProcessor) and not isinstance(model, TorchModel):
         try:
             with torch.inference_mode():  # its images may have a size that the model refuses
@@ -282,16 +290,42 @@ def open_image_model(
         except (RuntimeError, ValueError, TypeError) as error:
             reason = f"the model does not accept the output of its image processor ({in_one_line(error)})"
             raise UserError(f"{folder}: {reason}") from None
-    model = model.to(device, memory_format=torch.channels_last)
-    names = model.config.id2label
-    return ImageModel(
-        model,
-        device,
-        [str(names[number]) for number in range(model.config.num_labels)],
-        prepare,
-        channel_values(settings, "image_mean"),
-        channel_values(settings, "image_std"),
-    )
+    mean, std = (channel_values(settings, name) for name in ("image_mean", "image_std"))
+    return ImageModel(_on_device(model, device), device, _label_names(model), prepare, mean, std)
+
+
+def _open_clip_classifier(
+    folder: Path,
+    device: torch.device,
+    trust_remote_code: bool,
+    class_names: Sequence[str],
+    prompt_templates: Sequence[str],
+) -> ImageModel:
+    from transformers import AutoModelForImageClassification
+
+    from accelerando.models.clip import check_image_size, open_preprocessing
+    from accelerando.models.clip_classifier import open_with_classes
+
+    quiet_loading()
+    preprocessing = open_preprocessing(str(folder), None, trust_remote_code)
+    if class_names:
+        model = open_with_classes(str(folder), class_names, prompt_templates, trust_remote_code).eval()
+    else:
+        model = open_saved(AutoModelForImageClassification, folder, None, trust_remote_code)
+    check_image_size(model.clip, preprocessing)
+    prepare = preprocessing.transform()  # as in the evaluation of scripts/clip_har.py
+    names = _label_names(model)
+    return ImageModel(_on_device(model, device), device, names, prepare, *preprocessing.colours, takes_videos=True)
+
+
+def _on_device(model: PreTrainedModel | TorchModel, device: torch.device) -> PreTrainedModel | TorchModel:
+    import torch
+
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def _label_names(model: PreTrainedModel | TorchModel) -> list[str]:
+    return [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
 
 
 def evaluation_size(settings: dict[str, Any]) -> int | None:
@@ -364,26 +398,35 @@ class SavedProcessor:
 
 
 def image_logits(
-    opened: ImageModel, pixels: torch.Tensor, tta: bool = False, amp: str = "no", frames: torch.Tensor | None = None
+    opened: ImageModel,
+    pixels: torch.Tensor,
+    tta: bool = False,
+    amp: str = "no",
+    frames: Sequence[Sequence[int]] = (),
 ) -> torch.Tensor:
-    """Logits [B, C], float32 on the CPU, of prepared images [B, 3, H, W]; with ``frames`` int64 [V], how many images
-    belong to each video, [V, C].
+    """Logits [B, C], float32 on the CPU, of prepared images [B, 3, H, W]. Of a model that takes videos: ``frames``,
+    how many of the images belong to each view of each of B samples.
 
     ``tta``: test-time augmentation, the mean over each image and its horizontal flip. ``amp``: no, bf16 or fp16.
     """
     import torch
 
     from accelerando.data.transforms import normalise
+    from accelerando.models.clip_classifier import segment_means
 
     pixels = pixels.contiguous(memory_format=torch.channels_last).to(opened.device, non_blocking=True)
     if pixels.dtype == torch.uint8:
         pixels = normalise(pixels, opened.mean, opened.std)
     kind = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    parts = {}
+    if opened.takes_videos and frames:
+        parts["frames"] = torch.tensor([count for views in frames for count in views], device=opened.device)
     with torch.inference_mode(), torch.autocast(opened.device.type, kind, enabled=amp != "no"):
-        parts = {} if frames is None else {"frames": frames.to(opened.device)}
         logits = opened.model(pixel_values=pixels, **parts).logits.float()
         if tta:
             logits = (logits + opened.model(pixel_values=pixels.flip(-1), **parts).logits.float()) / 2
+    if parts:
+        logits = segment_means(logits, torch.tensor([len(views) for views in frames], device=opened.device))
     return logits.cpu()
 
 

@@ -30,14 +30,11 @@ def write_model_card(
     measured = ""
     if metrics:
         results = [{"type": key, "value": round(value, 6), "name": key} for key, value in metrics.items()]
-        metadata["model-index"] = [
-            {
-                "name": name,
-                "results": [
-                    {"task": {"type": task}, "dataset": {"name": "validation", "type": "custom"}, "metrics": results}
-                ],
-            }
-        ]
+        dataset = {"name": "validation", "type": "custom"}
+        if run.args.dataset_version:
+            dataset["revision"] = run.args.dataset_version
+        found = {"task": {"type": task}, "dataset": dataset, "metrics": results}
+        metadata["model-index"] = [{"name": name, "results": [found]}]
         table = "\n".join(f"| {key} | {value} |" for key, value in run.written(metrics))
         measured = f"Validation at step {run.state.step}:\n\n| metric | value |\n|---|---:|\n{table}\n\n"
     card = f"""---

@@ -40,6 +40,7 @@ def write_summary(run: Run, columns: Columns, notes: Mapping[str, str] | None = 
     rows = {
         "run": str(run.directory),
         "model": run.model_title,
+        **({"data version": run.args.dataset_version} if run.args.dataset_version else {}),
         "progress": f"{progress}, step {state.step:,} of {run.total_steps:,}, epoch {state.epochs_done:.2f}",
         "best step": f"{state.best_step:,}",
         "time": f"{state.seconds:,.1f} s of training, {state.samples_per_second:,.1f} samples/s",
@@ -116,6 +117,7 @@ def write_results(
     splits = {split: as_floats(values) for split, values in splits.items()}
     results = {
         "run": run.directory.name,
+        **({"dataset_version": run.args.dataset_version} if run.args.dataset_version else {}),
         "best_step": state.best_step,
         **{split: {**values, "count": counts[split]} for split, values in splits.items()},
         "steps": state.step,

@@ -40,9 +40,11 @@ class RunArgs(Protocol):
     wandb_project: str
     wandb_entity: str | None
     wandb_name: str | None
+    wandb_group: str | None
     wandb_tags: tuple[str, ...]
     wandb_notes: str | None
     experiment_name: str
+    dataset_version: str | None
 
 
 @dataclass(frozen=True)

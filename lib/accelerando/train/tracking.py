@@ -117,6 +117,7 @@ def start_trackers(run: Run) -> None:
                 settings["wandb_project"],
                 entity=settings["wandb_entity"],
                 name=settings["wandb_name"] or run_name,
+                group=settings["wandb_group"],
                 tags=settings["wandb_tags"] or None,
                 notes=settings["wandb_notes"],
                 dir=str(run.directory),
