@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONPATH := $(CURDIR)/lib
 
-.PHONY: setup demo demo_clip demo_har demo_text demo_sign demo_image test test-fast bench bench_clip bench_text bench_sign bench_image bench_gpu torture fuzz lint link
+.PHONY: setup demo demo_clip demo_har demo_text demo_sign demo_image test test-fast bench bench_clip bench_text bench_sign bench_image bench_har bench_gpu torture fuzz lint link
 
 setup: $(STAMP) link
 
@@ -106,6 +106,9 @@ bench_sign: setup
 # DATA=folder with train/ and val/: other images than those that are made.
 bench_image: setup
 	$(BIN)/python benchmarks/image.py $(if $(DATA),--data "$(DATA)")
+
+bench_har: setup
+	$(BIN)/python benchmarks/har.py
 
 bench_gpu: setup
 	$(BIN)/python benchmarks/gpu.py

@@ -64,7 +64,7 @@ from accelerando.train.averages import Ema, averaged, mix_weights, trained_weigh
 from accelerando.train.batches import TrainBatches, first_batch
 from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.features import cached_features, weights_digest
-from accelerando.train.layerwise import train_mode
+from accelerando.train.layerwise import below_last, train_mode
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
 from accelerando.train.lora import attach_lora
 from accelerando.train.losses import Embedded, Pairs, backward_contrastive
@@ -123,7 +123,8 @@ class Args:
     unfreeze_visual: bool = False  # train the image tower: strategy visual, or full with unfreeze_text
     unfreeze_text: bool = False  # train the text tower: strategy text, or full with unfreeze_visual
     head: Literal["text", "linear"] | None = None  # the classifier (default: linear with linear_probe, else text)
-    head_init: Literal["prompts", "random"] = "prompts"  # linear: starts as the prompts' classifier, or at random
+    head_init: Literal["prompts", "random", "saved"] = "prompts"  # linear: start; saved: as model_name, a run, has it
+    image_blocks: int | None = None  # visual, full: only the last blocks of the image tower are trained: 2, say
     head_features: Literal["embedding", "tower"] = "embedding"  # linear: on the embeddings, or before the projection
     prompt_templates: tuple[str, ...] = ("a photo of a person {label}.",)  # prompts of a class; their mean counts
     train_logit_scale: bool = False  # train the temperature of the text head
@@ -214,6 +215,7 @@ ALIASES = {
 ONLY_WITH = {
     "head linear": ("head_init", "head_features", "head_lr"),
     "head text": ("train_logit_scale",),
+    "strategy visual full": ("image_blocks",),
     "strategy lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"),
     "use_action_specific_augmentation": ("no_flip_classes", "no_crop_classes"),
     "data_dir": ("frame_folders", "fold"),
@@ -248,6 +250,8 @@ class Data:
 
 
 def load_data(args: Args, accelerator: Accelerator) -> Data:
+    import accelerando.models.clip_classifier  # noqa: F401  (model_name may be a run's: transformers has to know its class)
+
     with main_process_first(accelerator):  # which makes indexes and fetches what is remote
         splits = open_splits(args)
         kept = open_folders(Path(args.kept_data), args.fold, args.frame_folders) if args.kept_data else {}
@@ -395,6 +399,7 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         open_trained,
         prompt_tokens,
         start_head_from_prompts,
+        start_head_from_saved,
     )
     from accelerando.models.towers import use_fast_layout
 
@@ -413,6 +418,8 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         model = make_classifier(tower, args.head, args.head_features, data.label_names, tokens)
         if args.head == "linear" and args.head_init == "prompts":
             start_head_from_prompts(model)
+        elif args.head == "linear" and args.head_init == "saved":
+            start_head_from_saved(model, args.model_name, args.trust_remote_code)
     if not is_sharded(accelerator):
         use_fast_layout(tower)
     if on_cpu:
@@ -424,8 +431,9 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
         within = ("clip.vision_model", *(["clip.text_model"] if args.head == "text" else []))
         model = attach_lora(model, *lora, modules_to_save=model.head_names(), within=within)
+    frozen = below_last(model, "vision_model", args.image_blocks) if args.image_blocks else set()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = not args.evaluate_only and is_trained(args, name)
+        parameter.requires_grad = not args.evaluate_only and is_trained(args, name) and name not in frozen
     if on_cpu:
         speed_up_dropout(model)
     if not args.evaluate_only:
@@ -712,7 +720,7 @@ def check_args(args: Args) -> None:
     check_ranges(
         args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9), test_fraction=(0, 0.9), fold=(0, 9999),
         frames=(1, 1024), views=(1, 64), shots=(1, 2**30), max_samples_per_class=(1, 2**30), mixup=(0, 100),
-        cutmix=(0, 100), label_smoothing=(0, 0.999), head_lr=(0, 1e6), cache_gb=(0, 1e6),
+        cutmix=(0, 100), label_smoothing=(0, 0.999), head_lr=(0, 1e6), cache_gb=(0, 1e6), image_blocks=(1, 4096),
     )  # fmt: skip
     unfrozen = {(True, True): "full", (True, False): "visual", (False, True): "text"}
     asked = unfrozen.get((args.unfreeze_visual, args.unfreeze_text))
@@ -746,8 +754,10 @@ def check_args(args: Args) -> None:
         if args.strategy == "text":
             raise UserError("--strategy text needs --head text: a linear head does not use the text tower")
     if args.head_features == "tower" and (args.head != "linear" or args.head_init == "prompts" or args.kept_data):
-        raise UserError("--head_features tower needs --head linear and --head_init random, and no --kept_data: "
-                        "prompts are compared with embeddings")  # fmt: skip
+        raise UserError("--head_features tower needs --head linear and --head_init random or saved, and no "
+                        "--kept_data: prompts are compared with embeddings")  # fmt: skip
+    if args.image_blocks and args.strategy not in ("visual", "full"):
+        raise UserError("--image_blocks needs --strategy visual or full: no other trains blocks of the image tower")
     if args.loss == "contrastive" and (args.mixup or args.cutmix or args.label_smoothing):
         raise UserError("--loss contrastive has no classes: drop --mixup, --cutmix and --label_smoothing")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import HAR, history, script_module, weights
+from harness import HAR, history, launch, script_module, weights
 from made_data import make_video
 from PIL import Image
 from safetensors.torch import load_file
@@ -153,6 +153,42 @@ def test_a_head_from_prompts_starts_where_zero_shot_is(har_here) -> None:
         found[start] = results(run)
     assert found["prompts"]["test"]["loss"] == pytest.approx(found["prompts"]["zero_shot"]["test"]["loss"], rel=1e-4)
     assert found["random"]["test"]["loss"] != pytest.approx(found["prompts"]["test"]["loss"], rel=1e-2)
+
+
+def test_a_saved_head_is_where_training_starts(har_here) -> None:
+    """After a linear probe the image tower is trained from its head on; a head on other features is refused."""
+    probe = har_here(*LINEAR, "--head_lr", "0.1", name="probe")
+    tuned = ("--model_name", str(probe / "best"), "--head", "linear", "--head_init", "saved", "--max_steps", "3")
+    same = har_here("--strategy", "visual", *tuned, "--lr", "0", "--head_lr", "0", name="same")
+    for split in ("validation", "test"):
+        assert results(same)[split]["loss"] == pytest.approx(results(probe)[split]["loss"], rel=1e-4)
+    further = changed(
+        har_here("--strategy", "visual", *tuned, name="further"), load_file(probe / "best" / "model.safetensors")
+    )
+    assert further == {"vision_model", "visual_projection", "head"}
+    with pytest.raises(UserError, match="those of the tower"):
+        har_here("--strategy", "visual", *tuned, "--head_features", "tower", name="other")
+
+
+@pytest.mark.launch
+def test_a_saved_run_is_a_model_for_another_process(har_here, har_args, tmp_path: Path) -> None:
+    """In which transformers has not met the classifier's class yet."""
+    run = har_here(*LINEAR, "--max_steps", "2", name="first")
+    more = ("--model_name", run.absolute() / "best", "--max_steps", "2", "--run_name", "second")
+    launch(HAR, *har_args, *more, cwd=tmp_path, real=True)
+    assert results(tmp_path / "runs" / "second")["steps"] == 2
+
+
+def test_image_blocks_trains_the_last_ones_alone(har_here, base_weights) -> None:
+    """With what comes after them; a tower has no more blocks than it has."""
+    run = har_here("--strategy", "visual", "--image_blocks", "1", "--max_steps", "3")
+    now = load_file(run / "last" / "model.safetensors")
+    moved = {name for name, tensor in base_weights.items() if not torch.equal(now[name].flatten(), tensor.flatten())}
+    blocks = {name.partition(".layers.")[2].partition(".")[0] for name in moved if ".layers." in name}
+    assert blocks == {max(name.partition(".layers.")[2].partition(".")[0] for name in now if "vision_model" in name)}
+    assert not [name for name in moved if "embeddings" in name or "text_model" in name]
+    with pytest.raises(UserError, match="the last 99 blocks"):
+        har_here("--strategy", "visual", "--image_blocks", "99", name="more")
 
 
 def test_templates_are_averaged(har_here, tiny_clip_folder: Path) -> None:
@@ -493,6 +529,8 @@ def test_cached_features_change_nothing_and_notice_changes(
         (("--strategy", "linear_probe", "--head", "text"), "no weights"),
         (("--strategy", "text", "--head", "linear"), "needs --head text"),
         (("--head_features", "tower"), "needs --head linear"),
+        (("--head", "linear", "--head_init", "saved"), "a CLIP without a classifier"),
+        (("--strategy", "lora", "--image_blocks", "1"), "needs --strategy visual or full"),
         (("--loss", "contrastive", "--mixup", "0.2"), "drop --mixup"),
         (("--unfreeze_text", "--strategy", "visual"), "disagree"),
         (("--train_file", "x.csv"), "both name the data"),

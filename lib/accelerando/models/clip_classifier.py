@@ -265,6 +265,21 @@ def start_head_from_prompts(model: ClipClassifier) -> None:
         model.head.bias.zero_()
 
 
+def start_head_from_saved(model: ClipClassifier, name: str, trust_remote_code: bool = False) -> None:
+    """Makes the linear head that of the classifier saved in ``name``: the image tower is tuned after the head, so that
+    a random head does not spoil it (LP-FT, Kumar et al. 2022, arXiv:2202.10054).
+
+    Raises:
+        UserError: it is no classifier with such a head, or one for other classes.
+    """
+    tokens, own = (model.prompt_ids, model.prompt_mask), model.config
+    saved = open_trained(name, list(own.id2label.values()), tokens, trust_remote_code)
+    if saved.head is None or saved.config.features != own.features:
+        has = "no linear head" if saved.head is None else f"a head on the features of the {saved.config.features}"
+        raise UserError(f"{name}: it has {has}; --head_init saved needs a head on those of the {own.features}")
+    model.head.load_state_dict(saved.head.state_dict())
+
+
 @contextmanager
 def other_classes(
     model: ClipClassifier, tokens: tuple[torch.Tensor, torch.Tensor], names: Sequence[str]
@@ -289,7 +304,7 @@ def open_trained(
     """
     config = open_config(name, trust_remote_code)
     if not isinstance(config, ClipClassifierConfig):
-        raise UserError(f"{name}: a CLIP without a classifier: --evaluate_only needs --zero_shot, or best/ of a run")
+        raise UserError(f"{name}: a CLIP without a classifier: best/ of a run is one (or --evaluate_only --zero_shot)")
     model = open_model(
         AutoModelForImageClassification, name, config, new_head=False, trust_remote_code=trust_remote_code
     )
