@@ -124,6 +124,7 @@ class Args:
     unfreeze_text: bool = False  # train the text tower: strategy text, or full with unfreeze_visual
     head: Literal["text", "linear"] | None = None  # the classifier (default: linear with linear_probe, else text)
     head_init: Literal["prompts", "random", "saved"] = "prompts"  # linear: start; saved: as model_name, a run, has it
+    keep_statistics: bool = False  # batch norms keep their means and variances: for few or small batches
     image_blocks: int | None = None  # visual, full: only the last blocks of the image tower are trained: 2, say
     head_features: Literal["embedding", "tower"] = "embedding"  # linear: on the embeddings, or before the projection
     prompt_templates: tuple[str, ...] = ("a photo of a person {label}.",)  # prompts of a class; their mean counts
@@ -215,7 +216,7 @@ ALIASES = {
 ONLY_WITH = {
     "head linear": ("head_init", "head_features", "head_lr"),
     "head text": ("train_logit_scale",),
-    "strategy visual full": ("image_blocks",),
+    "strategy visual full": ("image_blocks", "keep_statistics"),
     "strategy lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"),
     "use_action_specific_augmentation": ("no_flip_classes", "no_crop_classes"),
     "data_dir": ("frame_folders", "fold"),
@@ -848,7 +849,7 @@ def main() -> None:
             if run.is_over:
                 checkpoint()
         for window in training_steps(run, batches):
-            train_mode(model, TOWERS)
+            train_mode(model, TOWERS, args.keep_statistics)
             if args.loss == "contrastive":
                 loss = backward_contrastive(accelerator, model, window, lambda *each: embed(*each, data, args))
                 window.add_mean_loss(loss)

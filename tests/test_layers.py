@@ -90,6 +90,10 @@ def test_frozen_batch_norms_keep_their_statistics() -> None:
     train_from(model, layers_of(model, ("net.fc.",)), 99)
     train_mode(model)
     assert all(module.training for module in model.modules())
+    train_mode(model, keep_statistics=True)
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    model(torch.randn(4, 3, 32, 32))
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
 
 
 def test_gradual_unfreezing_begins_as_the_head_alone(image_here, tiny_vit: Path) -> None:

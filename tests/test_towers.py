@@ -80,6 +80,17 @@ def test_an_open_tower_s_batch_norms_learn(towers_here) -> None:
     assert not torch.equal(first["vision_model.net.bn1.running_mean"], second["vision_model.net.bn1.running_mean"])
 
 
+def test_a_classifier_s_batch_norms_keep_their_statistics_if_asked(towers_here, har_here) -> None:
+    model = towers_here("--scenario", "full", name="towers").absolute() / "last"
+    before = load_file(model / "model.safetensors")
+    for flags, kept in (((), False), (("--keep_statistics",), True)):
+        run = har_here("--strategy", "visual", "--model_name", model, "--max_steps", "3", *flags, name=f"kept_{kept}")
+        after = load_file(run / "last" / "model.safetensors")
+        for name, same in (("running_mean", kept), ("weight", False)):
+            name = f"vision_model.net.bn1.{name}"
+            assert torch.equal(after[f"clip.{name}"], before[name]) == same, name
+
+
 OPEN = """
 import sys, torch, accelerando.models.towers
 from PIL import Image

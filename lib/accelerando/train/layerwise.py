@@ -106,15 +106,15 @@ def below_last(model: torch.nn.Module, part: str, count: int) -> set[str]:
     return {name for layer in layers[: len(layers) - count] for name in layer}
 
 
-def train_mode(model: torch.nn.Module, towers: Sequence[str] = ()) -> None:
-    """``model.train()``, but batch norms that are not trained keep their statistics, and a module with one of the names
-    ``towers`` that is not trained at all computes what it does in evaluation."""
+def train_mode(model: torch.nn.Module, towers: Sequence[str] = (), keep_statistics: bool = False) -> None:
+    """``model.train()``, but batch norms that are not trained keep their statistics (with ``keep_statistics`` all do),
+    and a module with one of the names ``towers`` that is not trained at all computes what it does in evaluation."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     model.train()
     for module in model.modules():
         parameters = list(module.parameters(recurse=False)) if isinstance(module, _BatchNorm) else []
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
+        if parameters and (keep_statistics or not any(parameter.requires_grad for parameter in parameters)):
             module.eval()
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in towers and not any(each.requires_grad for each in module.parameters()):
