@@ -240,8 +240,9 @@ def test_the_readmes_commands_run(workshop, tiny_bert: Path, monkeypatch: pytest
             command = command.replace("cross_validate.py", "cross_validate.py --folds 0 1") + " --run_name cv"
         if "image_classify.py" in command:
             command += " --max_steps 2 --image_size 32" + ("" if "--run_name" in command else " --run_name images")
-        if "predict.py" in command:
+        if "predict.py" in command or "export.py" in command:
             command = command.replace("runs/demo_text", "runs/run0")
+            command += " --seconds 0.05 --agreement 0" if "export.py" in command else ""
         words = shlex.split(command)
         if words[0] == "python" or (words[0] == "accelerate" and launched):
             words = checked_launch(words) if words[0] == "accelerate" else words[1:]

@@ -18,7 +18,7 @@ import tyro
 from accelerando.base.config import parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import write_text
-from accelerando.inference.outputs import printable
+from accelerando.inference.outputs import aligned_rows
 from accelerando.inference.runs import read_results
 
 SPLITS = ("test", "validation", "train")
@@ -67,10 +67,7 @@ def main() -> None:
     table = [("run", "split", *columns)]
     for name, split, found in rows:
         table.append((name, split, *(f"{found[key]:.4f}" if key in found else "" for key in columns)))
-    widths = [max(len(printable(cell)) for cell in column) for column in zip(*table, strict=True)]
-    for row in table:
-        cells = [f"{printable(cell):{'<' if place < 2 else '>'}{widths[place]}}" for place, cell in enumerate(row)]
-        print("  ".join(cells).rstrip())
+    print(aligned_rows(table, left=2))
     if args.output_csv:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(table)

@@ -10,6 +10,7 @@
   python tools/predict.py runs/mine photo.jpg --import my_module
   python tools/predict.py runs/har film.mp4 data/films        a run of clip_har.py
   python tools/predict.py runs/har data/films --class_names "riding a horse" cooking
+  python tools/predict.py runs/x/export "some text"    what tools/export.py wrote
 
 A file of texts has one on each line, or is a table: .json, .jsonl, .csv, .tsv or .parquet.
 A folder stands for all images in it at any depth, and for all videos where the
@@ -127,8 +128,10 @@ def load_text_model(
     pairs: bool = False,
     module: ModuleType | None = None,
     trust_remote_code: bool = False,
+    onnx_file: str | None = None,
 ) -> TextModel:
-    """The model and tokenizer in ``folder``, for single texts or ``pairs``; ``module``: from ``--import``.
+    """The model and tokenizer in ``folder``, for single texts or ``pairs``; ``module``: from ``--import``;
+    ``onnx_file``: of an export.
 
     Raises:
         UserError: no tokenizer, weights that are missing or do not fit, a ``max_length`` beyond the model's positions
@@ -139,7 +142,7 @@ def load_text_model(
     if config.get("model_type") == "text_cnn":
         import accelerando.models.text_cnn  # noqa: F401  (makes the auto classes know it)
     tokenizer = open_tokenizer(str(folder), trust_remote_code, local_files_only=True)
-    model = open_saved(AutoModelForSequenceClassification, folder, module, trust_remote_code)
+    model = open_saved(AutoModelForSequenceClassification, folder, module, trust_remote_code, onnx_file)
     names = model.config.id2label
     return TextModel(
         model=model.to(device),
@@ -233,7 +236,8 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any], module: Modu
         source = args.file or "standard input"
         raise UserError(f"{source}: no text in it; give texts on the command line, with --file or on standard input")
     device, pairs = choose_device(args.device), first[1] is not None
-    loaded = load_text_model(folder, config, device, args.max_length, pairs, module, args.trust_remote_code)
+    how = (module, args.trust_remote_code, onnx_file(args))
+    loaded = load_text_model(folder, config, device, args.max_length, pairs, *how)
 
     import numpy as np
     from tqdm.auto import tqdm
@@ -344,7 +348,7 @@ def predict_clips(args: Args, folder: Path, config: dict[str, Any], module: Modu
         raise UserError("--import has no effect on a sign run")
     paths = clip_paths(args)
     device = choose_device(args.device)
-    model, collate = open_saved(AutoModel, folder).to(device), ClipCollate()
+    model, collate = open_saved(AutoModel, folder, onnx_file=onnx_file(args)).to(device), ClipCollate()
     settings = model.config
     bar = tqdm(total=len(paths), unit=" clips", delay=2, disable=None, leave=False, file=sys.stderr)
     with open_output(args.output) as stream, bar:
@@ -426,7 +430,8 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
         source = args.file or "standard input"
         raise UserError(f"{source}: no image in it; name images, folders or URLs behind the run, or in --file")
     classes = (args.class_names, args.prompt_templates)
-    opened = open_image_model(folder, choose_device(args.device), module, args.trust_remote_code, *classes)
+    device = choose_device(args.device)
+    opened = open_image_model(folder, device, module, args.trust_remote_code, *classes, onnx_file(args))
     # Typed paths are answered one by one.
     typed = not args.texts and not args.file and sys.stdin.isatty()
     batch_size, ahead = (1, 0) if typed else (args.batch_size, None)
@@ -535,6 +540,11 @@ def check(args: Args) -> None:
     same = args.file and args.output and Path(args.output).exists() and Path(args.file).exists()
     if same and Path(args.file).samefile(args.output):
         raise UserError(f"--output {args.output}: would replace the file that is read; name another")
+
+
+def onnx_file(args: Args) -> str | None:
+    """Which file of an export was named; None: its folder, or a model of another kind."""
+    return Path(args.model).name if args.model.endswith(".onnx") else None
 
 
 def check_task(args: Args, task: str, folder: Path) -> None:

@@ -31,6 +31,16 @@ def print_first(lines: Sequence[str], what: str, count: int, total: int | None =
         print(f"... and {total - count:,} more", file=sys.stderr)
 
 
+def aligned_rows(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A table as text: the first ``left`` columns to the left, the others to the right; no column heads are drawn."""
+    rows = [[one_line(printable(cell)) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{'<' if place < left else '>'}{widths[place]}}" for place, cell in enumerate(row)).rstrip()
+        for row in rows
+    )
+
+
 @contextlib.contextmanager
 def whole_file(target: Path, mode: str = "w", flag: str = "--output") -> Iterator[IO[Any]]:
     """A file open in ``mode`` (w: UTF-8 text, wb) that replaces ``target`` atomically when the block ends.

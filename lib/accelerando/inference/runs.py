@@ -121,13 +121,15 @@ def _prediction_records(run: Path, split: str, columns: list[str]) -> Iterator[t
 
 
 def model_folder(path: Path, adapters: bool = False) -> Path:
-    """The folder with the weights: ``path`` itself, or ``best/`` or ``last/`` of the run ``path``.
+    """The folder with the weights: ``path`` itself, ``best/`` or ``last/`` of the run ``path``, or of an ONNX file.
 
     ``adapters``: a folder with only a LoRA adapter is accepted.
 
     Raises:
         UserError: no such folder, or no model in it.
     """
+    if path.suffix == ".onnx" and path.parent.is_dir():
+        path = path.parent
     if not path.is_dir():
         reason = "is a file, not a folder" if path.exists() else "no such folder"
         raise UserError(f"{path}: {reason}; name a run or a model folder")

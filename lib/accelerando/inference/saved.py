@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import ModuleType
 
+    import numpy as np
     import torch
     from PIL import Image
     from transformers import BaseImageProcessor, PretrainedConfig, PreTrainedModel
     from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
     from accelerando.data.decode import Source
+    from accelerando.data.transforms import ImageTransform
 
 
 # ------------------------------------------------------------------------------------------------------------- model
@@ -108,15 +110,19 @@ def open_saved(
     folder: Path,
     module: ModuleType | None = None,
     trust_remote_code: bool = False,
-) -> PreTrainedModel | TorchModel:
+    onnx_file: str | None = None,
+) -> PreTrainedModel | TorchModel | ExportedModel:
     """The model in ``folder``, in float32, in evaluation mode: through one of transformers' auto classes, or with
-    :func:`open_torch_module` if it was saved as a plain torch module. ``module``: the user's, from ``--import``.
+    :func:`open_torch_module` if it was saved as a plain torch module, or with ONNX Runtime if ``tools/export.py`` wrote
+    the folder. ``module``: the user's, from ``--import``. ``onnx_file``: which of an export's files.
 
     Raises:
         UserError: the weights are missing, corrupted or another model's, or the class is unknown.
     """
     quiet_loading()
     content = read_json(folder / "config.json")
+    if is_export(folder):
+        return ExportedModel(folder, onnx_file, read_config(content))
     if content.get("model_type") == TORCH_MODULE:
         return TorchModel(open_torch_module(folder, module), read_config(content))
     try:
@@ -227,6 +233,73 @@ class TorchModel:
         return ModelOutput(logits)
 
 
+def is_export(folder: Path) -> bool:
+    """True for a folder that ``tools/export.py`` wrote."""
+    return (folder / "export.json").is_file()
+
+
+class ExportedModel:
+    """An ONNX file of an export with the parts of the interface of a transformers model that prediction needs; its
+    inputs are not normalised, as the graph does that. It computes on the CPU.
+
+    Raises:
+        UserError: there is no such file, or it cannot be run.
+    """
+
+    def __init__(self, folder: Path, file: str | None, config: PretrainedConfig) -> None:
+        from accelerando.inference.exported import onnx_runner
+
+        self.facts = read_json(folder / "export.json")
+        files = [name for name, about in self.facts["files"].items() if about["format"] == "onnx"]
+        self.file = folder / (file or "model.onnx")
+        if self.file.name not in files or not self.file.is_file():
+            named = ", ".join(files) or "none, for it has no format onnx"
+            raise UserError(f"{self.file}: no such file of the export; name one of it: {named}")
+        self.config, self.run = config, onnx_runner(self.file)
+        if hasattr(config, "normalisation"):
+            config.normalisation = "none"
+        self.names = self.facts["files"][self.file.name]["inputs"]
+
+    def to(self, *args: Any, **options: Any) -> ExportedModel:
+        """Like ``torch.nn.Module.to``, without effect."""
+        return self
+
+    def get_input_embeddings(self) -> None:
+        """None: unknown."""
+
+    def __call__(self, frames: torch.Tensor | None = None, **inputs: torch.Tensor) -> ModelOutput | SignScores:
+        import torch
+
+        if "pixel_values" in inputs:
+            return ModelOutput(torch.from_numpy(self._of_pixels(inputs["pixel_values"], frames)))
+        if frames is not None:
+            if "mask" not in inputs and "mask" in self.names:
+                inputs["mask"] = (frames.unflatten(2, (-1, 2)) != 0).any(3)
+            inputs["frames"] = frames
+        found = self.run({name: inputs[name].cpu().numpy() for name in self.names})
+        logits = [torch.from_numpy(each) for each in found]
+        return SignScores(*logits) if len(logits) == 2 else ModelOutput(logits[0])
+
+    def _of_pixels(self, pixels: torch.Tensor, frames: torch.Tensor | None) -> np.ndarray:
+        """Logits of uint8 [N, 3, S, S]; where videos are taken, each of ``frames`` [V] is the length of one."""
+        import numpy as np
+
+        pixels = pixels.cpu().contiguous()
+        if self.facts["task"] == "image":
+            return self.run({"pixels": pixels.numpy()})[0]
+        if frames is None or int(frames.max()) == 1:
+            return self.run({"pixels": pixels[:, None].numpy()})[0]
+        return np.concatenate([self.run({"pixels": part[None].numpy()})[0] for part in pixels.split(frames.tolist())])
+
+
+@dataclass
+class SignScores:
+    """The output of an exported sign model."""
+
+    gloss_logits: torch.Tensor
+    cat_logits: torch.Tensor
+
+
 @dataclass
 class ImageModel:
     """An image classifier with its preprocessing.
@@ -236,7 +309,7 @@ class ImageModel:
     of one video.
     """
 
-    model: PreTrainedModel | TorchModel
+    model: PreTrainedModel | TorchModel | ExportedModel
     device: torch.device
     label_names: list[str]
     prepare: Callable[[Source], torch.Tensor]
@@ -257,6 +330,7 @@ def open_image_model(
     trust_remote_code: bool = False,
     class_names: Sequence[str] = (),
     prompt_templates: Sequence[str] = (),
+    onnx_file: str | None = None,
 ) -> ImageModel:
     """The classifier in ``folder``; images are preprocessed as in the evaluation of the script that trained it, or by
     transformers' processor if ``preprocessor_config.json`` differs from that. ``module``: the user's, from
@@ -274,6 +348,8 @@ def open_image_model(
     import accelerando.models.vision  # noqa: F401  (makes the auto classes know it)
     from accelerando.data.decode import decode_for_evaluation
 
+    if is_export(folder):
+        return _open_export(folder, onnx_file, class_names)
     if takes_videos(read_json(folder / "config.json"), class_names):
         return _open_clip_classifier(folder, device, trust_remote_code, class_names, prompt_templates)
     path = folder / "preprocessor_config.json"
@@ -318,6 +394,22 @@ def _open_clip_classifier(
     return ImageModel(_on_device(model, device), device, names, prepare, *preprocessing.colours, takes_videos=True)
 
 
+def _open_export(folder: Path, onnx_file: str | None, class_names: Sequence[str]) -> ImageModel:
+    import torch
+    from transformers import AutoModelForImageClassification
+
+    from accelerando.data.decode import decode_for_evaluation
+
+    if class_names:
+        raise UserError(f"--class_names: the classes of {folder} are part of its graph; name the run")
+    model = open_saved(AutoModelForImageClassification, folder, onnx_file=onnx_file)
+    settings = folder / "preprocessor_config.json"
+    size = evaluation_size(read_json(settings)) if settings.is_file() else None
+    prepare = exported_transform(model.facts) if size is None else partial(decode_for_evaluation, size=size)
+    videos = model.facts["task"] == "har"
+    return ImageModel(model, torch.device("cpu"), _label_names(model), prepare, (), (), takes_videos=videos)
+
+
 def _on_device(model: PreTrainedModel | TorchModel, device: torch.device) -> PreTrainedModel | TorchModel:
     import torch
 
@@ -326,6 +418,16 @@ def _on_device(model: PreTrainedModel | TorchModel, device: torch.device) -> Pre
 
 def _label_names(model: PreTrainedModel | TorchModel) -> list[str]:
     return [str(model.config.id2label[number]) for number in range(model.config.num_labels)]
+
+
+def exported_transform(facts: Mapping[str, Any]) -> ImageTransform:
+    """The preprocessing that the facts of an export describe."""
+    from accelerando.data.transforms import ImageTransform
+
+    size, margin = facts["size"][0], facts["margin"]
+    shorter = size if margin is None else round(size / (1 - 2 * margin))
+    mode = {2: "bilinear", 3: "bicubic"}[facts["resample"]]
+    return ImageTransform(size, square=margin is None, shorter=shorter, mode=mode)
 
 
 def evaluation_size(settings: dict[str, Any]) -> int | None:
@@ -415,7 +517,7 @@ def image_logits(
     from accelerando.models.clip_classifier import segment_means
 
     pixels = pixels.contiguous(memory_format=torch.channels_last).to(opened.device, non_blocking=True)
-    if pixels.dtype == torch.uint8:
+    if pixels.dtype == torch.uint8 and not isinstance(opened.model, ExportedModel):
         pixels = normalise(pixels, opened.mean, opened.std)
     kind = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     parts = {}

@@ -184,7 +184,7 @@ class SignTransformer(SignModel):
         real = attention_mask.bool()
         hidden = self.project(self.parts(self.standardised(frames, real), real, mask))
         if self.cls is not None:
-            hidden = torch.cat([self.cls.expand(len(hidden), -1, -1), hidden], dim=1)
+            hidden = torch.cat([self.cls.expand(hidden.shape[0], -1, -1), hidden], dim=1)
             real = functional.pad(real, (1, 0), value=True)
         hidden = self.dropout(hidden + positions(hidden.shape[1], hidden.shape[2], hidden.device))
         shown = real[:, None, None, :]
