@@ -12,8 +12,8 @@ turns each round.
             of its validation, as the log says it; saving is not counted. All three have to find the same.
   video     8 frames of a made film of 200 (640 x 360, MP4) with a keyframe every so many frames: 12 (what FFmpeg does
             for most codecs), 30 (one a second: phones and cameras) or 250 (what x264 does: the first one alone).
-            `ours` is what the script reads, `decode` decodes all 200 and makes pictures of the 8, `everything` makes
-            pictures of all 200 before it takes the 8. They have to be the same pictures. Processor time.
+            `ours` is what the script reads, `decode` decodes all 200 and makes images of the 8, `everything` makes
+            images of all 200 before it takes the 8. They have to be the same images. Processor time.
 
 Ratios are medians over the rounds, above 1 means ours is faster. Ends with one line of JSON.
 """
@@ -33,7 +33,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Of the benchmark beside this one: pictures, and how figures are taken and shown.
+# Of the benchmark beside this one: images, and how figures are taken and shown.
 from clip import Figures, in_turns, make_picture
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ CLASSES = ("jumping", "running", "sleeping", "writing")
 # ----------------------------------------------------------------------------------------------------------- features
 
 
-def make_pictures(folder: Path, count: int) -> Path:
+def make_images(folder: Path, count: int) -> Path:
     """``count`` JPEGs in train/ and a quarter as many in val/, of four classes."""
     import numpy as np
 
@@ -125,7 +125,7 @@ def probe(args: argparse.Namespace, folder: Path, data: Path, model: Path, who: 
 
 
 def measure_features(args: argparse.Namespace, folder: Path, figures: Figures) -> dict[str, Any]:
-    data = args.data or make_pictures(folder / "pictures", args.pictures)
+    data = args.data or make_images(folder / "pictures", args.pictures)
     model = args.model or make_model(folder / "model")
     found: dict[str, list[Any]] = {}
     # `stored` needs what `cache` has left; the order of the pair and of `without` turns.
