@@ -38,6 +38,22 @@ def call(call_tool):
     return run
 
 
+@pytest.mark.parametrize("split", ["validation", "train"])
+def test_validation_images_that_were_held_out_are_found_again(
+    split: str, image_set, image_here, call, tmp_path
+) -> None:
+    shutil.copytree(image_set / "raw", tmp_path / "photos" / "train")
+    data = ("--data_dir", tmp_path / "photos", "--validation_fraction", "0.3", "--seed", "5", "--report_on_train")
+    run = image_here(*data, "--class_weights", "--max_steps", "2")
+    code, out, err = call(run, "--split", split, "--format", "json")
+    assert (code, err) == (0, "")
+    (found,) = json.loads(out)["runs"].values()
+    kept = json.loads((run / "results.json").read_text())[split]
+    assert found["count"] == kept["count"]
+    for name in ("loss", *METRICS):
+        assert found[name] == pytest.approx(kept[name], abs=1e-5), name
+
+
 def rows_of(path: Path) -> list[dict[str, str]]:
     with open(path, encoding="utf-8") as file:
         return list(csv.DictReader(file))

@@ -41,6 +41,7 @@ from accelerando.base.model_folder import read_json
 from accelerando.base.processes import command_line
 from accelerando.base.texts import one_line
 from accelerando.data.folders import IMAGES, ImageFiles, class_folders, read_splits
+from accelerando.data.splits import stratified_split
 from accelerando.inference.answers import Computing, answers_of, with_progress
 from accelerando.inference.outputs import open_output, print_first, printable
 from accelerando.inference.runs import model_folder, predicted_files, read_results, read_settings, run_of
@@ -246,11 +247,18 @@ def own_images(run: Classifier, split: str | None, data_dir: str | None) -> Samp
     if not folder.is_dir():
         whose = "--data_dir" if data_dir else f"the data_dir of {run.name}"
         raise UserError(f"{folder}: no such folder ({whose}); --data_dir says where the run's images lie now")
-    wanted = {split or "test", *(["train"] if weighted else [])}
+    fraction = float(run.settings.get("validation_fraction") or 0)
+    wanted = {split or "test", *(["train"] if weighted or fraction else []), *(["validation"] if fraction else [])}
     classes, sides = read_splits(folder, fold, wanted=sorted(wanted))
     if split is None and "test" not in sides:
         split = "validation"
         classes, sides = read_splits(folder, fold, wanted=sorted(wanted | {split}))
+    if (
+        fraction and "validation" not in sides and "train" in sides
+    ):  # held out of the training images, as the script does
+        images = sides["train"]
+        kept, held_out = stratified_split(images.classes, fraction, int(run.settings.get("seed") or 0))
+        sides = {**sides, "train": images.take(kept), "validation": images.take(held_out)}
     split = split or "test"
     if split not in sides:
         raise UserError(f"{folder}: there is no {split} set; it has {', '.join(sides) or 'none of those asked for'}")
