@@ -444,14 +444,14 @@ def make_image_model(folder: Path) -> object:
 
 
 def read_image_model(folder: Path) -> object:
-    from accelerando.inference.answers import image_answers
+    from accelerando.inference.answers import Computing, image_answers
     from accelerando.inference.runs import model_folder, read_json
     from accelerando.inference.saved import open_image_model, task_of_saved
 
     place = model_folder(folder / "model")
     task_of_saved(place, read_json(place / "config.json"))
     opened = open_image_model(place, torch.device("cpu"))
-    return list(image_answers(opened, [str(place / "image.bin")], 1, 1))
+    return list(image_answers(opened, [str(place / "image.bin")], Computing(1, 1)))
 
 
 def make_sign_model(folder: Path) -> object:

@@ -217,7 +217,7 @@ TASKS = {
         },
         exact=("--lora_dropout", "0", "--lr", "3e-4", "--epochs", "1", "--class_field", "kind", "--wise_ft", "0.5",
                "--ema_decay", "0.9", "--eval_every", "2"),
-        kinds={name: ("--scenario", name) for name in ("full", "dual_lora", "vision_lora", "text_lora", "linear_probe")},
+        kinds={name: ("--scenario", name) for name in ("full", "dual_lora", "linear_probe")},
         whole=(), parts=("--micro_batch_size", "7"), steps=4, tolerance=1e-3, unsettled=("k_proj.bias",),
         sharded=(*CLIP_RANDOM, "--scenario", "full"),
         opened=open_clip,
@@ -273,8 +273,7 @@ TASKS = {
         exact=("--lr", "1e-3", "--eval_batch_size", "5", "--augmentation", "light", "--views", "2"),
         kinds={
             "full": ("--train_logit_scale",),
-            "flyp": ("--loss", "contrastive"),
-            "lora": ("--strategy", "lora", "--lora_r", "4", "--lora_dropout", "0"),
+            "flyp": ("--loss", "contrastive", "--strategy", "lora", "--lora_r", "4", "--lora_dropout", "0"),
         },
         whole=("--batch_size", "24"), parts=HALVES, steps=6, tolerance=1e-3, unsettled=("k_proj.bias",),
         sharded=HAR_RANDOM,

@@ -32,10 +32,8 @@ TRAINED: dict[str, tuple[str, tuple[str, ...]]] = {
     "sign": ("sign", ("--velocities", "--use_mask", "--relative_hands", "--conv_kernel", "3", "--pooling", "cls")),
     "gru": ("sign", ("--model", "iv3_gru")),
     "image": ("image", ()),
-    "vit": ("image", ("--model_name", "{tiny_vit}")),
     "clip": ("clip", ()),
     "har": ("har", ("--frames", "2")),
-    "linear": ("har", ("--head", "linear", "--strategy", "linear_probe", "--augmentation", "none")),
 }
 
 

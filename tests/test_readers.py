@@ -417,10 +417,12 @@ def test_dead_urls_do_not_delay_those_behind_them(silent_server: str, monkeypatc
     host = f"http://{silent_server}"
     names = [f"{host}/dead/{number}" for number in range(40)] + [f"{host}/good"]
     saved = SimpleNamespace(config=SimpleNamespace(model_type="vit"))
-    model = SimpleNamespace(model=saved, prepare=lambda content: torch.full((1,), len(content)), label_names=["a"])
+    model = SimpleNamespace(
+        model=saved, prepare=lambda content: torch.full((1,), len(content)), label_names=["a"], takes_videos=False
+    )
     monkeypatch.setattr(answers, "image_logits", lambda opened, pixels, tta, amp, frames: pixels.float())
     started = time.monotonic()
-    found = list(answers.image_answers(model, names, 8, 4))
+    found = list(answers.image_answers(model, names, answers.Computing(8, 4)))
     assert time.monotonic() - started < 10  # 2 + 9 * 0.2 s; 20 without the bound
     assert [name for batch in found for name in batch.names] == names
     faults = [fault for batch in found for fault in batch.faults]

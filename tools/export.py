@@ -53,6 +53,15 @@ SCRIPT_OF = {
     "text": "text_classify.py", "image": "image_classify.py", "sign": "sign_train.py", "clip": "clip_finetune.py",
     "har": "clip_har.py",
 }  # fmt: skip
+# What each format can hold. int8: weights and activations of matrix products, scaled for each input as it comes;
+# int8_static: with scales from samples, for convolutions too.
+PRECISIONS: dict[str, tuple[str, ...]] = {
+    "onnx": ("float32", "float16", "int8", "int8_static"),
+    "torchscript": ("float32", "float16", "bfloat16"),
+    "pt2": ("float32", "float16", "bfloat16"),
+    "openvino": ("float32", "float16"),
+    "tensorrt": ("float32", "float16"),
+}
 TOKENS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}  # of tokenizers
 CROPPED = 'ImageOps.fit(image, facts["size"], facts["resample"], facts["margin"])'
 SQUEEZED = 'image.resize(facts["size"], facts["resample"])'
@@ -471,7 +480,7 @@ class Written:
 def write_all(exported: Exportable, folder: Path, args: Args) -> list[Written]:
     """Writes each graph in each format and precision, and compares it."""
     from accelerando.inference.exported import parity
-    from accelerando.inference.formats import MADE_OF_ONNX, PRECISIONS, check_available, runner, write
+    from accelerando.inference.formats import MADE_OF_ONNX, check_available, runner, write
 
     for kind in args.export_format:
         check_available(kind)
@@ -637,13 +646,9 @@ def check(args: Args) -> None:
     check_ranges(args, opset=(18, 30), samples=(0, 100_000), num_threads=(0, 1024))
     if any(size < 1 for size in args.batch_sizes):
         raise UserError("--batch_sizes: use numbers of at least 1")
-    held = {
-        "onnx": "float32 float16 int8 int8_static", "torchscript": "float32 float16 bfloat16",
-        "pt2": "float32 float16 bfloat16", "openvino": "float32 float16", "tensorrt": "float32 float16",
-    }  # fmt: skip
     for kind in args.export_format:
-        if not set(args.precision) & set(held[kind].split()):
-            raise UserError(f"--export_format {kind} holds {held[kind].replace(' ', ', ')}, not {args.precision[0]}")
+        if not set(args.precision) & set(PRECISIONS[kind]):
+            raise UserError(f"--export_format {kind} holds {', '.join(PRECISIONS[kind])}, not {args.precision[0]}")
 
 
 def kind_of(folder: Path, config: dict[str, Any]) -> str:
@@ -697,7 +702,8 @@ def main() -> None:
     for each in written:
         for name in each.left:
             print(f"{each.path.name}: left in float: {name}")
-    print(f"\nWritten to {printable(str(target))}; usage.py there shows how to run it.")
+    shown = "; usage.py there shows how to run it" * (target / "usage.py").is_file()
+    print(f"\nWritten to {printable(str(target))}{shown}.")
     faults = [f"{each.path.name}: {fault}" for each in written if (fault := each.faults(args))]
     for fault in faults:
         print(f"out of tolerance: {fault}", file=sys.stderr)

@@ -23,15 +23,6 @@ from accelerando.base.errors import UserError, first_line
 from accelerando.inference.exported import Runner, onnx_runner, torch_runner
 from accelerando.inference.quantisation import quantise
 
-# What each format can hold. int8: weights and activations of matrix products, scaled for each input as it comes;
-# int8_static: with scales from samples, for convolutions too.
-PRECISIONS: dict[str, tuple[str, ...]] = {
-    "onnx": ("float32", "float16", "int8", "int8_static"),
-    "torchscript": ("float32", "float16", "bfloat16"),
-    "pt2": ("float32", "float16", "bfloat16"),
-    "openvino": ("float32", "float16"),
-    "tensorrt": ("float32", "float16"),
-}
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".torchscript.pt", "pt2": ".pt2", "openvino": ".xml", "tensorrt": ".plan"}
 MADE_OF_ONNX = {"onnx": True, "openvino": True, "tensorrt": True, "torchscript": False, "pt2": False}
 PACKAGES = {  # that a format needs: module and what installs it
