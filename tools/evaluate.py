@@ -247,19 +247,16 @@ def own_images(run: Classifier, split: str | None, data_dir: str | None) -> Samp
     if not folder.is_dir():
         whose = "--data_dir" if data_dir else f"the data_dir of {run.name}"
         raise UserError(f"{folder}: no such folder ({whose}); --data_dir says where the run's images lie now")
-    fraction = float(run.settings.get("validation_fraction") or 0)
-    wanted = {split or "test", *(["train"] if weighted or fraction else []), *(["validation"] if fraction else [])}
+    wanted = {split or "test", *(["train"] if weighted else [])}
     classes, sides = read_splits(folder, fold, wanted=sorted(wanted))
-    if split is None and "test" not in sides:
-        split = "validation"
-        classes, sides = read_splits(folder, fold, wanted=sorted(wanted | {split}))
-    if (
-        fraction and "validation" not in sides and "train" in sides
-    ):  # held out of the training images, as the script does
-        images = sides["train"]
-        kept, held_out = stratified_split(images.classes, fraction, int(run.settings.get("seed") or 0))
-        sides = {**sides, "train": images.take(kept), "validation": images.take(held_out)}
-    split = split or "test"
+    split = split or ("test" if "test" in sides else "validation")
+    fraction = float(run.settings.get("validation_fraction") or 0)
+    if (fraction and weighted) or split != "test":
+        classes, sides = read_splits(folder, fold, wanted=sorted(wanted | {split, "train", "validation"}))
+        if fraction and "validation" not in sides and "train" in sides:  # as the script holds them out
+            images = sides["train"]
+            kept, held_out = stratified_split(images.classes, fraction, int(run.settings.get("seed") or 0))
+            sides = {**sides, "train": images.take(kept), "validation": images.take(held_out)}
     if split not in sides:
         raise UserError(f"{folder}: there is no {split} set; it has {', '.join(sides) or 'none of those asked for'}")
     if set(classes) != set(run.label_names):
