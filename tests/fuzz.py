@@ -525,7 +525,7 @@ def read_list(folder: Path) -> object:
 
     from accelerando.inference.inputs import read_image
 
-    _, names = predict.image_names(predict.Args("x", file=str(folder / "list.txt")))
+    _, names = predict.image_names(predict.Args("x", file=str(folder / "list.txt")), predict.IMAGES)
     for name in names:
         with contextlib.suppress(ValueError, OSError):
             read_image(name)
