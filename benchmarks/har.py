@@ -125,7 +125,7 @@ def probe(args: argparse.Namespace, folder: Path, data: Path, model: Path, who: 
 
 
 def measure_features(args: argparse.Namespace, folder: Path, figures: Figures) -> dict[str, Any]:
-    data = args.data or make_images(folder / "pictures", args.pictures)
+    data = args.data or make_images(folder / "images", args.images)
     model = args.model or make_model(folder / "model")
     found: dict[str, list[Any]] = {}
     # `stored` needs what `cache` has left; the order of the pair and of `without` turns.
@@ -157,7 +157,7 @@ def measure_features(args: argparse.Namespace, folder: Path, figures: Figures) -
 
 
 def make_film(path: Path, codec: str, keyframes: int) -> None:
-    """A film that pans over a picture, with a square that moves through it."""
+    """A film that pans over an image, with a square that moves through it."""
     import av
     import numpy as np
     from PIL import Image
@@ -195,8 +195,8 @@ def read_film(path: str, who: str, times: int) -> dict[str, Any]:
         with av.open(path) as container:
             frames = container.decode(video=0)
             if who == "everything":
-                pictures = [frame.to_ndarray(format="rgb24") for frame in frames]
-                return [pictures[int(position * len(pictures))] for position in positions]
+                images = [frame.to_ndarray(format="rgb24") for frame in frames]
+                return [images[int(position * len(images))] for position in positions]
             kept = {int(position * FRAMES) for position in positions}
             return [frame.to_ndarray(format="rgb24") for number, frame in enumerate(frames) if number in kept]
 
@@ -256,7 +256,7 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what is measured")
     parser.add_argument("--data", type=Path, help="folder with train/<class>/ and val/<class>/ (default: made here)")
     parser.add_argument("--model", type=Path, help="folder of a CLIP (default: made here)")
-    parser.add_argument("--pictures", type=int, default=64, help="training pictures that are made")
+    parser.add_argument("--images", type=int, default=64, help="training images that are made")
     parser.add_argument("--rounds", type=int, default=3, help="times each contestant runs")
     parser.add_argument("--epochs", type=int, default=2, help="features: epochs of each probe")
     parser.add_argument("--times", type=int, default=5, help="video: how often a film is read in each round")

@@ -216,7 +216,7 @@ ALIASES = {
 ONLY_WITH = {
     "head linear": ("head_init", "head_features", "head_lr"),
     "head text": ("train_logit_scale",),
-    "strategy visual full": ("image_blocks", "keep_statistics"),
+    "strategy visual full": ("keep_statistics",),
     "strategy lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"),
     "use_action_specific_augmentation": ("no_flip_classes", "no_crop_classes"),
     "data_dir": ("frame_folders", "fold"),
@@ -251,8 +251,6 @@ class Data:
 
 
 def load_data(args: Args, accelerator: Accelerator) -> Data:
-    import accelerando.models.clip_classifier  # noqa: F401  (model_name may be a run's: transformers has to know its class)
-
     with main_process_first(accelerator):  # which makes indexes and fetches what is remote
         splits = open_splits(args)
         kept = open_folders(Path(args.kept_data), args.fold, args.frame_folders) if args.kept_data else {}

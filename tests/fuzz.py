@@ -414,7 +414,7 @@ def read_text_model(folder: Path) -> object:
     from transformers import AutoModelForSequenceClassification
 
     from accelerando.data.tokenizer import open_tokenizer
-    from accelerando.inference.runs import model_folder, read_json
+    from accelerando.inference.runs import model_folder
     from accelerando.models.pretrained import class_labels, open_config, open_model
 
     model = str(folder / "model")
@@ -422,7 +422,7 @@ def read_text_model(folder: Path) -> object:
     config = open_config(model, **class_labels(["a", "b"]))
     open_model(AutoModelForSequenceClassification, model, config=config)
     place = model_folder(Path(model))
-    loaded = predict.load_text_model(place, read_json(place / "config.json"), torch.device("cpu"))
+    loaded = predict.load_text_model(place, torch.device("cpu"))
     return predict.predict_chunk(loaded, ["a goal", "the moon"], None, 2)
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -459,3 +460,32 @@ def test_a_broken_image_model_does_not_predict(file, content, tiny_vit: Path, co
     break_file(folder / file, content)
     code, _, err = call_tool(predict, folder, tmp_path / "a.png")
     assert code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1, err
+
+
+OPEN_OWN = """
+import sys
+from accelerando.models.pretrained import open_config
+for folder in sys.argv[1:]:
+    config = open_config(folder)
+    print(config.model_type, getattr(config, "of_clip", config).model_type)
+"""
+
+
+def test_models_of_this_package_are_known_to_a_process_that_imported_none(tmp_path: Path) -> None:
+    """Also a classifier on a CLIP of two towers, whose class names another one of this package."""
+    from accelerando.models.clip_classifier import ClipClassifierConfig
+    from accelerando.models.pretrained import OWN
+    from accelerando.models.towers import TwoTowersConfig
+
+    for kind in OWN:
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "config.json").write_text(json.dumps({"model_type": kind}))
+    ClipClassifierConfig(clip=TwoTowersConfig().to_dict()).save_pretrained(tmp_path / "clip_classifier")
+    call = [sys.executable, "-c", OPEN_OWN]
+    for folders in (["clip_classifier"], [kind for kind in OWN if kind != "clip_classifier"]):
+        done = subprocess.run(
+            [*call, *(str(tmp_path / kind) for kind in folders)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        expected = [f"{kind} {'two_towers' if kind == 'clip_classifier' else kind}" for kind in folders]
+        assert done.stdout.splitlines() == expected

@@ -251,12 +251,14 @@ def own_images(run: Classifier, split: str | None, data_dir: str | None) -> Samp
     classes, sides = read_splits(folder, fold, wanted=sorted(wanted))
     split = split or ("test" if "test" in sides else "validation")
     fraction = float(run.settings.get("validation_fraction") or 0)
-    if (fraction and weighted) or split != "test":
-        classes, sides = read_splits(folder, fold, wanted=sorted(wanted | {split, "train", "validation"}))
-        if fraction and "validation" not in sides and "train" in sides:  # as the script holds them out
-            images = sides["train"]
-            kept, held_out = stratified_split(images.classes, fraction, int(run.settings.get("seed") or 0))
-            sides = {**sides, "train": images.take(kept), "validation": images.take(held_out)}
+    divided = fraction and (weighted or split != "test")  # its training images may have been divided
+    if divided or split not in sides:
+        wanted |= {split, "train", "validation"} if divided else {split}
+        classes, sides = read_splits(folder, fold, wanted=sorted(wanted))
+    if divided and "validation" not in sides and "train" in sides:  # as the script holds them out
+        images = sides["train"]
+        kept, held_out = stratified_split(images.classes, fraction, run.settings["seed"])
+        sides = {**sides, "train": images.take(kept), "validation": images.take(held_out)}
     if split not in sides:
         raise UserError(f"{folder}: there is no {split} set; it has {', '.join(sides) or 'none of those asked for'}")
     if set(classes) != set(run.label_names):

@@ -178,7 +178,6 @@ def text(folder: Path, found: RunData | None, args: Args, module: ModuleType | N
     import torch
     from transformers import AutoModelForSequenceClassification
 
-    import accelerando.models.text_cnn  # noqa: F401  (makes the auto classes know it)
     from accelerando.data.collate import TextCollate
     from accelerando.data.tokenizer import open_tokenizer
     from accelerando.inference.formats import Graph
@@ -272,7 +271,6 @@ def image(folder: Path, found: RunData | None, args: Args, module: ModuleType | 
     """Pixels 0 to 255 in, a logit for each class out."""
     from transformers import AutoModelForImageClassification
 
-    import accelerando.models.vision  # noqa: F401  (makes the auto classes know it)
     from accelerando.inference.formats import Graph
     from accelerando.inference.graphs import PixelLogits
     from accelerando.inference.saved import open_saved
@@ -296,7 +294,6 @@ def har(folder: Path, found: RunData | None, args: Args, module: ModuleType | No
     import torch
     from transformers import AutoModelForImageClassification
 
-    import accelerando.models.clip_classifier  # noqa: F401  (makes the auto classes know it)
     from accelerando.inference.formats import Graph
     from accelerando.inference.graphs import FrameLogits
     from accelerando.inference.saved import open_saved
@@ -499,8 +496,9 @@ def write_all(exported: Exportable, folder: Path, args: Args) -> list[Written]:
                 found = parity(run, graph.samples, graph.expected, graph.classifies)
                 written.append(Written(graph, kind, precision, path, found, run, left))
     kept = {each.path for each in written}
-    for path in [graph_file for graph_file in folder.glob("*.onnx") if graph_file not in kept]:
-        path.unlink()  # from which others were made
+    for path in [path for path in folder.glob("*.onnx") if path not in kept]:  # from which others were made
+        for part in folder.glob(f"{path.name}*"):  # large weights stand beside it
+            part.unlink()
     return written
 
 

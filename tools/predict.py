@@ -122,7 +122,6 @@ class TextModel:
 
 def load_text_model(
     folder: Path,
-    config: dict[str, Any],
     device: torch.device,
     max_length: int | None = None,
     pairs: bool = False,
@@ -139,8 +138,6 @@ def load_text_model(
     """
     from transformers import AutoModelForSequenceClassification
 
-    if config.get("model_type") == "text_cnn":
-        import accelerando.models.text_cnn  # noqa: F401  (makes the auto classes know it)
     tokenizer = open_tokenizer(str(folder), trust_remote_code, local_files_only=True)
     model = open_saved(AutoModelForSequenceClassification, folder, module, trust_remote_code, onnx_file)
     names = model.config.id2label
@@ -237,7 +234,7 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any], module: Modu
         raise UserError(f"{source}: no text in it; give texts on the command line, with --file or on standard input")
     device, pairs = choose_device(args.device), first[1] is not None
     how = (module, args.trust_remote_code, onnx_file(args))
-    loaded = load_text_model(folder, config, device, args.max_length, pairs, *how)
+    loaded = load_text_model(folder, device, args.max_length, pairs, *how)
 
     import numpy as np
     from tqdm.auto import tqdm
@@ -340,7 +337,6 @@ def predict_clips(args: Args, folder: Path, config: dict[str, Any], module: Modu
     from tqdm.auto import tqdm
     from transformers import AutoModel
 
-    import accelerando.models.sign  # noqa: F401  (makes the auto classes know it)
     from accelerando.data.collate import ClipCollate
     from accelerando.data.sign_clips import normalise, read_clip
 

@@ -345,7 +345,6 @@ def open_image_model(
     from PIL import Image
     from transformers import AutoModelForImageClassification
 
-    import accelerando.models.vision  # noqa: F401  (makes the auto classes know it)
     from accelerando.data.decode import decode_for_evaluation
 
     if is_export(folder):

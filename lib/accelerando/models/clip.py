@@ -41,8 +41,6 @@ def open_clip_model(
     """
     from transformers import AutoModel, AutoModelForImageClassification
 
-    import accelerando.models.towers  # noqa: F401  (registers the classes of this package)
-
     if (Path(name) / "adapter_config.json").is_file():
         if adapter is not None:
             raise UserError(f"--model_name {name} is itself an adapter: with --adapter, name its base model")
@@ -203,8 +201,6 @@ def open_preprocessing(name: str, max_length: int | None, trust_remote_code: boo
     Raises:
         UserError: they are missing, or ``max_length`` exceeds the model's number of positions.
     """
-    import accelerando.models.towers  # noqa: F401  (registers the classes of this package)
-
     if (Path(name) / "adapter_config.json").is_file():
         name = _base_of(Path(name))
     config = open_config(name, trust_remote_code)

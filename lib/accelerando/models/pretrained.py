@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import re
 from collections.abc import Iterator
@@ -27,6 +28,13 @@ SPARE = 10_000_000  # numbers that a model may have beside its stored ones: a ne
 MOST_LAYERS = 1000
 
 
+# Model types of this package, and the modules that make transformers' auto classes know them.
+OWN = {
+    "text_cnn": ("text_cnn",), "vision_net": ("vision",), "image_net": ("towers",), "two_towers": ("towers",),
+    "clip_classifier": ("towers", "clip_classifier"), "sign_transformer": ("sign",), "sign_gru": ("sign",),
+}  # fmt: skip
+
+
 def class_labels(names: list[str]) -> dict[str, Any]:
     """The entries of a config about its classes."""
     numbers = {name: number for number, name in enumerate(names)}
@@ -41,9 +49,13 @@ def open_config(name: str, trust_remote_code: bool = False, **settings: Any) -> 
     Raises:
         UserError: there is none, or it is broken.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     with opening(name, "config"):
+        content, _ = PreTrainedConfig.get_config_dict(name, trust_remote_code=trust_remote_code)
+        kind = content.get("model_type")
+        for module in OWN.get(kind, ()) if isinstance(kind, str) else ():
+            importlib.import_module(f"accelerando.models.{module}")
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, **settings)
 
 
@@ -233,7 +245,6 @@ def open_classifier(name: str, trust_remote_code: bool = False, **settings: Any)
     """
     from transformers import AutoModelForImageClassification
 
-    import accelerando.models.vision  # noqa: F401  (registers the classes of this package)
     from accelerando.models.processors import input_colours, open_processor
 
     config = open_config(name, trust_remote_code, **settings)
