@@ -249,7 +249,8 @@ def _openvino_runner(path: Path, threads: int) -> Runner:
     import openvino
 
     core = openvino.Core()
-    model = core.compile_model(path, "CPU", {"INFERENCE_NUM_THREADS": threads} if threads else {})
+    exactly = {"INFERENCE_PRECISION_HINT": "f32"}  # by default a CPU that can computes in bfloat16
+    model = core.compile_model(path, "CPU", exactly | ({"INFERENCE_NUM_THREADS": threads} if threads else {}))
 
     def run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         return list(model({name: np.ascontiguousarray(each) for name, each in inputs.items()}).values())
