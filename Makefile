@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONPATH := $(CURDIR)/lib
 
-.PHONY: setup demo demo_clip demo_har demo_text demo_sign demo_image test test-fast bench bench_clip bench_text bench_sign bench_image bench_har bench_gpu torture fuzz lint link
+.PHONY: setup demo demo_clip demo_har demo_text demo_sign demo_image compiled test test-fast bench bench_clip bench_text bench_sign bench_image bench_har bench_gpu torture fuzz lint link
 
 setup: $(STAMP) link
 
@@ -73,14 +73,18 @@ demo_image: setup
 	@echo; $(BIN)/python data/make_image_demo.py --output_dir data/demo_image  # says how far logistic regression gets
 	@echo "Report: $(CURDIR)/runs/demo_image_cv/report.html"
 
-# Everything; and what needs no training in a process of its own, for daily work.
-test: setup
+# Everything; and what needs no training in a process of its own, for daily work. Compiled once, or each of some thousand
+# processes compiles the package for itself where bytecode is not written.
+compiled: setup
+	@$(BIN)/python -m compileall -q lib scripts tools data
+
+test: compiled
 	$(BIN)/python -m pytest tests -n 2 --dist loadgroup $(PYTEST_ARGS)
 
-test-fast: setup
+test-fast: compiled
 	$(BIN)/python -m pytest tests -n 2 --dist loadgroup -m "not launch" $(PYTEST_ARGS)
 
-torture: setup
+torture: compiled
 	$(BIN)/python -m pytest tests/torture.py -s $(PYTEST_ARGS)
 
 # At least a thousand malformed inputs for every reader; SEED=2 damages them in other ways.

@@ -85,7 +85,7 @@ def test_every_format_gives_the_outputs_of_the_model(
 ) -> None:
     """ONNX, TorchScript and torch.export on validation samples; usage.py without torch answers as predict.py does."""
     run, target = trained(request, name), tmp_path / "export"
-    kinds = ("onnx", "torchscript", "pt2")
+    kinds = ("onnx", "torchscript", "pt2", "openvino")
     code, out, err = call_tool(
         export, run, "--export_format", *kinds, "--samples", "20", "--tolerance", "1e-5", "--output_dir", target
     )
