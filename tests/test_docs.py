@@ -240,6 +240,11 @@ def test_the_readmes_commands_run(workshop, tiny_bert: Path, monkeypatch: pytest
             command = command.replace("cross_validate.py", "cross_validate.py --folds 0 1") + " --run_name cv"
         if "image_classify.py" in command:
             command += " --max_steps 2 --image_size 32" + ("" if "--run_name" in command else " --run_name images")
+        if "pipeline.py" in command:  # the steps run in tests/test_pipeline.py
+            command = command.replace(
+                "pipeline.py", f"pipeline.py --dry_run --config_file {ROOT}/accelerate_configs/cpu.yaml"
+            )
+            command += " --model_name bert-base-uncased --max_length 48"
         if "predict.py" in command or "export.py" in command:
             command = command.replace("runs/demo_text", "runs/run0")
             command += " --seconds 0.05 --agreement 0" if "export.py" in command else ""

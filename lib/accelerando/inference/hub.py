@@ -1,10 +1,14 @@
-"""Uploading a folder to the Hugging Face Hub."""
+"""Uploading a folder to the Hugging Face Hub.
+
+``python -m accelerando.inference.hub FOLDER USER/NAME private`` uploads one from a process of its own.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
-from accelerando.base.errors import UserError, first_line
+from accelerando.base.errors import UserError, errors_in_one_line, first_line
 from accelerando.base.log import success
 from accelerando.train.state import Run
 
@@ -45,3 +49,8 @@ def push_folder(folder: Path, repo_id: str, private: bool) -> str:
             f"--push_to_hub {repo_id}: {first_line(error)}; {folder} is complete and can be uploaded later"
         ) from None
     return str(address)
+
+
+if __name__ == "__main__":
+    with errors_in_one_line():
+        print(push_folder(Path(sys.argv[1]), sys.argv[2], private=sys.argv[3] == "private"))

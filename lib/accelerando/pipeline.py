@@ -1,0 +1,1034 @@
+"""From a data version to a pushed model, in one command: each step runs once, until something it depends on changes.
+
+  python tools/pipeline.py --config_path configs/text_trec.yaml --output_dir pipelines/trec --dry_run
+  python tools/pipeline.py --output_dir pipelines/trec scripts/text_classify.py --config configs/text_trec.yaml
+  python tools/pipeline.py --config_path configs/actions.yaml --output_dir pipelines/actions --dataset_version v1.2 \\
+      --distributed_mode ddp --push_to_hub --hub_repo_id me/actions
+
+Flags of the training script stand after the script; without a script, the one
+of the five that takes --config_path is taken. The same command again goes on
+where it was stopped: a killed training is resumed, exactly.
+
+--dataset_version names a git revision of data under DVC. It is fetched into the
+cache, and the work tree is left as it is. Without it the data is trained on as
+it lies, if it is what its .dvc files say.
+
+The folder --output_dir has pipeline.json with all results, report.html, logs/,
+and in runs/ a run for each training, of which run/ is the last, with its
+evaluation/ and export/.
+
+In Python: from accelerando.pipeline import run_pipeline
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from accelerando.base.config import COMMON_ALIASES, Alias, grouped, parse_args, sections
+from accelerando.base.errors import Stopped, UserError
+from accelerando.base.files import cache_folder, check_can_be_made, folders_below, is_unused, locked, write_text
+from accelerando.base.model_folder import read_json
+from accelerando.base.processes import command_line
+from accelerando.base.texts import one_line
+from accelerando.data import versions
+from accelerando.data.table_formats import table_suffix
+from accelerando.inference import runs
+from accelerando.inference.hub import check_push
+from accelerando.inference.outputs import aligned_rows
+from accelerando.inference.packages import check_installed
+from accelerando.inference.scripts import SCRIPT_OF, import_script
+from accelerando.launch import (
+    Signals,
+    accelerate_command,
+    default_launcher,
+    how_it_ended,
+    last_line,
+    run_script,
+    was_stopped,
+)
+from accelerando.report import page
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]  # of the project
+TOOLS, CONFIGS = ROOT / "tools", ROOT / "accelerate_configs"
+ALIASES: dict[str, Alias] = {"config": "config_path", "format": "export_format", "hub_model_id": "hub_repo_id"}
+WORDS = "[SCRIPT [FLAG ...]]"
+# Settings of the script that change no result, beside those of its section "output".
+IGNORED = ("num_workers", "pin_memory", "cache_dir", "dataset_version")
+# Texts of the section "data" that are no paths, by how they end.
+NO_PATHS = ("_column", "_key", "_field", "_name", "_version", "_prefix", "_bucket", "cache_dir")
+# Folders of the files that a table names; without them they lie beside the table.
+FOLDERS_OF_TABLES = ("image_folder", "media_folder")
+OURS = ("output_dir", "run_name", "overwrite", "resume", "push_to_hub", "hub_repo_id", "dataset_version")
+CHANGED = {"data": "the data", "script": "the script", "launch": "the launch", "weights": "the weights",
+           "settings": "the settings", "repository": "the repository"}  # fmt: skip
+FOLLOW = 0.2  # seconds between looks at a log that is shown
+
+Formats = tuple[Literal["onnx", "torchscript", "pt2", "openvino", "tensorrt"], ...]
+Precisions = tuple[Literal["float32", "float16", "bfloat16", "int8", "int8_static"], ...]
+
+
+@dataclass
+class Args:
+    # -- what is trained --
+    words: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar=WORDS)] = ()  # see above
+    config_path: str | None = None  # YAML file of the training script
+    task: Literal["clip", "har", "image", "sign", "text"] | None = None  # whose script (default: the one that takes it)
+    checkpoint_path: str | None = None  # start from these weights: a run, a model folder; images: a file too
+    # -- data --
+    dataset_version: str | None = None  # git revision of data under DVC: v1.2, say (default: as it lies)
+    data_repo: str | None = None  # its git repository (default: the one that holds the data)
+    accept_problems: bool = False  # train although the check of the data found errors
+    # -- launch --
+    distributed_mode: Literal["none", "ddp", "fsdp"] | None = None  # one process, or one a GPU (default: as configured)
+    config_file: str | None = None  # instead: any config of accelerate launch
+    num_processes: int | None = None  # of the launch (default: as many as GPUs, or what config_file says)
+    # -- evaluation, export, upload --
+    export: bool = True  # write the model for deployment
+    export_format: Formats = ("onnx",)  # one or several; pt2 is torch.export
+    precision: Precisions = ("float32",)  # of the exported weights
+    push_to_hub: bool = False  # upload the best weights to the Hugging Face Hub
+    hub_repo_id: str | None = None  # where to: user/name
+    hub_private: bool = True  # make the repository private
+    # -- output --
+    output_dir: str = "pipeline"  # folder of runs, results and report
+    experiment_name: str | None = None  # title of the report; mlflow: experiment
+    dry_run: bool = False  # print the plan alone
+
+
+@dataclass
+class Data:
+    """The data that is trained on.
+
+    ``digest``: the same for the same data. ``title``: what it is, in a few words. ``version``: of DVC, if there is one.
+    ``fetched``: it lies in the cache. ``places``: setting of the script -> path there, for those that differ. ``note``:
+    what else there is to know.
+    """
+
+    digest: str
+    title: str
+    version: versions.Version | None = None
+    fetched: bool = False
+    places: dict[str, str] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass
+class Job:
+    """What a pipeline does: the script, its settings and flags, data and launch."""
+
+    args: Args
+    output: Path
+    script: Path
+    settings: Any  # the script's Args
+    flags: list[str]  # of the script, with those that the pipeline adds for its data and weights
+    data: Data
+    cache: Path
+    launcher: list[str]
+
+    @functools.cached_property
+    def inputs(self) -> dict[str, Any]:
+        """What the training depends on."""
+        return train_inputs(self)
+
+    @property
+    def run(self) -> Path:
+        """The run, named after what it depends on: another setting makes another run beside it."""
+        return self.output / "runs" / digest_of(self.inputs)[:8]
+
+    @property
+    def weights(self) -> Path:
+        """The folder of the weights that results.json is about."""
+        mixed = self.run / "wise_ft"
+        return mixed if (mixed / "config.json").is_file() else runs.model_folder(self.run)
+
+
+@dataclass
+class Step:
+    """A step: what it does, what it depends on, the command that does it, and what it leaves.
+
+    ``made``: a digest of what it leaves; None: it is not there, or not complete. ``result``: what the results say of
+    it. ``keyed``: its place is named after its inputs, so that what is complete there is right. ``instead``: the
+    result where the command ends with code 2, given its last line.
+    """
+
+    name: str
+    does: str
+    inputs: dict[str, Any]
+    command: list[str] | None
+    made: Callable[[], str | None]
+    result: Callable[[], dict[str, Any]]
+    keyed: bool = False
+    instead: Callable[[str], dict[str, Any]] | None = None
+    resumes: bool = False
+
+
+# --------------------------------------------------------------------------------------------------------- the script
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(the pipeline's own flags, the script with its flags) of a command line."""
+    at = next((number for number, word in enumerate(words) if word.endswith(".py")), len(words))
+    return list(words[:at]), list(words[at:])
+
+
+def choose_script(args: Args) -> tuple[Path, list[str]]:
+    """The script and its flags.
+
+    Raises:
+        UserError: none is named, and the config fits none of the five or several; a flag that the pipeline sets.
+    """
+    script, *flags = args.words or ("",)
+    if script and args.task:
+        raise UserError(f"--task {args.task} and {script} both name a script: drop one")
+    if args.config_path:
+        flags = ["--config", args.config_path, *flags]
+    if args.task:
+        script = str(ROOT / "scripts" / SCRIPT_OF[args.task])
+    if not script:
+        if not args.config_path:
+            raise UserError("nothing to train: give --config_path, or a script with its flags after all others")
+        script = str(fitting_script(args.config_path))
+    path = Path(script)
+    module = import_script(path)
+    table = {**COMMON_ALIASES, **getattr(module, "ALIASES", {})}
+    for word in flags:
+        name = word[2:].partition("=")[0].replace("-", "_") if word.startswith("--") else ""
+        name = table.get(name, name)
+        if name in OURS:
+            raise UserError(
+                f"{word} after {path.name}: belongs to the pipeline, which sets it: drop it, or put it before the "
+                "script if the pipeline has it"
+            )
+    return path, flags
+
+
+def fitting_script(config: str) -> Path:
+    """The one of the five scripts that takes all settings of a config."""
+    reasons, fitting = {}, {}
+    for task, name in SCRIPT_OF.items():
+        path = ROOT / "scripts" / name
+        module = import_script(path)
+        try:
+            settings = parse_args(module.Args, module.ALIASES, ["--config", config])
+        except UserError as error:
+            reasons[task] = str(error)
+        else:
+            fitting[task] = (path, settings)
+    if not Path(config).is_file():
+        raise UserError(next(iter(reasons.values())))
+    # A key that only some scripts have has been refused by the others; of those left, one whose data is named.
+    named = {task: found for task, found in fitting.items() if sources_of(found[1])}
+    chosen = named if len(named) == 1 else fitting
+    if len(chosen) == 1:
+        return next(iter(chosen.values()))[0]
+    if chosen:
+        raise UserError(f"{config} fits {' and '.join(sorted(chosen))}: name one with --task")
+    raise UserError(f"{config} fits none of the five scripts; with --task {next(iter(reasons))} one line says why")
+
+
+def read_settings(script: Path, flags: list[str]) -> tuple[ModuleType, Any]:
+    """The script as a module, and its settings as it checks them itself.
+
+    Raises:
+        UserError: it refuses them.
+    """
+    module = import_script(script)
+    settings = parse_args(module.Args, getattr(module, "ALIASES", {}), flags)
+    asked = settings.push_to_hub
+    settings.push_to_hub = False  # the pipeline's own step
+    if hasattr(module, "check_args"):
+        module.check_args(settings)
+    settings.push_to_hub = asked
+    for name in ("resume", "overwrite"):
+        if getattr(settings, name):
+            raise UserError(
+                f"{name} in the config: the pipeline resumes by itself, and starts a new run where something changed: "
+                "drop it"
+            )
+    if getattr(settings, "evaluate_only", False) or getattr(settings, "scenario", "") == "zero_shot":
+        raise UserError(f"{script.name} would train nothing with these settings, so there is nothing to export or push")
+    return module, settings
+
+
+def checkpoint_flags(path: str, settings: Any, script: Path) -> list[str]:
+    """The flags with which a script starts from earlier weights.
+
+    Raises:
+        UserError: the script or these settings cannot.
+    """
+    known = {one.name for one in dataclasses.fields(settings)}
+    place = Path(path)
+    if getattr(settings, "from_scratch", False):
+        raise UserError(f"--checkpoint_path {path}: the config says from_scratch: drop one of the two")
+    if getattr(settings, "architecture", None) == "cnn":
+        raise UserError(f"--checkpoint_path {path}: --architecture cnn starts from random weights")
+    if getattr(settings, "image_model", None):
+        raise UserError(
+            f"--checkpoint_path {path}: a whole CLIP, but the config makes one of image_model and text_model"
+        )
+    if place.is_file():
+        if "weights" not in known:
+            raise UserError(
+                f"--checkpoint_path {path}: is a file; {script.name} takes the folder of a run or of a model"
+            )
+        return ["--weights", path, *(["--model_name", "None"] if settings.model_name else [])]
+    if "model_name" not in known:
+        raise UserError(f"--checkpoint_path {path}: {script.name} has no flag for earlier weights")
+    if place.is_dir():
+        path = str(runs.model_folder(place, adapters=True))
+    elif "/" not in path or path.startswith((".", "/")) or path.count("/") > 1:  # no name on the Hub either
+        raise UserError(f"--checkpoint_path {path}: no such file or folder")
+    return ["--model_name", path, *(["--weights", "None"] if getattr(settings, "weights", None) else [])]
+
+
+# ----------------------------------------------------------------------------------------------------------- the data
+
+
+def sources_of(settings: Any) -> dict[str, str]:
+    """Setting -> path, of the settings that name the script's data; not what lies in a bucket or behind a URL."""
+    types = {one.name: str(one.type) for one in dataclasses.fields(settings)}
+    found = {}
+    if getattr(settings, "smoke_test", False):
+        return found
+    for name, _ in sections(type(settings)).get("data", []):
+        value = getattr(settings, name)
+        is_text = re.fullmatch(r"str( \| None)?", types[name])
+        if is_text and value and not name.endswith(NO_PATHS) and "://" not in value:
+            found[name] = value
+    return found
+
+
+def top_of(value: str, settings: Any) -> tuple[Path, str]:
+    """(the file or folder that holds all of a source, what follows it in the setting): of a pattern with braces its
+    folder, and that of a table whose files lie beside it."""
+    beside = any(hasattr(settings, folder) and not getattr(settings, folder) for folder in FOLDERS_OF_TABLES)
+    if "{" in value or (beside and table_suffix(value)):
+        folder = value.partition("{")[0].rpartition("/")[0]
+        return Path(folder or "."), "/" + value[len(folder) :].lstrip("/")
+    return Path(value), ""
+
+
+def resolve_data(args: Args, settings: Any, cache: Path, output: Path) -> Data:
+    """The data that the settings name: a version of it, or as it lies.
+
+    Raises:
+        UserError: it cannot be had in that version; it differs from its .dvc files.
+    """
+    sources = sources_of(settings)
+    tops = {name: top_of(value, settings) for name, value in sources.items()}
+    if args.dataset_version:
+        return of_revision(args, tops, cache)
+    if args.data_repo:
+        raise UserError("--data_repo has no effect without --dataset_version")
+    if not sources:
+        return Data("", "none that lies in files here")
+    here = {name: Path(sources[name]) if holds(top, output) else top for name, (top, _) in tops.items()}
+    repository = versions.repository_of(next(iter(here.values())))
+    if repository and (repository / ".dvc").is_dir():
+        inside = [path for top in here.values() if (path := versions.path_in(repository, top)) is not None]
+        with contextlib.suppress(versions.NotTrackedError):
+            version, committed = versions.version_in_place(repository, inside)
+            if version.tracked:
+                outside = [top for top in here.values() if versions.path_in(repository, top) is None]
+                others = outside if committed else list(here.values())
+                digest = digest_of([version.key, *map(digest_of_path, others)]) if others else version.key
+                note = "" if committed else "no commit holds this data yet"
+                return Data(digest, version.title, version, note=note)
+    digest = digest_of([digest_of_path(top) for top in here.values()])
+    return Data(digest, f"as it lies ({', '.join(dict.fromkeys(map(str, here.values())))})")
+
+
+def of_revision(args: Args, tops: dict[str, tuple[Path, str]], cache: Path) -> Data:
+    """The data of ``--dataset_version``."""
+    revision = args.dataset_version
+    if not tops:
+        raise UserError(f"--dataset_version {revision}: the settings name no data in files")
+    versions.check_dvc()
+    first, _ = next(iter(tops.values()))
+    repository = versions.repository_of(Path(args.data_repo) if args.data_repo else first)
+    if repository is None:
+        what = f"--data_repo {args.data_repo}" if args.data_repo else f"--dataset_version {revision}: {first}"
+        raise UserError(f"{what}: is in no git repository; --data_repo names the one that has the data")
+    versions.check_repository(repository)
+    paths: dict[str, str] = {}
+    for name, (top, _) in tops.items():
+        path = versions.path_in(repository, top)
+        if path is None and args.data_repo and not top.is_absolute():  # relative to that repository
+            path = versions.path_in(repository, Path(args.data_repo) / top)
+        if path is not None:
+            paths[name] = path
+    if not paths:
+        raise UserError(f"--dataset_version {revision}: {first} is not in {repository}; --data_repo names another one")
+    version = versions.version_at(repository, revision, list(paths.values()))
+    place = versions.place_of(version, cache)
+    places = {name: f"{place / path}{tops[name][1]}" for name, path in paths.items()}
+    outside = [top for name, (top, _) in tops.items() if name not in paths]
+    note = f"as it lies, outside of the repository: {', '.join(map(str, outside))}" if outside else ""
+    digest = digest_of([version.key, *map(digest_of_path, outside)]) if outside else version.key
+    return Data(digest, version.title, version, True, places, note)
+
+
+def holds(folder: Path, place: Path) -> bool:
+    """Whether a folder holds ``place`` or the current folder, and so more than data."""
+    folder = folder.resolve()
+    return place.resolve().is_relative_to(folder) or Path.cwd().is_relative_to(folder)
+
+
+def digest_of_path(path: Path, without: Sequence[str] = ()) -> str:
+    """A digest of a file, or of a folder's files: their names, sizes and ends, as :mod:`data.digest` takes them; those
+    called as in ``without`` do not count."""
+    from accelerando.data.digest import digest, file_contents, file_facts
+
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    if not path.is_dir():
+        return "missing"
+    names = [
+        (place / name).relative_to(path).as_posix()
+        for place, _, files in folders_below(path)
+        for name in files
+        if name not in without
+    ]
+    sizes, _ = file_facts(path, names)
+    return digest("\n".join(names), sizes, file_contents(path, names))
+
+
+def digest_of(content: object) -> str:
+    """A digest of what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+# ---------------------------------------------------------------------------------------------------------- the launch
+
+
+def launcher_of(args: Args) -> list[str]:
+    """The flags for `accelerate launch`.
+
+    Raises:
+        UserError: several processes without GPUs, or a config that is not there.
+    """
+    if args.config_file and args.distributed_mode:
+        raise UserError(f"--config_file {args.config_file} and --distributed_mode {args.distributed_mode}: drop one")
+    processes = ["--num_processes", str(args.num_processes)] if args.num_processes else []
+    if args.config_file:
+        if not Path(args.config_file).is_file():
+            raise UserError(f"--config_file {args.config_file}: no such file; accelerate_configs/ has some")
+        return ["--config_file", args.config_file, *processes]
+    if args.distributed_mode is None:
+        return [*default_launcher(CONFIGS), *processes]
+    gpus = count_gpus()
+    if args.distributed_mode == "none":
+        if args.num_processes not in (None, 1):
+            raise UserError(f"--num_processes {args.num_processes}: --distributed_mode none is one process")
+        return ["--config_file", str(CONFIGS / ("single_gpu.yaml" if gpus else "cpu.yaml"))]
+    if not gpus:
+        raise UserError(
+            f"--distributed_mode {args.distributed_mode} is one process for each GPU, and there is none here; "
+            "--config_file takes any config of accelerate launch"
+        )
+    name = {"ddp": "multi_gpu.yaml", "fsdp": "fsdp.yaml"}[args.distributed_mode]
+    return ["--config_file", str(CONFIGS / name), *(processes or ["--num_processes", str(gpus)])]
+
+
+def count_gpus() -> int:
+    """The GPUs of this machine, counted in another process: torch would stay in memory."""
+    code = "import torch; print(torch.cuda.device_count())"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout)
+
+
+def launch_facts(launcher: list[str]) -> list[Any]:
+    """The launcher's flags with what is in their config, on which a result depends."""
+    import yaml
+
+    facts: list[Any] = []
+    for before, word in zip(["", *launcher], launcher, strict=False):
+        if before == "--config_file":
+            with open(word, encoding="utf-8") as file:
+                facts.append(yaml.safe_load(file))
+        else:
+            facts.append(word)
+    if not launcher:  # `accelerate config` wrote one
+        home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "accelerate"
+        facts += [path.read_text(encoding="utf-8") for path in sorted(home.glob("default_config.*"))]
+    return facts
+
+
+# ----------------------------------------------------------------------------------------------------------- the steps
+
+
+def make_job(args: Args) -> Job:
+    """All that is decided before a step runs.
+
+    Raises:
+        UserError: what the script, the data version or the launch do not allow.
+    """
+    output = Path(args.output_dir)
+    check_can_be_made(output, "--output_dir")
+    if not TOOLS.is_dir():
+        raise UserError(f"{TOOLS}: no such folder; the pipeline runs from a clone of the project (pip install -e .)")
+    script, flags = choose_script(args)
+    _, settings = read_settings(script, flags)
+    if settings.push_to_hub and not args.push_to_hub:  # the config asks for it
+        args.push_to_hub = True
+    args.hub_repo_id = args.hub_repo_id or settings.hub_repo_id
+    if args.push_to_hub and (not args.hub_repo_id or args.hub_repo_id.count("/") != 1):
+        raise UserError(f"--push_to_hub needs --hub_repo_id user/name, not {args.hub_repo_id!r}")
+    if args.checkpoint_path:
+        flags = [*flags, *checkpoint_flags(args.checkpoint_path, settings, script)]
+    cache = cache_folder(settings.cache_dir if hasattr(settings, "cache_dir") else None)
+    data = resolve_data(args, settings, cache, output)
+    for name, place in data.places.items():
+        flags = [*flags, f"--{name}", place]
+    if args.experiment_name and "mlflow" in settings.report_to:
+        flags = [*flags, "--experiment_name", args.experiment_name]
+    _, settings = read_settings(script, flags)
+    return Job(args, output, script, settings, flags, data, cache, launcher_of(args))
+
+
+def data_step(job: Job) -> Step:
+    """Fetches a version of the data into the cache; data in the work tree needs nothing."""
+    data = job.data
+
+    def result() -> dict[str, Any]:
+        record = data.version.record() if data.version else {}
+        return {**record, "title": data.title, "digest": data.digest, **({"note": data.note} if data.note else {})}
+
+    if not data.fetched:
+        return Step("data", data.title, {"digest": data.digest}, None, lambda: data.digest, result, keyed=True)
+
+    def made() -> str | None:
+        return data.digest if versions.is_fetched(data.version, job.cache) else None
+
+    command = versions.fetch_command(data.version, job.cache)
+    return Step("data", f"fetches {data.title}", {"digest": data.digest}, command, made, result, keyed=True)
+
+
+def validate_step(job: Job) -> Step:
+    """Opens all data as the script reads it, and looks for what makes training wrong."""
+    values = settings_of(job, lambda section, name: section == "data")
+    inputs = {"data": job.data.digest, "script": digest_of_script(job.script), "settings": values}
+    file = job.output / "validation" / f"{digest_of(inputs)[:8]}.json"
+
+    def made() -> str | None:
+        with contextlib.suppress(UserError):
+            if job.args.accept_problems or not read_json(file)["errors"]:
+                return digest_of(read_json(file))
+        return None
+
+    more = ["--accept_problems"] if job.args.accept_problems else []
+    command = [*python(TOOLS / "validate_data.py"), "--json", str(file), *more, str(job.script), *job.flags]
+    does = "opens every split, counts classes, looks for damage and copies"
+    return Step("validate", does, inputs, command, made, lambda: read_json(file), keyed=True)
+
+
+def train_inputs(job: Job) -> dict[str, Any]:
+    """What a run depends on."""
+    models = {
+        name: digest_of_path(Path(value))
+        for name, value in settings_of(job, lambda section, name: section == "model").items()
+        if isinstance(value, str) and Path(value).exists()
+    }
+    return {
+        "data": job.data.digest, "script": digest_of_script(job.script), "launch": launch_facts(job.launcher),
+        "weights": models, "settings": settings_of(job, lambda section, name: section != "output"),
+    }  # fmt: skip
+
+
+def train_step(job: Job) -> Step:
+    """Trains, or goes on from the last checkpoint."""
+    run = job.run
+    own = ["--output_dir", str(run.parent), "--run_name", run.name, "--no_push_to_hub"]
+    if job.data.version:
+        own += ["--dataset_version", job.data.version.text]
+    begun = not is_unused(run)
+    command = accelerate_command(job.script, [*job.flags, *own, *(["--resume"] if begun else [])], job.launcher)
+
+    def made() -> str | None:
+        if not runs.is_finished(run):
+            return None
+        with contextlib.suppress(UserError):
+            return digest_of([digest_of_path(job.weights), digest_of_path(run / "results.json")])
+        return None
+
+    def result() -> dict[str, Any]:
+        results = runs.read_results(run)
+        splits = {split: results[split] for split in ("validation", "test") if split in results}
+        return {"run": str(run), "best_step": results["best_step"], "steps": results["steps"],
+                "training_seconds": results["seconds"], **splits}  # fmt: skip
+
+    does = f"trains with {job.script.name} into {run}"
+    return Step("train", does, job.inputs, command, made, result, keyed=True, resumes=begun)
+
+
+def weights_digest(job: Job) -> str | None:
+    """A digest of the best weights and what belongs to them, without the model card; None: they are not there yet."""
+    if not runs.is_finished(job.run):
+        return None
+    with contextlib.suppress(UserError):
+        return digest_of_path(job.weights, without=["README.md"])
+    return None
+
+
+def evaluate_step(job: Job) -> Step:
+    """Scores the best weights again, in a process of its own."""
+    run, target = job.run, job.run / "evaluation"
+    trained = weights_digest(job)
+    split = "test" if trained is None or "test" in runs.read_results(run) else "validation"
+    command = [*python(TOOLS / "evaluate.py"), str(run), "--split", split, "--output_dir", str(target), "--overwrite"]
+
+    def made() -> str | None:
+        return digest_of_path(target) if target.is_dir() else digest_of(runs.read_results(run).get(split))
+
+    def result() -> dict[str, Any]:
+        found = read_json(target / "results.json")
+        return {"split": split, "metrics": next(iter(found["runs"].values())), "folder": str(target)}
+
+    def instead(reason: str) -> dict[str, Any]:
+        metrics = runs.read_results(run).get(split, {})
+        return {"split": split, "metrics": metrics, "folder": None, "note": f"from the run itself: {reason}"}
+
+    does = f"scores the best weights on {split}"
+    return Step("evaluate", does, {"weights": trained, "split": split}, command, made, result, instead=instead)
+
+
+def export_step(job: Job) -> Step:
+    """Writes the best weights for deployment, and compares them with the model."""
+    args, target = job.args, job.run / "export"
+    trained = weights_digest(job)
+    inputs = {"weights": trained, "format": list(args.export_format), "precision": list(args.precision)}
+    source = job.weights if trained else job.run
+    command = [*python(TOOLS / "export.py"), "--model_path", str(source), "--output_dir", str(target), "--overwrite",
+               "--export_format", *args.export_format, "--precision", *args.precision]  # fmt: skip
+    if job.script.resolve().parent != ROOT / "scripts":
+        command += ["--script", str(job.script)]
+
+    def made() -> str | None:
+        return digest_of_path(target) if (target / "export.json").is_file() else None
+
+    def result() -> dict[str, Any]:
+        return {"folder": str(target), "files": read_json(target / "export.json")["files"]}
+
+    formats = f"{', '.join(args.export_format)} in {', '.join(args.precision)}"
+    return Step("export", f"writes {formats}, compared with the model", inputs, command, made, result)
+
+
+def push_step(job: Job) -> Step:
+    """Uploads the best weights."""
+    args, trained = job.args, weights_digest(job)
+    inputs = {"weights": trained, "repository": args.hub_repo_id, "private": args.hub_private}
+    source = job.weights if trained else job.run
+    kind = "private" if args.hub_private else "public"
+    command = [*python("-m"), "accelerando.inference.hub", str(source), str(args.hub_repo_id), kind]
+
+    def result() -> dict[str, Any]:
+        return {"repository": args.hub_repo_id, "url": last_line(log_of(job, "push"))}
+
+    return Step("push", f"uploads the best weights to {args.hub_repo_id}", inputs, command, lambda: "uploaded", result)
+
+
+def python(program: str | Path) -> list[str]:
+    """The words with which a Python program starts; -P: a file in the current folder hides no package."""
+    return [sys.executable, "-P", str(program)]
+
+
+def makers(job: Job) -> list[Callable[[Job], Step]]:
+    """The steps of a job, in order. Each is made when its turn comes: it depends on what those before it leave."""
+    last = [*([export_step] if job.args.export else []), *([push_step] if job.args.push_to_hub else [])]
+    return [data_step, validate_step, train_step, evaluate_step, *last]
+
+
+def settings_of(job: Job, wanted: Callable[[str, str], bool]) -> dict[str, Any]:
+    """The script's settings on which a result depends, without paths of data: its digest stands for them."""
+    paths = sources_of(job.settings)
+    return {
+        name: value
+        for section, group in grouped(job.settings).items()
+        for name, value in group.items()
+        if wanted(section, name) and name not in IGNORED and name not in paths
+    }
+
+
+def digest_of_script(path: Path) -> str:
+    """A digest of a script's code; comments and layout do not count."""
+    return hashlib.sha256(ast.dump(ast.parse(path.read_text(encoding="utf-8"))).encode()).hexdigest()[:32]
+
+
+# --------------------------------------------------------------------------------------------------- what was done
+
+
+def read_records(output: Path) -> dict[str, list[dict[str, Any]]]:
+    """steps.json: step -> what it was run with and what it made, the newest last. A damaged file counts for none."""
+    with contextlib.suppress(UserError):
+        return read_json(output / "steps.json")
+    return {}
+
+
+def decide(step: Step, records: Mapping[str, list[dict[str, Any]]]) -> tuple[bool, str]:
+    """(whether a step runs, why)."""
+    if step.command is None:
+        return False, "nothing to do"
+    made, own = step.made(), records.get(step.name, [])
+    record = next((one for one in reversed(own) if one["inputs"] == plain(step.inputs)), None)
+    if record and made is not None and made == record["made"]:
+        return False, f"unchanged since {record['finished']}"
+    if step.keyed and made is not None and record is None:
+        return False, "is there already"
+    if step.resumes:
+        return True, "goes on from where it was stopped" if record is None else "what it made is damaged or gone"
+    if record:
+        return True, "what it made is damaged or gone"
+    if not own:
+        return True, "not done yet"
+    reasons = [differences(one["inputs"], plain(step.inputs)) for one in reversed(own)]
+    return True, min(reasons, key=len)[0]  # of what it was run with before, the most similar
+
+
+def plain(inputs: dict[str, Any]) -> dict[str, Any]:
+    """``inputs`` as JSON gives them back."""
+    return json.loads(json.dumps(inputs, default=str))
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In what two inputs of a step differ, in words."""
+    found = []
+    for name, new in now.items():
+        old = before.get(name)
+        if old == new:
+            continue
+        if isinstance(old, dict) and isinstance(new, dict):
+            keys = [key for key in {**new, **old} if old.get(key) != new.get(key)]
+            told = "what {} names changed" if name == "weights" else "{} was {}, is {}"
+            found += [told.format(key, shown(old.get(key)), shown(new.get(key))) for key in keys]
+        elif isinstance(new, list) and name != "launch":
+            found.append(f"{name} was {shown(old)}, is {shown(new)}")
+        else:
+            found.append(f"{CHANGED.get(name, name)} changed")
+    return found or ["what it depends on changed"]
+
+
+def shown(value: object) -> str:
+    """A setting in a line."""
+    return " ".join(map(str, value)) or "empty" if isinstance(value, list) else str(value)
+
+
+def make_plan(job: Job, records: Mapping[str, list[dict[str, Any]]]) -> list[tuple[Step, bool, str]]:
+    """(step, whether it runs, why) of all steps. What follows a training runs after it."""
+    found: list[tuple[Step, bool, str]] = []
+    trains = False
+    for make in makers(job):
+        step = make(job)
+        if trains:
+            found.append((step, True, "after the training"))
+            continue
+        runs_now, why = decide(step, records)
+        trains = step.name == "train" and runs_now
+        found.append((step, runs_now, why))
+    if not any(runs_now for _, runs_now, _ in found[1:]):  # a version that is no longer in the cache
+        step, _, why = found[0]
+        found[0] = (step, False, why if step.command is None or step.made() else "nothing needs it")
+    return found
+
+
+def plan_text(plan: list[tuple[Step, bool, str]]) -> str:
+    """The plan as an aligned table."""
+    rows = [("step", "what it does", "")]
+    rows += [(step.name, step.does, f"{'runs' if runs_now else 'skipped'}: {why}") for step, runs_now, why in plan]
+    return aligned_rows(rows, left=3)
+
+
+# --------------------------------------------------------------------------------------------------------- running
+
+
+def run_pipeline(config_path: str | None = None, output_dir: str = "pipeline", **settings: Any) -> dict[str, Any]:
+    """Runs the pipeline and returns what pipeline.json holds; ``settings`` are those of :class:`Args`, by name.
+
+    ``words``: the training script and its flags, ("scripts/text_classify.py", "--lr", "1e-4"). With ``dry_run`` only
+    the steps of the plan are returned. For the main thread, which gets the signals.
+
+    Raises:
+        UserError: a setting, the data version or a step is wrong; the message names the step and its log.
+        Stopped: it got a signal to stop, and the training has saved.
+    """
+    args = Args(config_path=config_path, output_dir=output_dir, **settings)
+    job = make_job(args)
+    records = read_records(job.output)
+    plan = make_plan(job, records)
+    print(f"{plan_text(plan)}\n", flush=True)
+    if args.dry_run:
+        return {"steps": {step.name: {"runs": runs_now, "why": why} for step, runs_now, why in plan}}
+    check_before(args, plan)
+    job.output.mkdir(parents=True, exist_ok=True)
+    with only_one(job.output), Signals() as signals:
+        done = run_steps(job, plan, signals)
+        results = write_results(job, done)
+    print(summary_text(results), flush=True)
+    return results
+
+
+def check_before(args: Args, plan: list[tuple[Step, bool, str]]) -> None:
+    """What would fail after hours of training.
+
+    Raises:
+        UserError: a package of an export format is missing; not logged in to the Hub.
+    """
+    names = {step.name for step, runs_now, _ in plan if runs_now}
+    if "push" in names:
+        check_push(args.push_to_hub, args.hub_repo_id)
+    if "export" in names:
+        for kind in args.export_format:
+            check_installed(kind)
+
+
+@contextlib.contextmanager
+def only_one(output: Path) -> Iterator[None]:
+    """Keeps a second pipeline out of the same folder.
+
+    Raises:
+        UserError: one is running there.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(output / ".lock", patience=0))
+        except BlockingIOError:
+            raise UserError(
+                f"{output} is in use by another pipeline: wait for it, or name another --output_dir"
+            ) from None
+        yield
+
+
+@dataclass
+class Done:
+    """A step that is done: whether it ran now, why (not), seconds and result."""
+
+    ran: bool
+    why: str
+    seconds: float
+    result: dict[str, Any]
+
+
+def run_steps(job: Job, plan: list[tuple[Step, bool, str]], signals: Signals) -> dict[str, Done]:
+    """Runs the steps one after the other; each is decided again when its turn comes.
+
+    Raises:
+        UserError: a step failed.
+        Stopped: a signal to stop came.
+    """
+    done: dict[str, Done] = {}
+    makes = makers(job)
+    for number, make in enumerate(makes, start=1):
+        records, step = read_records(job.output), make(job)
+        runs_now, why = decide(step, records)
+        if step.name == "data" and not plan[0][1]:
+            runs_now, why = False, plan[0][2]
+        title = f"Step {number} of {len(makes)}: {step.name}"
+        if runs_now:
+            print(f"{title} ({why}): {step.does}", flush=True)
+            started = time.monotonic()
+            result = run_step(job, step, signals)
+            seconds = time.monotonic() - started
+        else:
+            own = [one for one in records.get(step.name, []) if one["inputs"] == plain(step.inputs)]
+            result = own[-1]["result"] if own and not step.keyed else step.result()
+            seconds = own[-1]["seconds"] if own else 0.0
+        if runs_now or (step.command and not own and step.made() is not None):
+            keep_record(job.output, step, seconds, result)
+        if step.name == "train":
+            point_to(job.run, job.output / "run")
+        done[step.name] = Done(runs_now, why, seconds, result)
+        if signals.received:
+            raise Stopped(f"stopped after {step.name}: the same command goes on", 128 + signals.received[0])
+    return done
+
+
+def run_step(job: Job, step: Step, signals: Signals) -> dict[str, Any]:
+    """Runs the command of a step, its output in a log and on the console; its result.
+
+    Raises:
+        UserError: it failed; Stopped: it was stopped.
+    """
+    log = log_of(job, step.name)
+    log.parent.mkdir(exist_ok=True)
+    log.write_text(f"$ {shlex.join(step.command)}\n", encoding="utf-8")
+    with followed(log):
+        code = run_script(step.command, signals, log)
+    if signals.received or was_stopped(code):
+        saved = " (it has saved)" if step.name == "train" and not is_unused(job.run) else ""
+        number = 128 + signals.received[0] if signals.received else code
+        raise Stopped(f"stopped in {step.name}{saved}: the same command goes on; log: {log}", number)
+    reason = last_line(log).removeprefix("error: ")
+    if code == 2 and step.instead:
+        print(f"{step.name}: {reason}: the run's own numbers are taken", flush=True)
+        return step.instead(reason)
+    if code:
+        how = how_it_ended(code) if code > 128 else reason
+        raise UserError(f"step {step.name} failed: {how}; log: {log}; the same command goes on from this step")
+    if step.made() is None:
+        raise UserError(f"step {step.name} ended without what it should have made; log: {log}")
+    return step.result()
+
+
+def log_of(job: Job, name: str) -> Path:
+    """The log of a step."""
+    return job.output / "logs" / f"{name}.log"
+
+
+@contextlib.contextmanager
+def followed(log: Path) -> Iterator[None]:
+    """Shows on the console what a process appends to ``log`` within the block."""
+    over = threading.Event()
+
+    def follow() -> None:
+        with open(log, encoding="utf-8", errors="replace") as file:
+            file.readline()  # the command
+            while True:
+                ended = over.wait(FOLLOW)
+                if text := file.read():
+                    with contextlib.suppress(OSError, ValueError):  # the console is gone
+                        sys.stdout.write(text)
+                        sys.stdout.flush()
+                if ended:
+                    return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join(5)
+
+
+def keep_record(output: Path, step: Step, seconds: float, result: dict[str, Any]) -> None:
+    """Notes in steps.json what a step was run with and what it made."""
+    records = read_records(output)
+    inputs = plain(step.inputs)
+    own = [one for one in records.get(step.name, []) if one["inputs"] != inputs]
+    record = {"inputs": inputs, "made": step.made(), "seconds": round(seconds, 3),
+              "finished": time.strftime("%Y-%m-%d %H:%M:%S"), "result": result}  # fmt: skip
+    records[step.name] = [*own, record]
+    write_text(output / "steps.json", json.dumps(records, indent=1, ensure_ascii=False) + "\n")
+
+
+def point_to(run: Path, link: Path) -> None:
+    """Makes ``link`` beside runs/ point to the run."""
+    if link.exists() and not link.is_symlink():
+        return  # something of the user's
+    draft = link.with_name(f".{link.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(run.relative_to(link.parent))
+    os.replace(draft, link)
+
+
+# ----------------------------------------------------------------------------------------------------------- results
+
+
+def write_results(job: Job, done: dict[str, Done]) -> dict[str, Any]:
+    """Writes pipeline.json and report.html; what the first one holds."""
+    trained, evaluated = done["train"].result, done["evaluate"].result
+    metrics = {split: trained[split] for split in ("validation", "test") if split in trained}
+    metrics[evaluated["split"]] = evaluated["metrics"]
+    results = {
+        "name": job.args.experiment_name or job.output.resolve().name,
+        "script": str(job.script),
+        "data": done["data"].result,
+        "validation": done["validate"].result,
+        "run": trained["run"],
+        "best_step": trained["best_step"],
+        "metrics": metrics,
+        "evaluation": {name: value for name, value in evaluated.items() if name != "metrics"},
+        **({"export": done["export"].result} if "export" in done else {}),
+        **({"hub": done["push"].result} if "push" in done else {}),
+        "steps": {name: {"ran": one.ran, "why": one.why, "seconds": one.seconds} for name, one in done.items()},
+        "report": str(job.output / "report.html"),
+        "command": command_line(),
+    }
+    write_page(job, results)
+    write_text(job.output / "pipeline.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    return results
+
+
+def summary_text(results: dict[str, Any]) -> str:
+    """The result on one screen."""
+    rows = [("step", "", "seconds")]
+    rows += [(name, "ran" if one["ran"] else f"skipped: {one['why']}", f"{one['seconds']:,.1f}")
+             for name, one in results["steps"].items()]  # fmt: skip
+    lines = [aligned_rows(rows, left=2), "", f"data: {results['data']['title']}"]
+    for split, values in results["metrics"].items():
+        numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float))
+        lines.append(f"{split} ({values.get('count', 0):,}): {numbers}")
+    lines += [f"run: {results['run']}"]
+    lines += [f"export: {results['export']['folder']}"] if "export" in results else []
+    lines += [f"Hub: {results['hub']['url']}"] if "hub" in results else []
+    return "\n".join([*lines, f"Report: {results['report']}"])
+
+
+def write_page(job: Job, results: dict[str, Any]) -> None:
+    """report.html: what came out, what was done, the data and its check, the export, the settings."""
+    data, check = results["data"], results["validation"]
+    last = "test" if "test" in results["metrics"] else next(iter(results["metrics"]))
+    values = results["metrics"][last]
+    tiles = [(f"{last} {name}", f"{values[name]:.4f}", f"{values.get('count', 0):,} samples")
+             for name in shown_metrics(job, values)]  # fmt: skip
+    tiles.append(("data", data.get("revision") or "as it lies", data.get("commit", "")[:12]))
+    tiles += [(f"{split} samples", f"{facts['count']:,}", "") for split, facts in check["splits"].items()]
+    steps = [(name, "ran" if one["ran"] else "skipped", one["why"], one["seconds"])
+             for name, one in results["steps"].items()]  # fmt: skip
+    names = list(dict.fromkeys(name for found in results["metrics"].values() for name in found))
+    blocks = [
+        page.headline(tiles),
+        page.table(["step", "now", "why", "seconds"], steps, title="Steps"),
+        page.table(["metric", *results["metrics"]],
+                   [(name, *(found.get(name) for found in results["metrics"].values())) for name in names],
+                   note=results["evaluation"].get("note", ""), title="Metrics of the best weights"),
+    ]  # fmt: skip
+    if data.get("tracked"):
+        rows = [(one["path"], one["file"], one["md5"]) for one in data["tracked"]]
+        note = "; ".join(filter(None, [f"{data['repository']}, commit {data['commit']}", data.get("note", "")]))
+        blocks.append(
+            page.table(["data", "named by", "md5"], rows, note=note, title=f"Data version {data['revision']}")
+        )
+    for head, counts in check["classes"].items():
+        classes = next(iter(counts.values()))
+        rows = [(name, *(found.get(name) for found in counts.values())) for name in classes]
+        blocks.append(page.table([head, *counts], rows, title=f"Samples by {head}"))
+    lines = [("error, accepted", line) for line in check["errors"]] + [("warning", line) for line in check["warnings"]]
+    if lines:
+        blocks.append(page.table(["", "what"], lines, title="What the check of the data found"))
+    if "export" in results:
+        rows = [(name, about["precision"], about["largest_difference"], about["equal_predictions"], about["samples"])
+                for name, about in results["export"]["files"].items()]  # fmt: skip
+        header = ["file", "precision", "largest difference", "equal predictions", "samples"]
+        blocks.append(page.table(header, rows, note=results["export"]["folder"], title="Export"))
+    blocks += [page.command(results["command"]), page.settings(grouped(job.settings), title="Settings of the training")]
+    subtitle = f"{job.script.name}, {one_line(data['title'])}"
+    page.write_report(job.output / "report.html", results["name"], subtitle, blocks)
+
+
+def shown_metrics(job: Job, values: dict[str, Any]) -> list[str]:
+    """One or two metrics for the head of the report: the one that chose the weights first."""
+    wanted = [job.settings.best_metric, "accuracy", "gloss_accuracy", "recall_mean", "f1_macro", "loss"]
+    found = [name for name in dict.fromkeys(wanted) if name in values]
+    return sorted(found, key=lambda name: name == "loss")[:2]
