@@ -102,7 +102,7 @@ Pipe = Callable[..., dict]
 
 
 @pytest.fixture
-def pipe(repository: Path, monkeypatch: pytest.MonkeyPatch, fast: None) -> Pipe:
+def pipe(repository: Path, fast: Kills) -> Pipe:
     """``pipe(*flags, **settings)``: the pipeline in this process, for the tiny config."""
 
     def run(*flags: object, **settings: object) -> dict:
@@ -113,9 +113,20 @@ def pipe(repository: Path, monkeypatch: pytest.MonkeyPatch, fast: None) -> Pipe:
     return run
 
 
+class Killed(BaseException):
+    """The pipeline's own end, where its step was killed."""
+
+
+Kills = dict[str, Callable[[], bool]]
+
+
 @pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commands of the steps are forked from the server instead of being started. The true ones run in one test."""
+def fast(monkeypatch: pytest.MonkeyPatch) -> Kills:
+    """The commands of the steps are forked from the server instead of being started; the true ones run in one test.
+
+    What is put into the dictionary, {"export": ready}, kills the process of that script with SIGKILL once it is ready.
+    """
+    kills: Kills = {}
 
     def forked(command: list[str], signals: Signals, output: Path) -> int:
         with open(output, "ab") as log:
@@ -123,10 +134,16 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
             if at is None:
                 return subprocess.run(command, stdout=log, stderr=log).returncode
             script, *words = command[at:]
-            code = begin(Path(script), tuple(words), Path.cwd(), 1, False, False, None, log, log).wait()
+            process = begin(Path(script), tuple(words), Path.cwd(), 1, False, False, None, log, log)
+            if ready := kills.pop(Path(script).stem, None):
+                assert wait_until(ready, process, 60), output.read_text()
+                kill(process)
+                raise Killed
+            code = process.wait()
             return code if code >= 0 else 128 - code
 
     monkeypatch.setattr(pipeline, "run_script", forked)
+    return kills
 
 
 def ran(results: dict) -> list[str]:
@@ -179,6 +196,21 @@ def test_what_lies_in_the_cache_is_not_fetched_again_unless_it_is_damaged(
     assert not versions.is_fetched(version, tmp_path)
     versions.fetch(version, tmp_path)
     assert len(json.loads((place / "data" / "train.json").read_text())) == ROWS["v2"]
+
+
+def test_a_fetch_that_is_killed_leaves_nothing_that_counts(repository: Path, tmp_path: Path) -> None:
+    version, cache = versions.version_at(repository, "v2", ["data/train.json"]), tmp_path / "cache"
+    code = (
+        "import os, signal; from pathlib import Path; from accelerando.data import versions as v\n"
+        "v.check_hashes = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"v.fetch(v.version_at(Path({str(repository)!r}), 'v2', ['data/train.json']), Path({str(cache)!r}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -signal.SIGKILL
+    assert list((cache / "versions").glob(".*.draft"))
+    assert not versions.is_fetched(version, cache)
+    versions.fetch(version, cache)
+    assert versions.is_fetched(version, cache)
+    assert not list((cache / "versions").glob(".*.draft"))
 
 
 def test_folders_and_outputs_of_stages_are_versions_too(repository: Path, tmp_path: Path) -> None:
@@ -321,8 +353,8 @@ def test_a_version_is_trained_on_once_and_what_depends_on_a_change_again(pipe: P
     plan = pipe("--lr", "0.01", dataset_version="v2", dry_run=True)
     assert ran(plan) == ["train", "evaluate", "export"]
     assert plan["steps"]["train"]["why"] == "lr was 0.003, is 0.01"
-    other = pipe("--lr", "0.01", dataset_version="v2")
-    assert ran(other) == ["train", "evaluate", "export"]
+    other = pipe("--lr", "0.01", dataset_version="v2", export=False)
+    assert ran(other) == ["train", "evaluate"]
     assert weights(Path(other["run"]) / "best") != first
     assert weights(run / "best") == first  # stays beside the new run
     again = pipe("--num_workers", "0", "--log_every", "5", dataset_version="v2")  # which change no result
@@ -338,48 +370,67 @@ def test_a_version_is_trained_on_once_and_what_depends_on_a_change_again(pipe: P
 
 
 @pytest.mark.launch
-def test_killed_in_any_step_it_goes_on_and_ends_with_the_same(repository: Path, tmp_path: Path) -> None:
-    """The true commands, in processes of their own: SIGKILL in each step but the first, SIGTERM in the training."""
-    flags = ("--config_file", CPU, "--dataset_version", "v2", "--output_dir", "out")
-    script = (TEXT, "--config", "config.yaml", "--epochs", "4")
-    logs, runs = repository / "out" / "logs", repository / "out" / "runs"
-
-    def stopped_in(ready: Callable[[], bool], number: int) -> int:
-        process = start(TOOL, *flags, *script, cwd=repository)
-        assert wait_until(ready, process, 120), (repository / "stderr.txt").read_text()
-        if number == signal.SIGKILL:
-            kill(process)
-            return 137
-        os.kill(process.pid, number)
-        return process.wait(120)
+def test_killed_in_any_step_it_goes_on_and_ends_with_the_same(pipe: Pipe, fast: Kills, repository: Path) -> None:
+    """SIGKILL in each step, in the training twice; what was done is not done again."""
+    runs = repository / "out" / "runs"
 
     def trains(step: int) -> Callable[[], bool]:
         return lambda: any(f'"step": {step},' in path.read_text() for path in runs.glob("*/metrics.jsonl"))
 
-    stopped_in(lambda: (logs / "validate.log").exists(), signal.SIGKILL)
-    stopped_in(trains(4), signal.SIGKILL)
-    assert stopped_in(trains(11), signal.SIGTERM) == 143
-    last = (repository / "stderr.txt").read_text().splitlines()[-1]
-    assert last == "stopped in train (it has saved): the same command goes on; log: out/logs/train.log"
-    stopped_in(lambda: (logs / "evaluate.log").exists(), signal.SIGKILL)
-    stopped_in(lambda: (logs / "export.log").exists(), signal.SIGKILL)
-    (repository / "stdout.txt").unlink()
-    process = start(TOOL, *flags, *script, cwd=repository)
-    assert process.wait(120) == 0, (repository / "stderr.txt").read_text()
-    results = json.loads((repository / "out" / "pipeline.json").read_text())
+    flags, settings = ("--epochs", "4"), {"dataset_version": "v2"}
+    expected = {"validate_data": ["validate", "train", "evaluate", "export"], "text_classify": ["train", "evaluate", "export"],
+                "evaluate": ["evaluate", "export"], "export": ["export"]}  # fmt: skip
+    for script, ready in (
+        ("validate_data", lambda: True),
+        ("text_classify", trains(4)),
+        ("text_classify", trains(11)),
+        ("evaluate", lambda: True),
+        ("export", lambda: any(runs.glob("*/.export*.draft"))),
+    ):
+        fast[script] = ready
+        with pytest.raises(Killed):
+            pipe(*flags, **settings)
+        assert not fast
+        plan = pipe(*flags, **settings, dry_run=True)
+        assert ran(plan) == expected[script]
+        if script == "text_classify":
+            assert plan["steps"]["train"]["why"] == "goes on from where it was stopped"
+    results = pipe(*flags, **settings)
     assert ran(results) == ["export"]
     (run,) = runs.iterdir()
-    said = (run / "logs" / "train.log").read_text()
-    assert said.count("Resumed from") == 2
-    harness.launch(
-        TEXT, *map(str, script[1:]), "--run_name", "unbroken", "--train_file",
-        next((tmp_path / "cache").rglob("versions/*/files/data/train.json")), cwd=repository,
-    )  # fmt: skip
-    assert weights(run / "best") == weights(repository / "runs" / "unbroken" / "best")
-    assert harness.numbers(run) == harness.numbers(repository / "runs" / "unbroken")
-    assert (
-        results["metrics"]["test"]["accuracy"] == harness.results(repository / "runs" / "unbroken")["test"]["accuracy"]
-    )
+    assert (run / "logs" / "train.log").read_text().count("Resumed from") == 2
+    assert not list(run.glob(".export*"))
+    unbroken = pipe(*flags, **settings, output_dir="unbroken", export=False)
+    assert ran(unbroken) == ["validate", "train", "evaluate"]
+    other = Path(unbroken["run"])
+    assert weights(run / "best") == weights(other / "best") and harness.numbers(run) == harness.numbers(other)
+    assert results["metrics"] == unbroken["metrics"] and results["validation"] == unbroken["validation"]
+
+
+@pytest.mark.launch
+def test_the_true_command_stops_at_a_signal_and_goes_on(pipe: Pipe, fast: Kills, repository: Path) -> None:
+    """As it is typed, with Accelerate's launcher: SIGTERM lets the training save. Before and after it, forks."""
+
+    def trains(step: int) -> Callable[[], bool]:
+        return lambda: any(f'"step": {step},' in path.read_text() for path in Path("out").glob("runs/*/metrics.jsonl"))
+
+    fast["text_classify"] = trains(4)
+    settings = {"dataset_version": "v1", "export": False}
+    with pytest.raises(Killed):
+        pipe("--epochs", "6", **settings)
+    flags = ("--config_file", CPU, "--dataset_version", "v1", "--no_export", "--output_dir", "out")
+    process = start(TOOL, *flags, TEXT, "--config", "config.yaml", "--epochs", "6", cwd=repository)
+    assert wait_until(trains(9), process, 120), (repository / "stderr.txt").read_text()
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143
+    last = (repository / "stderr.txt").read_text().splitlines()[-1]
+    assert last == "stopped in train (it has saved): the same command goes on; log: out/logs/train.log"
+    shown = (repository / "stdout.txt").read_text()
+    assert "Step 3 of 4: train (goes on from where it was stopped)" in shown and "Resumed from" in shown
+    assert f"accelerate launch --config_file {CPU} {TEXT}" in (repository / "out" / "logs" / "train.log").read_text()
+    results = pipe("--epochs", "6", **settings)
+    assert ran(results) == ["train", "evaluate"]
+    assert harness.results(Path(results["run"]))["samples"] == 6 * ROWS["v1"]
 
 
 def test_a_step_that_fails_is_named_with_its_log(pipe: Pipe, repository: Path, monkeypatch) -> None:
