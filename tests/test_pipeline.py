@@ -22,9 +22,9 @@ from harness import CLIP, HAR, IMAGE, ROOT, SIGN, TEXT, begin, kill, start, wait
 from made_data import make_rows, write_json
 from test_trackers import Hub
 
-from accelerando import pipeline
+from accelerando import launch, pipeline
 from accelerando.base.errors import Stopped, UserError
-from accelerando.data import versions
+from accelerando.data import sources, versions
 from accelerando.launch import Signals
 from accelerando.pipeline import Args, run_pipeline
 
@@ -528,16 +528,16 @@ def test_the_launch_is_that_of_the_mode(monkeypatch) -> None:
         (2, {"distributed_mode": "ddp"}, ["multi_gpu.yaml", "--num_processes", "2"]),
         (8, {"distributed_mode": "fsdp", "num_processes": 4}, ["fsdp.yaml", "--num_processes", "4"]),
     ):
-        monkeypatch.setattr(pipeline, "count_gpus", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(launch, "count_gpus", lambda gpus=gpus: gpus)
         name, *more = expected
         assert pipeline.launcher_of(Args(**settings)) == ["--config_file", str(folder / name), *more]
-    monkeypatch.setattr(pipeline, "count_gpus", lambda: 0)
+    monkeypatch.setattr(launch, "count_gpus", lambda: 0)
     refused(
         "ddp is one process for each GPU, and there is none", lambda: pipeline.launcher_of(Args(distributed_mode="ddp"))
     )
     refused("drop one", lambda: pipeline.launcher_of(Args(distributed_mode="none", config_file=CPU)))
-    first = pipeline.launch_facts(["--config_file", CPU])
-    assert first != pipeline.launch_facts(["--config_file", CPU, "--num_processes", "2"])
+    first = launch.launch_facts(["--config_file", CPU])
+    assert first != launch.launch_facts(["--config_file", CPU, "--num_processes", "2"])
     assert first[1]["use_cpu"] is True
 
 
@@ -569,27 +569,27 @@ def test_earlier_weights_have_a_flag_of_each_task(
 def test_the_sources_of_each_task(tmp_path: Path) -> None:
     """Which settings name data, and what has to be fetched with them."""
 
-    def sources(script: Path, *words: str) -> dict[str, tuple[str, str]]:
+    def named(script: Path, *words: str) -> dict[str, tuple[str, str]]:
         _, settings = pipeline.read_settings(script, list(words))
-        found = pipeline.sources_of(settings)
+        found = sources.sources_of(settings)
         return {
-            name: (str(top), rest) for name, value in found.items() for top, rest in [pipeline.top_of(value, settings)]
+            name: (str(top), rest) for name, value in found.items() for top, rest in [sources.top_of(value, settings)]
         }
 
-    assert sources(TEXT, "--train_file", "d/a.csv", "--text_column", "d") == {"train_file": ("d/a.csv", "")}
-    assert sources(CLIP, "--train_data", "d/{00..09}.tar") == {"train_data": ("d", "/{00..09}.tar")}
-    assert sources(CLIP, "--train_data", "d/a.csv") == {"train_data": ("d", "/a.csv")}
-    assert sources(CLIP, "--train_data", "d/a.csv", "--image_folder", "i") == {
+    assert named(TEXT, "--train_file", "d/a.csv", "--text_column", "d") == {"train_file": ("d/a.csv", "")}
+    assert named(CLIP, "--train_data", "d/{00..09}.tar") == {"train_data": ("d", "/{00..09}.tar")}
+    assert named(CLIP, "--train_data", "d/a.csv") == {"train_data": ("d", "/a.csv")}
+    assert named(CLIP, "--train_data", "d/a.csv", "--image_folder", "i") == {
         "train_data": ("d/a.csv", ""),
         "image_folder": ("i", ""),
     }
-    assert sources(CLIP, "--train_data", "s3://b/d") == {}
-    assert sources(HAR, "--train_file", "a.csv") == {"train_file": (".", "/a.csv")}
-    assert sources(SIGN, "--keypoints_train", "k", "--labels_train_csv", "l.csv") == {
+    assert named(CLIP, "--train_data", "s3://b/d") == {}
+    assert named(HAR, "--train_file", "a.csv") == {"train_file": (".", "/a.csv")}
+    assert named(SIGN, "--keypoints_train", "k", "--labels_train_csv", "l.csv") == {
         "keypoints_train": ("k", ""),
         "labels_train_csv": ("l.csv", ""),
     }
-    assert sources(SIGN, "--smoke_test") == {}
+    assert named(SIGN, "--smoke_test") == {}
 
 
 def test_the_guides_call_is_understood(pipe: Pipe, repository: Path) -> None:

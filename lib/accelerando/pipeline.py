@@ -29,27 +29,24 @@ import functools
 import hashlib
 import json
 import os
-import re
 import shlex
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from accelerando.base.config import COMMON_ALIASES, Alias, grouped, parse_args, sections
+from accelerando.base.config import COMMON_ALIASES, Alias, grouped, parse_args
 from accelerando.base.errors import Stopped, UserError
-from accelerando.base.files import cache_folder, check_can_be_made, folders_below, is_unused, locked, write_text
+from accelerando.base.files import cache_folder, check_can_be_made, is_unused, locked, write_text
 from accelerando.base.model_folder import read_json
 from accelerando.base.processes import command_line
-from accelerando.base.texts import one_line
 from accelerando.data import versions
-from accelerando.data.table_formats import table_suffix
+from accelerando.data.sources import Sources, digest_of, digest_of_path, resolve, sources_of
 from accelerando.inference import runs
 from accelerando.inference.hub import check_push
 from accelerando.inference.outputs import aligned_rows
@@ -61,10 +58,12 @@ from accelerando.launch import (
     default_launcher,
     how_it_ended,
     last_line,
+    launch_facts,
+    mode_launcher,
     run_script,
     was_stopped,
 )
-from accelerando.report import page
+from accelerando.report.pipeline import summary_text, write_page
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -75,10 +74,6 @@ ALIASES: dict[str, Alias] = {"config": "config_path", "format": "export_format",
 WORDS = "[SCRIPT [FLAG ...]]"
 # Settings of the script that change no result, beside those of its section "output".
 IGNORED = ("num_workers", "pin_memory", "cache_dir", "dataset_version")
-# Texts of the section "data" that are no paths, by how they end.
-NO_PATHS = ("_column", "_key", "_field", "_name", "_version", "_prefix", "_bucket", "cache_dir")
-# Folders of the files that a table names; without them they lie beside the table.
-FOLDERS_OF_TABLES = ("image_folder", "media_folder")
 OURS = ("output_dir", "run_name", "overwrite", "resume", "push_to_hub", "hub_repo_id", "dataset_version")
 CHANGED = {"data": "the data", "script": "the script", "launch": "the launch", "weights": "the weights",
            "settings": "the settings", "repository": "the repository"}  # fmt: skip
@@ -117,23 +112,6 @@ class Args:
 
 
 @dataclass
-class Data:
-    """The data that is trained on.
-
-    ``digest``: the same for the same data. ``title``: what it is, in a few words. ``version``: of DVC, if there is one.
-    ``fetched``: it lies in the cache. ``places``: setting of the script -> path there, for those that differ. ``note``:
-    what else there is to know.
-    """
-
-    digest: str
-    title: str
-    version: versions.Version | None = None
-    fetched: bool = False
-    places: dict[str, str] = field(default_factory=dict)
-    note: str = ""
-
-
-@dataclass
 class Job:
     """What a pipeline does: the script, its settings and flags, data and launch."""
 
@@ -142,7 +120,7 @@ class Job:
     script: Path
     settings: Any  # the script's Args
     flags: list[str]  # of the script, with those that the pipeline adds for its data and weights
-    data: Data
+    data: Sources
     cache: Path
     launcher: list[str]
 
@@ -302,127 +280,6 @@ def checkpoint_flags(path: str, settings: Any, script: Path) -> list[str]:
     return ["--model_name", path, *(["--weights", "None"] if getattr(settings, "weights", None) else [])]
 
 
-# ----------------------------------------------------------------------------------------------------------- the data
-
-
-def sources_of(settings: Any) -> dict[str, str]:
-    """Setting -> path, of the settings that name the script's data; not what lies in a bucket or behind a URL."""
-    types = {one.name: str(one.type) for one in dataclasses.fields(settings)}
-    found = {}
-    if getattr(settings, "smoke_test", False):
-        return found
-    for name, _ in sections(type(settings)).get("data", []):
-        value = getattr(settings, name)
-        is_text = re.fullmatch(r"str( \| None)?", types[name])
-        if is_text and value and not name.endswith(NO_PATHS) and "://" not in value:
-            found[name] = value
-    return found
-
-
-def top_of(value: str, settings: Any) -> tuple[Path, str]:
-    """(the file or folder that holds all of a source, what follows it in the setting): of a pattern with braces its
-    folder, and that of a table whose files lie beside it."""
-    beside = any(hasattr(settings, folder) and not getattr(settings, folder) for folder in FOLDERS_OF_TABLES)
-    if "{" in value or (beside and table_suffix(value)):
-        folder = value.partition("{")[0].rpartition("/")[0]
-        return Path(folder or "."), "/" + value[len(folder) :].lstrip("/")
-    return Path(value), ""
-
-
-def resolve_data(args: Args, settings: Any, cache: Path, output: Path) -> Data:
-    """The data that the settings name: a version of it, or as it lies.
-
-    Raises:
-        UserError: it cannot be had in that version; it differs from its .dvc files.
-    """
-    sources = sources_of(settings)
-    tops = {name: top_of(value, settings) for name, value in sources.items()}
-    if args.dataset_version:
-        return of_revision(args, tops, cache)
-    if args.data_repo:
-        raise UserError("--data_repo has no effect without --dataset_version")
-    if not sources:
-        return Data("", "none that lies in files here")
-    here = {name: Path(sources[name]) if holds(top, output) else top for name, (top, _) in tops.items()}
-    repository = versions.repository_of(next(iter(here.values())))
-    if repository and (repository / ".dvc").is_dir():
-        inside = [path for top in here.values() if (path := versions.path_in(repository, top)) is not None]
-        with contextlib.suppress(versions.NotTrackedError):
-            version, committed = versions.version_in_place(repository, inside)
-            if version.tracked:
-                outside = [top for top in here.values() if versions.path_in(repository, top) is None]
-                others = outside if committed else list(here.values())
-                digest = digest_of([version.key, *map(digest_of_path, others)]) if others else version.key
-                note = "" if committed else "no commit holds this data yet"
-                return Data(digest, version.title, version, note=note)
-    digest = digest_of([digest_of_path(top) for top in here.values()])
-    return Data(digest, f"as it lies ({', '.join(dict.fromkeys(map(str, here.values())))})")
-
-
-def of_revision(args: Args, tops: dict[str, tuple[Path, str]], cache: Path) -> Data:
-    """The data of ``--dataset_version``."""
-    revision = args.dataset_version
-    if not tops:
-        raise UserError(f"--dataset_version {revision}: the settings name no data in files")
-    versions.check_dvc()
-    first, _ = next(iter(tops.values()))
-    repository = versions.repository_of(Path(args.data_repo) if args.data_repo else first)
-    if repository is None:
-        what = f"--data_repo {args.data_repo}" if args.data_repo else f"--dataset_version {revision}: {first}"
-        raise UserError(f"{what}: is in no git repository; --data_repo names the one that has the data")
-    versions.check_repository(repository)
-    paths: dict[str, str] = {}
-    for name, (top, _) in tops.items():
-        path = versions.path_in(repository, top)
-        if path is None and args.data_repo and not top.is_absolute():  # relative to that repository
-            path = versions.path_in(repository, Path(args.data_repo) / top)
-        if path is not None:
-            paths[name] = path
-    if not paths:
-        raise UserError(f"--dataset_version {revision}: {first} is not in {repository}; --data_repo names another one")
-    version = versions.version_at(repository, revision, list(paths.values()))
-    place = versions.place_of(version, cache)
-    places = {name: f"{place / path}{tops[name][1]}" for name, path in paths.items()}
-    outside = [top for name, (top, _) in tops.items() if name not in paths]
-    note = f"as it lies, outside of the repository: {', '.join(map(str, outside))}" if outside else ""
-    digest = digest_of([version.key, *map(digest_of_path, outside)]) if outside else version.key
-    return Data(digest, version.title, version, True, places, note)
-
-
-def holds(folder: Path, place: Path) -> bool:
-    """Whether a folder holds ``place`` or the current folder, and so more than data."""
-    folder = folder.resolve()
-    return place.resolve().is_relative_to(folder) or Path.cwd().is_relative_to(folder)
-
-
-def digest_of_path(path: Path, without: Sequence[str] = ()) -> str:
-    """A digest of a file, or of a folder's files: their names, sizes and ends, as :mod:`data.digest` takes them; those
-    called as in ``without`` do not count."""
-    from accelerando.data.digest import digest, file_contents, file_facts
-
-    if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    if not path.is_dir():
-        return "missing"
-    names = [
-        (place / name).relative_to(path).as_posix()
-        for place, _, files in folders_below(path)
-        for name in files
-        if name not in without
-    ]
-    sizes, _ = file_facts(path, names)
-    return digest("\n".join(names), sizes, file_contents(path, names))
-
-
-def digest_of(content: object) -> str:
-    """A digest of what JSON can hold."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-# ---------------------------------------------------------------------------------------------------------- the launch
-
-
 def launcher_of(args: Args) -> list[str]:
     """The flags for `accelerate launch`.
 
@@ -431,49 +288,14 @@ def launcher_of(args: Args) -> list[str]:
     """
     if args.config_file and args.distributed_mode:
         raise UserError(f"--config_file {args.config_file} and --distributed_mode {args.distributed_mode}: drop one")
+    if args.distributed_mode:
+        return mode_launcher(CONFIGS, args.distributed_mode, args.num_processes)
     processes = ["--num_processes", str(args.num_processes)] if args.num_processes else []
-    if args.config_file:
-        if not Path(args.config_file).is_file():
-            raise UserError(f"--config_file {args.config_file}: no such file; accelerate_configs/ has some")
-        return ["--config_file", args.config_file, *processes]
-    if args.distributed_mode is None:
+    if not args.config_file:
         return [*default_launcher(CONFIGS), *processes]
-    gpus = count_gpus()
-    if args.distributed_mode == "none":
-        if args.num_processes not in (None, 1):
-            raise UserError(f"--num_processes {args.num_processes}: --distributed_mode none is one process")
-        return ["--config_file", str(CONFIGS / ("single_gpu.yaml" if gpus else "cpu.yaml"))]
-    if not gpus:
-        raise UserError(
-            f"--distributed_mode {args.distributed_mode} is one process for each GPU, and there is none here; "
-            "--config_file takes any config of accelerate launch"
-        )
-    name = {"ddp": "multi_gpu.yaml", "fsdp": "fsdp.yaml"}[args.distributed_mode]
-    return ["--config_file", str(CONFIGS / name), *(processes or ["--num_processes", str(gpus)])]
-
-
-def count_gpus() -> int:
-    """The GPUs of this machine, counted in another process: torch would stay in memory."""
-    code = "import torch; print(torch.cuda.device_count())"
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
-    return int(done.stdout)
-
-
-def launch_facts(launcher: list[str]) -> list[Any]:
-    """The launcher's flags with what is in their config, on which a result depends."""
-    import yaml
-
-    facts: list[Any] = []
-    for before, word in zip(["", *launcher], launcher, strict=False):
-        if before == "--config_file":
-            with open(word, encoding="utf-8") as file:
-                facts.append(yaml.safe_load(file))
-        else:
-            facts.append(word)
-    if not launcher:  # `accelerate config` wrote one
-        home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "accelerate"
-        facts += [path.read_text(encoding="utf-8") for path in sorted(home.glob("default_config.*"))]
-    return facts
+    if not Path(args.config_file).is_file():
+        raise UserError(f"--config_file {args.config_file}: no such file; accelerate_configs/ has some")
+    return ["--config_file", args.config_file, *processes]
 
 
 # ----------------------------------------------------------------------------------------------------------- the steps
@@ -499,7 +321,7 @@ def make_job(args: Args) -> Job:
     if args.checkpoint_path:
         flags = [*flags, *checkpoint_flags(args.checkpoint_path, settings, script)]
     cache = cache_folder(settings.cache_dir if hasattr(settings, "cache_dir") else None)
-    data = resolve_data(args, settings, cache, output)
+    data = resolve(settings, args.dataset_version, args.data_repo, cache, output)
     for name, place in data.places.items():
         flags = [*flags, f"--{name}", place]
     if args.experiment_name and "mlflow" in settings.report_to:
@@ -965,70 +787,8 @@ def write_results(job: Job, done: dict[str, Done]) -> dict[str, Any]:
         "report": str(job.output / "report.html"),
         "command": command_line(),
     }
-    write_page(job, results)
+    wanted = [job.settings.best_metric, "accuracy", "gloss_accuracy", "recall_mean", "f1_macro", "loss"]
+    shown_first = sorted(dict.fromkeys(wanted), key=lambda name: name == "loss")
+    write_page(job.output / "report.html", results, grouped(job.settings), shown_first)
     write_text(job.output / "pipeline.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     return results
-
-
-def summary_text(results: dict[str, Any]) -> str:
-    """The result on one screen."""
-    rows = [("step", "", "seconds")]
-    rows += [(name, "ran" if one["ran"] else f"skipped: {one['why']}", f"{one['seconds']:,.1f}")
-             for name, one in results["steps"].items()]  # fmt: skip
-    lines = [aligned_rows(rows, left=2), "", f"data: {results['data']['title']}"]
-    for split, values in results["metrics"].items():
-        numbers = ", ".join(f"{name} {value:.4f}" for name, value in values.items() if isinstance(value, float))
-        lines.append(f"{split} ({values.get('count', 0):,}): {numbers}")
-    lines += [f"run: {results['run']}"]
-    lines += [f"export: {results['export']['folder']}"] if "export" in results else []
-    lines += [f"Hub: {results['hub']['url']}"] if "hub" in results else []
-    return "\n".join([*lines, f"Report: {results['report']}"])
-
-
-def write_page(job: Job, results: dict[str, Any]) -> None:
-    """report.html: what came out, what was done, the data and its check, the export, the settings."""
-    data, check = results["data"], results["validation"]
-    last = "test" if "test" in results["metrics"] else next(iter(results["metrics"]))
-    values = results["metrics"][last]
-    tiles = [(f"{last} {name}", f"{values[name]:.4f}", f"{values.get('count', 0):,} samples")
-             for name in shown_metrics(job, values)]  # fmt: skip
-    tiles.append(("data", data.get("revision") or "as it lies", data.get("commit", "")[:12]))
-    tiles += [(f"{split} samples", f"{facts['count']:,}", "") for split, facts in check["splits"].items()]
-    steps = [(name, "ran" if one["ran"] else "skipped", one["why"], one["seconds"])
-             for name, one in results["steps"].items()]  # fmt: skip
-    names = list(dict.fromkeys(name for found in results["metrics"].values() for name in found))
-    blocks = [
-        page.headline(tiles),
-        page.table(["step", "now", "why", "seconds"], steps, title="Steps"),
-        page.table(["metric", *results["metrics"]],
-                   [(name, *(found.get(name) for found in results["metrics"].values())) for name in names],
-                   note=results["evaluation"].get("note", ""), title="Metrics of the best weights"),
-    ]  # fmt: skip
-    if data.get("tracked"):
-        rows = [(one["path"], one["file"], one["md5"]) for one in data["tracked"]]
-        note = "; ".join(filter(None, [f"{data['repository']}, commit {data['commit']}", data.get("note", "")]))
-        blocks.append(
-            page.table(["data", "named by", "md5"], rows, note=note, title=f"Data version {data['revision']}")
-        )
-    for head, counts in check["classes"].items():
-        classes = next(iter(counts.values()))
-        rows = [(name, *(found.get(name) for found in counts.values())) for name in classes]
-        blocks.append(page.table([head, *counts], rows, title=f"Samples by {head}"))
-    lines = [("error, accepted", line) for line in check["errors"]] + [("warning", line) for line in check["warnings"]]
-    if lines:
-        blocks.append(page.table(["", "what"], lines, title="What the check of the data found"))
-    if "export" in results:
-        rows = [(name, about["precision"], about["largest_difference"], about["equal_predictions"], about["samples"])
-                for name, about in results["export"]["files"].items()]  # fmt: skip
-        header = ["file", "precision", "largest difference", "equal predictions", "samples"]
-        blocks.append(page.table(header, rows, note=results["export"]["folder"], title="Export"))
-    blocks += [page.command(results["command"]), page.settings(grouped(job.settings), title="Settings of the training")]
-    subtitle = f"{job.script.name}, {one_line(data['title'])}"
-    page.write_report(job.output / "report.html", results["name"], subtitle, blocks)
-
-
-def shown_metrics(job: Job, values: dict[str, Any]) -> list[str]:
-    """One or two metrics for the head of the report: the one that chose the weights first."""
-    wanted = [job.settings.best_metric, "accuracy", "gloss_accuracy", "recall_mean", "f1_macro", "loss"]
-    found = [name for name in dict.fromkeys(wanted) if name in values]
-    return sorted(found, key=lambda name: name == "loss")[:2]

@@ -30,10 +30,6 @@ MOST_TAGS = 5  # that a message names
 READERS = 4  # threads that compare hashes
 
 
-class NotTrackedError(UserError):
-    """Nothing is tracked at a path: it is not under version control."""
-
-
 @dataclass(frozen=True)
 class Tracked:
     """Data that DVC tracks: its ``path``, the ``file`` that names its hash (x.dvc or dvc.lock), and the hash, which
@@ -160,7 +156,7 @@ def version_at(repository: Path, revision: str, paths: Sequence[str]) -> Version
     """What a revision holds at ``paths``, relative to the repository.
 
     Raises:
-        UserError: no such revision, or (NotTrackedError) nothing is tracked at one of the paths.
+        UserError: no such revision, or nothing is tracked at one of the paths.
     """
     commit = commit_of(repository, revision)
     everything = git(repository, "ls-tree", "-r", "-z", commit).split("\0")
@@ -175,26 +171,30 @@ def part_of(version: Version, paths: Sequence[str]) -> Version:
     """The part of a version at ``paths``, those inside others left out.
 
     Raises:
-        NotTrackedError: nothing is tracked at one of them.
+        UserError: nothing is tracked at one of them.
     """
     paths = [path for path in dict.fromkeys(paths) if not any(path != other and is_in(path, other) for other in paths)]
     for path in paths:
-        if any(is_in(path, one.path) or is_in(one.path, path) for one in version.tracked):
-            continue
-        if not any(is_in(name, path) for name, _ in version.blobs):
+        if not is_tracked(version, path):
             known = [one.path for one in version.tracked]
             close = difflib.get_close_matches(path, known, n=1) or known[:1]
             hint = f"it tracks {close[0]}" if close else "it tracks no data"
-            raise NotTrackedError(
+            raise UserError(
                 f"{path}: neither DVC nor git tracks it in {version.revision} of {version.repository} ({hint}); "
                 f"`dvc add {path}` and a commit make a version of it"
             )
     tracked = [one for one in version.tracked if any(is_in(one.path, path) or is_in(path, one.path) for path in paths)]
     blobs = [(name, blob) for name, blob in version.blobs if any(is_in(name, path) for path in paths)]
-    return Version(
-        version.repository, version.revision, version.commit, tuple(paths),
-        tuple(sorted(tracked, key=lambda one: one.path)), tuple(sorted(blobs)),
+    return replace(
+        version, paths=tuple(paths), tracked=tuple(sorted(tracked, key=lambda one: one.path)),
+        blobs=tuple(sorted(blobs)),
     )  # fmt: skip
+
+
+def is_tracked(version: Version, path: str) -> bool:
+    """Whether DVC or git tracks what lies at ``path``."""
+    by_dvc = any(is_in(path, one.path) or is_in(one.path, path) for one in version.tracked)
+    return by_dvc or any(is_in(name, path) for name, _ in version.blobs)
 
 
 def is_in(path: str, folder: str) -> bool:
@@ -241,25 +241,29 @@ def tracked_out(file: str, folder: str, out: dict[str, Any]) -> Tracked:
 
 
 def version_in_place(repository: Path, paths: Sequence[str]) -> tuple[Version, bool]:
-    """(what the work tree holds at ``paths``, whether a commit holds the same).
+    """(what the work tree holds at those of ``paths`` that are tracked, whether a commit holds the same).
 
     Raises:
-        UserError: the data is not what its .dvc files say, or (NotTrackedError) nothing is tracked at one of the paths.
+        UserError: the data is not what its .dvc files say.
     """
-    revision = git(repository, "describe", "--tags", "--always").strip()
+    commit = revision = ""
+    with contextlib.suppress(UserError):  # there is no commit yet
+        commit = git(repository, "rev-parse", "--verify", "--quiet", "HEAD").strip()
+        revision = git(repository, "describe", "--tags", "--always").strip()
     listed = git(repository, "ls-files", "-z").split("\0")
     new = git(repository, "ls-files", "-z", "--others", "--exclude-standard").split("\0")
     files = [path for path in (*listed, *new) if path and is_dvc_file(path) and (repository / path).is_file()]
     tracked = [one for path in files for one in tracked_by(path, (repository / path).read_text(encoding="utf-8"))]
     blobs = [(path, "") for path in listed if path and path not in files]
-    here = part_of(Version(repository, revision, "", (), tuple(tracked), tuple(blobs)), paths)
+    here = Version(repository, revision, commit, (), tuple(tracked), tuple(blobs))
+    here = part_of(here, [path for path in paths if is_tracked(here, path)])
     check_clean(here)
-    commit = commit_of(repository, "HEAD")
     with contextlib.suppress(UserError):
-        committed = version_at(repository, "HEAD", paths)
-        if committed.tracked == here.tracked and not git(repository, "status", "--porcelain", "--", *here.paths):
-            return Version(repository, revision, commit, here.paths, here.tracked, committed.blobs), True
-    return Version(repository, revision, commit, here.paths, here.tracked, ()), False
+        committed = version_at(repository, commit, here.paths)
+        unchanged = here.paths and not git(repository, "status", "--porcelain", "--", *here.paths)
+        if committed.tracked == here.tracked and unchanged:
+            return replace(here, blobs=committed.blobs), True
+    return replace(here, blobs=()), False
 
 
 def check_clean(version: Version) -> None:
