@@ -221,7 +221,7 @@ def test_the_readmes_commands_run(workshop, tiny_bert: Path, monkeypatch: pytest
             )
             if "launch_nodes" in command:
                 command = f"CONFIG=accelerate_configs/cpu.yaml {command}"
-        if "text_classify.py" in command or "my_experiment.py" in command:
+        if re.search("text_classify.py|my_experiment.py", command) and "pipeline.py" not in command:
             command += f" {SMALL} --run_name run{tried}" if not command.startswith("cp") else ""
         if "clip_lit.yaml" in command:  # whose photos and towers are downloaded
             command += (

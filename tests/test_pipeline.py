@@ -265,7 +265,7 @@ def test_what_cannot_be_had_is_one_line(repository: Path, tmp_path: Path, monkey
             lambda: versions.version_at(repository, "v1", ["data/trian.json"]))  # fmt: skip
     refused("not a DVC repository", lambda: versions.check_repository(tmp_path))
     with monkeypatch.context() as patch:
-        patch.setattr(versions.importlib.util, "find_spec", lambda name: None)
+        patch.setattr(versions, "is_installed", lambda: False)
         refused("needs DVC: pip install dvc", versions.check_dvc)
 
     shutil.rmtree(repository / ".dvc" / "cache")
@@ -302,6 +302,45 @@ def test_data_that_is_not_what_its_dvc_file_says_is_refused(pipe: Pipe, reposito
     assert found.version.tracked[0].path == "data/train.json" and not found.places and not found.note
 
 
+def test_what_lies_in_the_work_tree_has_a_digest(repository: Path, tmp_path: Path, monkeypatch) -> None:
+    """That of the version, if it is one; what no version holds is read. A folder's name and place do not matter."""
+    from dvc.repo import Repo
+
+    places = [Path("data/train.json"), Path("data/test.json")]
+    committed = sources.in_place(places)
+    assert committed.digest == versions.version_at(repository, "v1", [str(place) for place in places]).key
+    assert (committed.title, committed.note) == (f"v1 (commit {committed.version.commit[:12]})", "")
+    extra = tmp_path / "extra.json"
+    digests = {committed.digest}
+    for text in ("one", "two"):
+        extra.write_text(text)
+        digests.add(sources.in_place([*places, extra]).digest)
+    assert len(digests) == 3
+    Path("data/test.json").write_text("[]")  # in git, and changed
+    digests.add(sources.in_place(places).digest)
+    git(repository, "checkout", "data/test.json")
+    write_json(repository / "data" / "train.json", make_rows(50, 8))
+    with Repo() as repo:
+        repo.add(["data/train.json"])
+    added = sources.in_place(places)
+    assert added.note == "no commit holds this data yet"
+    assert len({*digests, added.digest}) == 5
+    shutil.copytree("data", tmp_path / "plain")
+    plain = sources.in_place([tmp_path / "plain"])
+    assert plain.version is None and plain.title == f"as it lies ({tmp_path / 'plain'})"
+    shutil.copytree(tmp_path / "plain", tmp_path / "moved")
+    assert sources.in_place([tmp_path / "moved"]).digest == plain.digest
+    (tmp_path / "moved" / "test.json").unlink()
+    assert sources.in_place([tmp_path / "moved"]).digest != plain.digest
+    assert sources.in_place([Path("none.json")]).title == "as it lies (none.json, which is not there)"
+    with monkeypatch.context() as patch:  # without DVC nothing is compared
+        patch.setattr(versions, "is_installed", lambda: False)
+        before = sources.in_place(places)
+        write_json(repository / "data" / "train.json", make_rows(51, 8))
+        assert sources.in_place(places).digest != before.digest
+        assert before.note == "not compared with its .dvc files: DVC is not installed"
+
+
 def test_settings_that_name_no_version_are_one_line(
     pipe: Pipe, repository: Path, tmp_path: Path, text_set: Path
 ) -> None:
@@ -323,7 +362,9 @@ def test_settings_that_name_no_version_are_one_line(
 
 
 @pytest.mark.launch
-def test_a_version_is_trained_on_once_and_what_depends_on_a_change_again(pipe: Pipe, repository: Path, capsys) -> None:
+def test_a_version_is_trained_on_once_and_what_depends_on_a_change_again(
+    pipe: Pipe, repository: Path, capsys, monkeypatch
+) -> None:
     before = state_of(repository)
     results = pipe(dataset_version="v2", experiment_name="Topics")
     assert ran(results) == ["data", "validate", "train", "evaluate", "export"]
@@ -367,6 +408,21 @@ def test_a_version_is_trained_on_once_and_what_depends_on_a_change_again(pipe: P
     mended = pipe(dataset_version="v2")
     assert ran(mended) == ["train"]
     assert weights(run / "best") == first and mended["metrics"] == results["metrics"]
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    for name, value in (("HF_ENDPOINT", address), ("HF_TOKEN", "hf_x"), ("HF_HUB_OFFLINE", "0")):
+        monkeypatch.setenv(name, value)
+    Hub.files.clear()
+    pushed = pipe(dataset_version="v2", push_to_hub=True, hub_repo_id="me/model")
+    assert ran(pushed) == ["push"]
+    assert pushed["hub"] == {"repository": "me/model", "url": f"{address}/me/model"}
+    assert Hub.files["model.safetensors"] == first
+    Hub.files.clear()
+    again = pipe(dataset_version="v2", push_to_hub=True, hub_repo_id="me/model")
+    assert ran(again) == [] and not Hub.files and again["hub"] == pushed["hub"]
+    server.shutdown()
 
 
 @pytest.mark.launch
@@ -443,14 +499,19 @@ def test_a_step_that_fails_is_named_with_its_log(pipe: Pipe, repository: Path, m
         output.write_text("$ x\nsome words\n")
         return codes[next(name for name in codes if name in " ".join(command))]
 
+    def there() -> dict:
+        return pipe(dataset_version="v1")
+
     monkeypatch.setattr(pipeline, "run_script", dies)
-    codes = {"validate_data": 137}
-    refused("step validate failed: was killed by signal 9; log: out/logs/validate.log", lambda: pipe())
+    codes = {"accelerando.data.versions": 0, "validate_data": 137}
+    versions.fetch(versions.version_at(repository, "v1", ["data/train.json", "data/validation.json", "data/test.json"]),
+                   Path(os.environ["ACCELERANDO_CACHE"]))  # fmt: skip
+    refused("step validate failed: was killed by signal 9; log: out/logs/validate.log", there)
     codes = {"validate_data": 0}
-    refused("step validate ended without what it should have made", lambda: pipe())
+    refused("step validate ended without what it should have made", there)
     codes = {"validate_data": 130}
     with pytest.raises(Stopped, match="stopped in validate: the same command goes on; log") as stopped:
-        pipe()
+        there()
     assert stopped.value.exit_code == 130
     with pipeline.only_one(Path("out")):
         code = f"from pathlib import Path; from accelerando.pipeline import only_one\nwith only_one(Path({str(Path('out').absolute())!r})): pass"
@@ -461,29 +522,6 @@ def test_a_step_that_fails_is_named_with_its_log(pipe: Pipe, repository: Path, m
 def bad_rows(folder: Path, label: str) -> Path:
     """data/test.json with a label that no training row has."""
     return write_json(folder / "data" / "test.json", [{"text": "a b", "label": label}])
-
-
-@pytest.mark.launch
-def test_the_best_weights_are_pushed_once(pipe: Pipe, monkeypatch) -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for name, value in (
-        ("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}"),
-        ("HF_TOKEN", "hf_x"),
-        ("HF_HUB_OFFLINE", "0"),
-    ):
-        monkeypatch.setenv(name, value)
-    Hub.files.clear()
-    flags = ("--max_steps", "2")
-    settings = {"export": False, "push_to_hub": True, "hub_repo_id": "me/model", "accept_problems": True}
-    results = pipe(*flags, **settings)
-    assert ran(results) == ["validate", "train", "evaluate", "push"]
-    assert results["hub"]["url"].endswith("/me/model")
-    assert Hub.files["model.safetensors"] == weights(Path(results["run"]) / "best")
-    Hub.files.clear()
-    again = pipe(*flags, **settings)
-    assert ran(again) == [] and not Hub.files and again["hub"] == results["hub"]
-    server.shutdown()
 
 
 # ------------------------------------------------------------------------------------------------- settings and plan

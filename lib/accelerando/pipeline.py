@@ -45,6 +45,7 @@ from accelerando.base.errors import Stopped, UserError
 from accelerando.base.files import cache_folder, check_can_be_made, is_unused, locked, write_text
 from accelerando.base.model_folder import read_json
 from accelerando.base.processes import command_line
+from accelerando.base.texts import MARK, one_line, without_credentials
 from accelerando.data import versions
 from accelerando.data.sources import Sources, digest_of, digest_of_path, resolve, sources_of
 from accelerando.inference import runs
@@ -338,14 +339,15 @@ def data_step(job: Job) -> Step:
         record = data.version.record() if data.version else {}
         return {**record, "title": data.title, "digest": data.digest, **({"note": data.note} if data.note else {})}
 
+    title = f"{data.title}; {data.note}" if data.note else data.title
     if not data.fetched:
-        return Step("data", data.title, {"digest": data.digest}, None, lambda: data.digest, result, keyed=True)
+        return Step("data", title, {"digest": data.digest}, None, lambda: data.digest, result, keyed=True)
 
     def made() -> str | None:
         return data.digest if versions.is_fetched(data.version, job.cache) else None
 
     command = versions.fetch_command(data.version, job.cache)
-    return Step("data", f"fetches {data.title}", {"digest": data.digest}, command, made, result, keyed=True)
+    return Step("data", f"fetches {title}", {"digest": data.digest}, command, made, result, keyed=True)
 
 
 def validate_step(job: Job) -> Step:
@@ -693,11 +695,13 @@ def run_step(job: Job, step: Step, signals: Signals) -> dict[str, Any]:
     """
     log = log_of(job, step.name)
     log.parent.mkdir(exist_ok=True)
-    log.write_text(f"$ {shlex.join(step.command)}\n", encoding="utf-8")
+    words = [without_credentials(word, MARK) for word in step.command]
+    log.write_text(f"$ {one_line(shlex.join(words))}\n", encoding="utf-8")
     with followed(log):
         code = run_script(step.command, signals, log)
     if signals.received or was_stopped(code):
-        saved = " (it has saved)" if step.name == "train" and not is_unused(job.run) else ""
+        saves = step.name == "train" and any(job.run.glob("checkpoints/step_*"))
+        saved = " (it has saved)" if saves else ""
         number = 128 + signals.received[0] if signals.received else code
         raise Stopped(f"stopped in {step.name}{saved}: the same command goes on; log: {log}", number)
     reason = last_line(log).removeprefix("error: ")

@@ -100,10 +100,12 @@ def in_place(places: Sequence[Path]) -> Sources:
         inside = {path: place for place in places if (path := versions.path_in(home, place)) is not None}
         version, committed = versions.version_in_place(home, list(inside))
         if version.tracked:
+            certain = committed and versions.is_installed()
             followed = [inside[path] for path in version.paths]
-            others = [place for place in places if not committed or place not in followed]
+            others = [place for place in places if not certain or place not in followed]
             digest = digest_of([version.key, *map(digest_of_path, others)]) if others else version.key
             note = "" if committed else "no commit holds this data yet"
+            note = note if versions.is_installed() else "not compared with its .dvc files: DVC is not installed"
             return Sources(digest, version.title, version, note=note)
     shown = [f"{place}{'' if place.exists() else ', which is not there'}" for place in places]
     return Sources(digest_of([digest_of_path(place) for place in places]), f"as it lies ({', '.join(shown)})")

@@ -3,7 +3,7 @@
 A version is named by a git revision. The ``.dvc`` files of that revision (and ``dvc.lock``) hold the hashes of the
 data, which DVC has in its cache or in a remote. The user's work tree is read, and never changed.
 
-``python -m accelerando.data.versions`` fetches a version in a process of its own, see :func:`fetch_command`.
+``python -m accelerando.data.versions`` does what needs DVC itself in a process of its own: it is slow to import.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import difflib
 import hashlib
 import importlib.util
 import json
+import os
 import posixpath
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from accelerando.base.files import derived, folders_below, whole_folder, write_t
 
 INSTALL = "pip install dvc (with the remote's own part where it needs one: dvc[s3], dvc[gs], dvc[ssh])"
 MANIFEST, FILES = "version.json", "files"  # in the folder of a fetched version
+PROGRAM = [sys.executable, "-P", "-m", "accelerando.data.versions"]  # with what is done: fetch, status
 MOST_TAGS = 5  # that a message names
 READERS = 4  # threads that compare hashes
 
@@ -63,7 +65,7 @@ class Version:
     @property
     def title(self) -> str:
         """Revision and commit."""
-        return f"{self.revision} (commit {self.commit[:12]})"
+        return f"{self.revision} (commit {self.commit[:12]})" if self.commit else "no commit"
 
     @property
     def text(self) -> str:
@@ -146,9 +148,14 @@ def check_repository(repository: Path) -> None:
         )
 
 
+def is_installed() -> bool:
+    """Whether DVC is installed."""
+    return importlib.util.find_spec("dvc") is not None
+
+
 def check_dvc() -> None:
     """UserError unless DVC is installed."""
-    if importlib.util.find_spec("dvc") is None:
+    if not is_installed():
         raise UserError(f"--dataset_version needs DVC: {INSTALL}")
 
 
@@ -268,17 +275,17 @@ def version_in_place(repository: Path, paths: Sequence[str]) -> tuple[Version, b
 
 def check_clean(version: Version) -> None:
     """UserError where data in the work tree is not what its .dvc file says. Without DVC nothing is compared."""
-    if not version.tracked or importlib.util.find_spec("dvc") is None:
+    if not version.tracked or not is_installed():
         return
     plain = {one.file for one in version.tracked}
     targets = sorted(plain) if all(file.endswith(".dvc") for file in plain) else []
-    words = [sys.executable, "-P", "-m", "dvc", "status", "--json", *targets]
-    done = subprocess.run(words, cwd=version.repository, capture_output=True, text=True)
+    words = [*PROGRAM, "status", str(version.repository), *targets]
+    done = subprocess.run(words, capture_output=True, text=True)
     try:
         found = json.loads(done.stdout)
     except ValueError:
         reason = done.stderr.strip().splitlines()
-        raise UserError(f"{version.repository}: dvc status: {reason[-1] if reason else 'failed'}") from None
+        raise UserError(f"{version.repository}: DVC's status: {reason[-1] if reason else 'failed'}") from None
     wanted = {one.path for one in version.tracked}
     for changes in found.values():
         for change in changes if isinstance(changes, list) else []:
@@ -318,7 +325,7 @@ def is_fetched(version: Version, cache: Path) -> bool:
 def read_fetched(folder: Path) -> dict[str, Any]:
     """The manifest of a fetched version. ValueError: files are missing, or have other sizes than when fetched."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if manifest["listing"] != listing(folder / FILES):
+    if not (folder / FILES).is_dir() or manifest["listing"] != listing(folder / FILES):
         raise ValueError("its files are not those that were fetched")
     return manifest
 
@@ -338,7 +345,7 @@ def listing(folder: Path) -> dict[str, Any]:
 def fetch_command(version: Version, cache: Path) -> list[str]:
     """The command that fetches a version into the cache, with one line for an error and exit code 2."""
     asked = (str(cache), str(version.repository), version.revision, version.commit, *version.paths)
-    return [sys.executable, "-P", "-m", "accelerando.data.versions", *asked]
+    return [*PROGRAM, "fetch", *asked]
 
 
 def fetch(version: Version, cache: Path) -> Path:
@@ -442,11 +449,21 @@ def folder_md5(folder: Path) -> str:
 
 
 def main() -> None:
-    cache, repository, revision, commit, *paths = sys.argv[1:]
+    what, *words = sys.argv[1:]
+    if what == "status":
+        from dvc.repo import Repo
+
+        repository, *targets = words
+        os.chdir(repository)
+        with contextlib.redirect_stdout(sys.stderr), Repo() as repo:
+            found = repo.status(targets=targets or None)
+        print(json.dumps(found))
+        return
+    cache, repository, revision, commit, *paths = words
     version = replace(version_at(Path(repository), commit, paths), revision=revision)
     place = fetch(version, Path(cache))
-    found = read_fetched(place.parent)["listing"]
-    print(f"{found['files']:,} files, {found['bytes'] / 1e6:,.1f} MB, in {place}")
+    listed = read_fetched(place.parent)["listing"]
+    print(f"{listed['files']:,} files, {listed['bytes'] / 1e6:,.1f} MB, in {place}")
 
 
 if __name__ == "__main__":
