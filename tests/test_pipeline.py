@@ -427,30 +427,35 @@ def test_a_version_is_trained_on_once_and_what_depends_on_a_change_again(
 
 @pytest.mark.launch
 def test_killed_in_any_step_it_goes_on_and_ends_with_the_same(pipe: Pipe, fast: Kills, repository: Path) -> None:
-    """SIGKILL in each step, in the training twice; what was done is not done again."""
-    runs = repository / "out" / "runs"
+    """SIGKILL in each step, and SIGTERM to the true command in the training; what was done is not done again."""
+    runs, flags, settings = repository / "out" / "runs", ("--epochs", "4"), {"dataset_version": "v2"}
 
     def trains(step: int) -> Callable[[], bool]:
         return lambda: any(f'"step": {step},' in path.read_text() for path in runs.glob("*/metrics.jsonl"))
 
-    flags, settings = ("--epochs", "4"), {"dataset_version": "v2"}
-    expected = {"validate_data": ["validate", "train", "evaluate", "export"], "text_classify": ["train", "evaluate", "export"],
-                "evaluate": ["evaluate", "export"], "export": ["export"]}  # fmt: skip
-    for script, ready in (
-        ("validate_data", lambda: True),
-        ("text_classify", trains(4)),
-        ("text_classify", trains(11)),
-        ("evaluate", lambda: True),
-        ("export", lambda: any(runs.glob("*/.export*.draft"))),
-    ):
+    def killed_in(script: str, ready: Callable[[], bool], left: list[str]) -> None:
         fast[script] = ready
         with pytest.raises(Killed):
             pipe(*flags, **settings)
         assert not fast
-        plan = pipe(*flags, **settings, dry_run=True)
-        assert ran(plan) == expected[script]
-        if script == "text_classify":
-            assert plan["steps"]["train"]["why"] == "goes on from where it was stopped"
+        assert ran(pipe(*flags, **settings, dry_run=True)) == left
+
+    killed_in("validate_data", lambda: True, ["validate", "train", "evaluate", "export"])
+    killed_in("text_classify", trains(4), ["train", "evaluate", "export"])
+
+    words = ("--config_file", CPU, "--dataset_version", "v2", "--output_dir", "out", TEXT, "--config", "config.yaml")
+    process = start(TOOL, *words, *flags, cwd=repository)  # with Accelerate's launcher
+    assert wait_until(trains(11), process, 120), (repository / "stderr.txt").read_text()
+    os.kill(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 143
+    last = (repository / "stderr.txt").read_text().splitlines()[-1]
+    assert last == "stopped in train (it has saved): the same command goes on; log: out/logs/train.log"
+    shown = (repository / "stdout.txt").read_text()
+    assert "Step 3 of 5: train (goes on from where it was stopped)" in shown and "Resumed from" in shown
+    assert f"accelerate launch --config_file {CPU} {TEXT}" in (repository / "out" / "logs" / "train.log").read_text()
+
+    killed_in("evaluate", lambda: True, ["evaluate", "export"])
+    killed_in("export", lambda: any(runs.glob("*/.export*.draft")), ["export"])
     results = pipe(*flags, **settings)
     assert ran(results) == ["export"]
     (run,) = runs.iterdir()
@@ -461,32 +466,6 @@ def test_killed_in_any_step_it_goes_on_and_ends_with_the_same(pipe: Pipe, fast: 
     other = Path(unbroken["run"])
     assert weights(run / "best") == weights(other / "best") and harness.numbers(run) == harness.numbers(other)
     assert results["metrics"] == unbroken["metrics"] and results["validation"] == unbroken["validation"]
-
-
-@pytest.mark.launch
-def test_the_true_command_stops_at_a_signal_and_goes_on(pipe: Pipe, fast: Kills, repository: Path) -> None:
-    """As it is typed, with Accelerate's launcher: SIGTERM lets the training save. Before and after it, forks."""
-
-    def trains(step: int) -> Callable[[], bool]:
-        return lambda: any(f'"step": {step},' in path.read_text() for path in Path("out").glob("runs/*/metrics.jsonl"))
-
-    fast["text_classify"] = trains(4)
-    settings = {"dataset_version": "v1", "export": False}
-    with pytest.raises(Killed):
-        pipe("--epochs", "6", **settings)
-    flags = ("--config_file", CPU, "--dataset_version", "v1", "--no_export", "--output_dir", "out")
-    process = start(TOOL, *flags, TEXT, "--config", "config.yaml", "--epochs", "6", cwd=repository)
-    assert wait_until(trains(9), process, 120), (repository / "stderr.txt").read_text()
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 143
-    last = (repository / "stderr.txt").read_text().splitlines()[-1]
-    assert last == "stopped in train (it has saved): the same command goes on; log: out/logs/train.log"
-    shown = (repository / "stdout.txt").read_text()
-    assert "Step 3 of 4: train (goes on from where it was stopped)" in shown and "Resumed from" in shown
-    assert f"accelerate launch --config_file {CPU} {TEXT}" in (repository / "out" / "logs" / "train.log").read_text()
-    results = pipe("--epochs", "6", **settings)
-    assert ran(results) == ["train", "evaluate"]
-    assert harness.results(Path(results["run"]))["samples"] == 6 * ROWS["v1"]
 
 
 def test_a_step_that_fails_is_named_with_its_log(pipe: Pipe, repository: Path, monkeypatch) -> None:
