@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from accelerando.data.duplicates import Fingerprint
 
+WORDS = "SCRIPT [FLAG ...]"
 EXAMPLE = "python tools/validate_data.py scripts/text_classify.py --train_file data/train.csv"
 SIDE = 128  # pixels of the shorter side, at least, to which an image is decoded to be compared
 MOST_BITS = 4  # of 64, in which the hashes of images that look alike differ
@@ -50,9 +51,7 @@ UNREADABLE, LEAKED = 0.5, 0.5  # shares of a split from which on they are an err
 @dataclass
 class Args:
     # -- data check --
-    words: Annotated[
-        tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="SCRIPT [FLAG ...]")
-    ] = ()  # see above
+    words: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar=WORDS)] = ()  # see above
     json: str | None = None  # file for all that was found
     most_opened: int = 100_000  # images or videos of each split that are opened, spread evenly; 0: none
     accept_problems: bool = False  # errors that the script itself does not refuse are warnings
