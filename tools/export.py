@@ -36,7 +36,9 @@ from accelerando.base.files import check_can_be_made, whole_folder, write_text
 from accelerando.base.log import quiet_libraries
 from accelerando.base.model_folder import read_json
 from accelerando.inference.outputs import aligned_rows, printable
-from accelerando.inference.runs import model_folder, run_of, task_of_model
+from accelerando.inference.runs import model_folder, read_results, read_settings, run_of, task_of_model
+from accelerando.train.trackers import KEEP_FILES
+from accelerando.train.tracking import add_to_trackers
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -98,6 +100,7 @@ class Args:
     # -- output --
     output_dir: str | None = None  # default: export in the run's folder
     overwrite: bool = False  # replace an earlier export there
+    track: bool = False  # add the files to the run's record in mlflow, wandb, trackio, comet_ml or clearml
     config: tuple[str, ...] = ()  # YAML files with any of these settings
 
 
@@ -649,6 +652,14 @@ def check(args: Args) -> None:
             raise UserError(f"--export_format {kind} holds {', '.join(PRECISIONS[kind])}, not {args.precision[0]}")
 
 
+def records_of(run: Path | None) -> dict[str, str]:
+    """The ids under which trackers hold ``run``; UserError if none of them keeps files."""
+    known = read_results(run).get("trackers", {}) if run else {}
+    if not any(name in KEEP_FILES for name in known):
+        raise UserError(f"--track: no tracker that keeps files has a record of this run ({', '.join(KEEP_FILES)} do)")
+    return known
+
+
 def kind_of(folder: Path, config: dict[str, Any]) -> str:
     """The task of the model in ``folder``: text, sign, image, har or clip."""
     if config.get("model_type") == "clip_classifier":
@@ -666,6 +677,7 @@ def main() -> None:
     folder = model_folder(path)
     run = run_of(path)
     target = Path(args.output_dir) if args.output_dir else (run or folder) / "export"
+    tracked = records_of(run) if args.track else {}
     check_can_be_made(target, "--output_dir")
     if target.exists() and any(target.iterdir()):
         if not (target / "export.json").is_file():
@@ -702,6 +714,8 @@ def main() -> None:
             print(f"{each.path.name}: left in float: {name}")
     shown = "; usage.py there shows how to run it" * (target / "usage.py").is_file()
     print(f"\nWritten to {printable(str(target))}{shown}.")
+    if args.track:
+        print(f"Added to the run's record: {', '.join(add_to_trackers(run, read_settings(run), tracked, target))}.")
     faults = [f"{each.path.name}: {fault}" for each in written if (fault := each.faults(args))]
     for fault in faults:
         print(f"out of tolerance: {fault}", file=sys.stderr)
