@@ -39,6 +39,7 @@ ON_GPU = os.environ.get("ACCELERANDO_TEST_DEVICE") == "cuda"
 # the same number everywhere.
 ENVIRONMENT = {
     **{key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))},
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])]),
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",
