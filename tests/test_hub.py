@@ -68,6 +68,7 @@ def test_a_run_pushes_the_best_weights_so_far_and_then_all_of_it(hub, train_here
     assert shown["accuracy"] == pytest.approx(results(run)["test"]["accuracy"], abs=1e-6)
     assert f"| accuracy | {results(run)['test']['accuracy']:.4f} |" in card
     assert "text_classify.py" in card
+    assert "v1.2" in (run / "summary.txt").read_text() and '"v1.2"' in (run / "results.json").read_text()
     assert "Pushed" in said and "hf_x" not in said
     assert not list(run.glob(".hub*"))
     target = tmp_path / "arrived"
