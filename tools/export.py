@@ -18,7 +18,6 @@ validation data. The exit code is 1 if float32 differs by more than
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -35,8 +34,10 @@ from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import check_can_be_made, whole_folder, write_text
 from accelerando.base.log import quiet_libraries
 from accelerando.base.model_folder import read_json
+from accelerando.inference.named import kind_of
 from accelerando.inference.outputs import aligned_rows, printable
-from accelerando.inference.runs import model_folder, run_of, task_of_model
+from accelerando.inference.runs import model_folder, run_of
+from accelerando.inference.scripts import SCRIPT_OF, import_script, settings_of_run
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -49,10 +50,6 @@ if TYPE_CHECKING:
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 USAGE = Path(__file__).resolve().parent / "usage"  # an example for each task of how a program runs it
-SCRIPT_OF = {
-    "text": "text_classify.py", "image": "image_classify.py", "sign": "sign_train.py", "clip": "clip_finetune.py",
-    "har": "clip_har.py",
-}  # fmt: skip
 # What each format can hold. int8: weights and activations of matrix products, scaled for each input as it comes;
 # int8_static: with scales from samples, for convolutions too.
 PRECISIONS: dict[str, tuple[str, ...]] = {
@@ -135,28 +132,13 @@ def data_of_run(run: Path | None, script: str | None, task: str, wanted: int) ->
     from accelerate import Accelerator
 
     module = import_script(Path(script) if script else SCRIPTS / SCRIPT_OF[task])
-    args = parse_args(module.Args, module.ALIASES, ["--config", str(run / "config.yaml")])
+    args = settings_of_run(module, run)
     try:
         data = module.load_data(args, Accelerator(cpu=True))
     except UserError as error:
         raise UserError(f"{error}; these are the data of {run}: --samples 0 exports without them") from None
     split = next(name for name in ("validation", "test", "train") if name in data.splits)
     return RunData(module, args, data, split)
-
-
-def import_script(path: Path) -> ModuleType:
-    """A training script as a module.
-
-    Raises:
-        UserError: no such file.
-    """
-    if not path.is_file():
-        raise UserError(f"--script {path}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -647,15 +629,6 @@ def check(args: Args) -> None:
     for kind in args.export_format:
         if not set(args.precision) & set(PRECISIONS[kind]):
             raise UserError(f"--export_format {kind} holds {', '.join(PRECISIONS[kind])}, not {args.precision[0]}")
-
-
-def kind_of(folder: Path, config: dict[str, Any]) -> str:
-    """The task of the model in ``folder``: text, sign, image, har or clip."""
-    if config.get("model_type") == "clip_classifier":
-        return "har"
-    if "text_config" in config and "vision_config" in config:
-        return "clip"
-    return task_of_model(folder, config)
 
 
 def main() -> None:
