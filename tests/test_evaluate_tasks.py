@@ -24,13 +24,12 @@ pytestmark = pytest.mark.launch
 
 # What is held out of the training data, too, and every way to build the model.
 TRAINED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "text": ("text", ()),
-    "lora": ("text", ("--strategy", "lora", "--lora_r", "4", "--seed", "3")),
+    "text": ("text", ("--strategy", "lora", "--lora_r", "4")),
     "cnn": ("text", (*TASKS["text"].kinds["cnn"], "--validation_file", "None", "--validation_fraction", "0.2",
                      "--report_on_train")),
-    "sign": ("sign", ("--velocities", "--use_mask", "--learned_weights", "--normalisation", "standard")),
+    "sign": ("sign", ("--velocities", "--use_mask", "--learned_weights")),
     "gru": ("sign", ("--model", "iv3_gru", "--features-val", "None", "--validation_fraction", "0.2", "--loss", "focal",
-                     "--curriculum", "dynamic")),
+                     "--curriculum", "dynamic", "--normalisation", "standard")),
     "clip": ("clip", ("--class_field", "kind", "--loss", "siglip")),
 }  # fmt: skip
 SHARE = {"text": "accuracy", "sign": "gloss_accuracy", "clip": "text_to_image_r1"}
@@ -70,7 +69,7 @@ def found(call):
     return run
 
 
-def assert_same(found: dict[str, float], kept: dict[str, float], loss: float = 1e-5) -> None:
+def assert_same(found: dict[str, float], kept: dict[str, float], loss: float = 1e-4) -> None:
     """The numbers of training: equal, but for the last bits of the loss."""
     assert found.keys() == kept.keys()
     for name, value in found.items():
@@ -90,11 +89,11 @@ def test_a_split_gives_the_numbers_of_training(name: str, trained, request, foun
     run = trained(request, name)
     kept = results(run)
     for split in ("test", "validation", *(["train"] if "train" in kept else [])):
-        assert_same(found(run, "--split", split, "--batch_size", 7), kept[split], 1e-5 if name != "lora" else 1e-4)
+        assert_same(found(run, "--split", split, "--batch_size", 7), kept[split])
     code, out, _ = call(run)
     assert code == 0 and "(test split)" in out and f"{kept['test']['count']} " in out
     table = dict(line.split() for line in out.splitlines() if len(line.split()) == 2 and "_" in line.split()[0])
-    assert table[SHARE[TRAINED[name][0]] if name not in ("text", "lora", "cnn") else "f1_macro"]
+    assert table[SHARE[TRAINED[name][0]] if name not in ("text", "cnn") else "f1_macro"]
     assert (run / "last").is_dir() and found(run / "last").keys() == found(run / "best").keys()
 
 
@@ -120,7 +119,7 @@ def test_damaged_weights_are_not_scored(trained, request, call, tmp_path: Path) 
     """A tensor that is missing would otherwise be random; a file that is cut off says so."""
     from safetensors.torch import load_file, save_file
 
-    for name, lost in (("sign", "project.weight"), ("cnn", "embedding.weight"), ("text", "classifier.weight")):
+    for name, lost in (("sign", "project.weight"), ("text", "classifier.weight")):
         run = shutil.copytree(trained(request, name), tmp_path / name)
         weights = run / "best" / "model.safetensors"
         state = load_file(weights)
@@ -174,11 +173,15 @@ def test_texts_in_any_table(trained, request, found, text_set: Path, tmp_path: P
     frame.to_parquet(tmp_path / "a.parquet")
     sets = {"train": datasets.Dataset.from_pandas(frame[:5]), "test": datasets.Dataset.from_pandas(frame)}
     datasets.DatasetDict(sets).save_to_disk(tmp_path / "set")
-    for name in ("text", "cnn"):
-        run = trained(request, name)
-        for file in ("a.csv", "a.jsonl", "a.parquet", "set"):
-            columns = ("--text_column", "sentence", "--label_column", "topic")
-            assert_same(found(run, "--data", tmp_path / file, *columns), results(run)["test"])
+    for name, file in (
+        ("text", "a.csv"),
+        ("text", "a.jsonl"),
+        ("text", "a.parquet"),
+        ("text", "set"),
+        ("cnn", "a.csv"),
+    ):
+        run, columns = trained(request, name), ("--text_column", "sentence", "--label_column", "topic")
+        assert_same(found(run, "--data", tmp_path / file, *columns), results(run)["test"])
 
 
 def test_the_classes_are_those_of_the_model(trained, request, call, text_set: Path, tmp_path: Path) -> None:
@@ -201,14 +204,14 @@ def test_the_classes_are_those_of_the_model(trained, request, call, text_set: Pa
     assert f"odd.json: row {len(some) + 1}: label 'food'" in err
 
 
-@pytest.mark.parametrize("name", ["sign", "gru"])
-def test_clips_in_folders_and_lists(name: str, trained, request, found, call, sign_set: Path, tmp_path: Path) -> None:
-    run, kept = trained(request, name), results(trained(request, name))["test"]
+def test_clips_in_folders_and_lists(trained, request, found, call, sign_set: Path, tmp_path: Path) -> None:
+    run, kept = trained(request, "sign"), results(trained(request, "sign"))["test"]
     listed = tmp_path / "some.csv"
     shutil.copy(sign_set / "test" / "labels.csv", listed)
     assert_same(found(run, "--data", sign_set / "test"), kept)
     assert_same(found(run, "--data", sign_set), kept)
-    assert_same(found(run, "--data", sign_set / "test" / "labels.csv"), kept)
+    assert_same(found(trained(request, "gru"), "--data", sign_set / "test" / "labels.csv"),
+                results(trained(request, "gru"))["test"])  # fmt: skip
     assert_same(found(run, "--data", listed, "--media_folder", sign_set / "test"), kept)
     lines = (sign_set / "train" / "labels.csv").read_text().splitlines()[:8]
     listed.write_text("\n".join(lines))  # of clips in the training folder
@@ -285,7 +288,7 @@ def test_classes_without_names_are_numbers(trained, request, found, text_set: Pa
 # --------------------------------------------------------------------------------------------------- exports and copies
 
 
-@pytest.mark.parametrize("name", ["text", "sign", "gru", "clip"])
+@pytest.mark.parametrize("name", ["text", "sign", "clip"])
 def test_an_export_is_scored_beside_its_run(name: str, trained, request, call, call_tool, found) -> None:
     run = trained(request, name)
     code, _, err = call_tool(export, run, "--samples", "8", "--overwrite")
@@ -296,7 +299,7 @@ def test_an_export_is_scored_beside_its_run(name: str, trained, request, call, c
     own, exported = json.loads(out)["runs"].values()
     assert_same(own, results(run)["test"])
     for metric, value in exported.items():
-        if not (metric == "loss" and name in ("sign", "clip")):  # an export has no learned weights and no bias
+        if not (metric == "loss" and name == "sign"):  # an export has no learned weights of losses
             assert value == pytest.approx(own[metric], abs=2e-4 if metric == "loss" else 1e-9), metric
     for each in json.loads(out)["comparisons"]:
         assert each["difference"] == each["low"] == each["high"] == each["only_first"] == each["only_second"] == 0
@@ -337,7 +340,9 @@ def test_the_interval_is_that_of_resampled_samples() -> None:
     assert found.low == pytest.approx(low, abs=0.008) and found.high == pytest.approx(high, abs=0.008)
     assert found.difference == difference.mean()
     assert (found.only_first, found.only_second) == ((difference == -1).sum(), (difference == 1).sum())
-    assert compare(first, second) == found != compare(first, second, seed=1)
+    assert compare(first, second) == found
+    many = rng.random((2, 9973)) < 0.5
+    assert compare(*many) == compare(*many) != compare(*many, seed=1)
     covered = 0
     for _ in range(400):  # the true difference is 0.1
         first, second = rng.random(300) < 0.6, rng.random(300) < 0.7
@@ -350,18 +355,19 @@ def test_the_interval_is_that_of_resampled_samples() -> None:
 
 def test_two_runs_side_by_side(trained, request, call, tmp_path: Path) -> None:
     """The counts are those of the table of predictions; the same command gives the same interval."""
-    one, two, target = trained(request, "text"), trained(request, "lora"), tmp_path / "both"
+    one, two, target = trained(request, "text"), trained(request, "cnn"), tmp_path / "both"
     code, out, err = call(one, two, "--output_dir", target)
     assert (code, err) == (0, ""), err
     rows = rows_of(target / "predictions.csv")
-    assert list(rows[0]) == ["text", "label", "text: predicted", "text: confidence", "lora: predicted",
-                             "lora: confidence"]  # fmt: skip
-    right = {name: np.array([row[f"{name}: predicted"] == row["label"] for row in rows]) for name in ("text", "lora")}
+    assert list(rows[0]) == ["text", "label", "text: predicted", "text: confidence", "cnn: predicted",
+                             "cnn: confidence"]  # fmt: skip
+    right = {name: np.array([row[f"{name}: predicted"] == row["label"] for row in rows]) for name in ("text", "cnn")}
     written = json.loads((target / "results.json").read_text())
     (found,) = written["comparisons"]
     assert (found["run"], found["compared_with"], found["metric"]) == (str(two), str(one), "accuracy")
-    assert found["only_first"] == (right["text"] & ~right["lora"]).sum() > 0
-    assert found["only_second"] == (right["lora"] & ~right["text"]).sum()
+    assert found["only_first"] == (right["text"] & ~right["cnn"]).sum()
+    assert found["only_second"] == (right["cnn"] & ~right["text"]).sum()
+    assert found["only_first"] + found["only_second"] > 0
     assert found["count"] == 67 and found["low"] < found["difference"] < found["high"]
     accuracies = [values["accuracy"] for values in written["runs"].values()]
     assert found["difference"] == pytest.approx(accuracies[1] - accuracies[0])
@@ -369,7 +375,7 @@ def test_two_runs_side_by_side(trained, request, call, tmp_path: Path) -> None:
     assert f"{found['difference']:+.4f}" in line and f"{found['low']:+.4f} to {found['high']:+.4f}" in line
     assert max(map(len, out.splitlines()[3:-1])) <= 80
     page = (target / "report.html").read_text()
-    assert "Compared with text" in page and "Confusion matrix, lora" in page and "Worst mistakes, text" in page
+    assert "Compared with text" in page and "Confusion matrix, cnn" in page and "Worst mistakes, text" in page
     assert {path.name for path in target.glob("confusion*")} == {"confusion_run_1.png", "confusion_run_2.png"}
     assert json.loads(call(one, two, "--format", "json")[1])["comparisons"] == written["comparisons"]
     assert call(one, "--output_dir", target, "--overwrite")[0] == 0
@@ -441,11 +447,11 @@ def test_a_run_without_training_is_its_base_model(request, trained, clip_args, c
 
 
 def test_the_command_of_the_guide(trained, request, tmp_path: Path) -> None:
-    """In a process of its own, in the folder of the run."""
+    """As a process, in the folder where the run was made."""
     run = trained(request, "text")
     target = tmp_path / "results"
     tool = ROOT / "tools" / "evaluate.py"
-    done = launch(tool, "--model_path", "runs/text", "--output_dir", target, cwd=run.parent.parent, real=True)
+    done = launch(tool, "--model_path", "runs/text", "--output_dir", target, cwd=run.parent.parent)
     assert done.err == "" and "accuracy" in done.out and str(target / "report.html") in done.out
     assert json.loads((target / "results.json").read_text())["runs"]["runs/text"]["count"] == 67
 
@@ -469,11 +475,12 @@ def test_mistakes_are_one_line(trained, request, call, tmp_path: Path, sign_set:
         ((text, "--tta"), "--tta has no effect on"),
         ((text, "--data_dir", "x"), "--data_dir has no effect on"),
         ((sign, "--data", sign_set, "--text_column", "x"), "--text_column has no effect on"),
-        ((clip, "--data_dir", tmp_path / "gone"), "gone"),
+        ((clip, "--data_dir", tmp_path / "gone"), "gone: no such folder"),
         ((text, "--text_column", "x"), "says how --data is read"),
         ((text, "--data", tmp_path / "gone.csv"), "gone.csv"),
         ((text, "--data", table, "--label_column", "topic"), "no column 'topic'"),
-        ((sign, "--data", tmp_path / "empty"), "labels.csv"),
+        ((sign, "--data", tmp_path / "empty"), "empty: no such file"),
+        ((sign, "--data", tmp_path), "labels.csv: no such file"),
         ((sign, "--data", wide), "takes clips of 156 numbers per frame; these have 10"),
         ((clip, "--data", tmp_path / "none"), "none"),
         ((regression, "--data", table), "its problem type is regression"),
@@ -493,8 +500,12 @@ def test_mistakes_are_one_line(trained, request, call, tmp_path: Path, sign_set:
 def test_what_a_name_on_the_hub_brings(monkeypatch, tmp_path: Path) -> None:
     """No Python files, unless they are trusted; no pickles."""
     asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, allow_patterns: asked.append(allow_patterns))
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     for trust in (False, True):
-        with pytest.raises(TypeError):
-            named._fetched("someone/net", trust)
+        assert named._fetched("someone/net", trust) == tmp_path
     assert ("*.py" in asked[1]) and "*.py" not in asked[0] and not any("bin" in part for part in (*asked[0], *asked[1]))

@@ -37,7 +37,6 @@ the plain cross-entropy, and an ensemble's is the mean over its runs.
 from __future__ import annotations
 
 import json
-import logging
 import re
 import signal
 import sys
@@ -50,7 +49,7 @@ import tyro
 from accelerando.base.config import Alias, check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import check_can_be_made, whole_folder
-from accelerando.base.log import log, quiet_libraries
+from accelerando.base.log import only_warnings, quiet_libraries
 from accelerando.base.model_folder import read_json
 from accelerando.base.texts import one_line
 from accelerando.inference.media_scores import evaluate_media
@@ -350,7 +349,8 @@ def open_net(module: ModuleType, settings: Any, data: Any, model: Named, own: Mo
             data.collate.pad_token_id = padding.get("pad_id", data.collate.pad_token_id)
             data.collate.left = padding.get("direction") == "left"
         kind = AutoModel if model.task == "sign" else AutoModelForSequenceClassification
-        return open_saved(kind, model.folder, own, settings.trust_remote_code, model.onnx_file)
+        trust_remote_code = getattr(settings, "trust_remote_code", False)
+        return open_saved(kind, model.folder, own, trust_remote_code, model.onnx_file)
     return None
 
 
@@ -379,6 +379,8 @@ def score_with_script(model: Named, args: Args, own: ModuleType | None) -> Part:
     elif args.data_dir:
         if not getattr(settings, "data_dir", None):
             raise UserError(f"--data_dir: {model.name} was not trained on a data_dir; score others with --data")
+        if not Path(args.data_dir).is_dir():
+            raise UserError(f"--data_dir {args.data_dir}: no such folder")
         settings = replace(settings, data_dir=args.data_dir)
     data = load_data(module, settings, model, names, args)
     splits = data.galleries if hasattr(data, "galleries") else data.splits
@@ -506,9 +508,9 @@ def evaluate_with_scripts(models: list[Named], args: Args, own: ModuleType | Non
     from accelerando.report import page
     from accelerando.report.retrieval import retrieval_examples, rows_of_examples
 
-    log.setLevel(logging.WARNING)
-    parts = [score_with_script(model, args, own) for model in models]
-    scores = [scores_of(part) for part in parts]
+    with only_warnings():
+        parts = [score_with_script(model, args, own) for model in models]
+        scores = [scores_of(part) for part in parts]
     first = parts[0]
     if len(parts) > 1:
         check_same_samples(parts)

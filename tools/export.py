@@ -353,9 +353,20 @@ def clip(folder: Path, found: RunData | None, args: Args, module: ModuleType | N
     padding = {"pad_id": preprocessing.tokenizer.pad_token_id or 0}
     if preprocessing.full_length:
         padding["length"] = preprocessing.max_length
+    if (bias := logit_bias(folder, model)) is not None:
+        facts["bias"] = bias
     facts |= {"scale": scale, "max_length": preprocessing.max_length, "padding": padding,
               "tokens": {name: TOKENS[name] for name in names}}  # fmt: skip
     return Exportable([image_graph, text_graph], facts)
+
+
+def logit_bias(folder: Path, model: torch.nn.Module) -> float | None:
+    """SigLIP's bias of the logits: the model's own, or that of the training's loss beside it; None: it has none."""
+    from safetensors.torch import load_file
+
+    beside = folder / "model_training_only.safetensors"
+    values = load_file(beside).get("logit_bias") if beside.is_file() else getattr(model, "logit_bias", None)
+    return None if values is None else float(values)
 
 
 def preprocessing_of(folder: Path) -> tuple[Any, tuple[tuple[float, ...], tuple[float, ...]], dict[str, Any]]:

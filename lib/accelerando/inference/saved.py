@@ -344,10 +344,10 @@ class ExportedClip:
         return self
 
     def __call__(self, pixel_values: torch.Tensor | None = None, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """``image`` and ``text`` [B, d] of the given inputs, and ``scale`` [1]."""
+        """``image`` and ``text`` [B, d] of the given inputs, ``scale`` [1], and SigLIP's ``bias`` [1]."""
         import torch
 
-        output = {"scale": torch.tensor([float(self.facts["scale"])])}
+        output = {name: torch.tensor([float(self.facts[name])]) for name in ("scale", "bias") if name in self.facts}
         if pixel_values is not None:
             mean, std = (torch.tensor(values)[:, None, None] for values in self.colours)
             pixels = (255 * (pixel_values.cpu() * std + mean)).round().clamp(0, 255).to(torch.uint8).contiguous()
