@@ -481,7 +481,7 @@ def test_mistakes_are_one_line(trained, request, call, tmp_path: Path, sign_set:
         ((text, "--data", table, "--label_column", "topic"), "no column 'topic'"),
         ((sign, "--data", tmp_path / "empty"), "empty: no such file"),
         ((sign, "--data", tmp_path), "labels.csv: no such file"),
-        ((sign, "--data", wide), "takes clips of 156 numbers per frame; these have 10"),
+        ((sign, "--data", wide), "a.npz: X has 10 numbers per frame, but"),
         ((clip, "--data", tmp_path / "none"), "none"),
         ((regression, "--data", table), "its problem type is regression"),
         ((text, "--script", tmp_path / "gone.py"), "--script"),

@@ -233,7 +233,7 @@ def with_other_data(settings: Any, model: Named, names: dict[str, list[str]], ar
     if model.task == "sign":
         kind = "keypoints" if settings.model == "transformer" else "features"
         clips, labels = labelled_clips(folder, args.media_folder, getattr(settings, f"{kind}_train"))
-        check_clip_labels(model, labels, names)
+        check_clips(model, clips, labels, names, settings.kp_key if kind == "keypoints" else settings.feature_key)
         none = dict.fromkeys(
             f"{part}_{side}" for part in ("keypoints", "features") for side in ("train", "val", "test")
         )
@@ -266,11 +266,16 @@ def labelled_clips(path: Path, media_folder: str | None, trained_on: str | None)
     return Path(media_folder or (path.parent if beside else str(trained_on))), path
 
 
-def check_clip_labels(model: Named, labels: Path, names: dict[str, list[str]]) -> None:
-    """UserError for a gloss or category that the model does not know."""
+def check_clips(model: Named, clips: Path, labels: Path, names: dict[str, list[str]], key: str) -> None:
+    """UserError for a gloss or category that the model does not know, and for clips of another kind."""
+    from accelerando.data.sign_clips import read_clip
     from accelerando.data.sign_labels import read_labels
+    from accelerando.models.pretrained import open_config
 
     found = read_labels(labels)
+    first, width = clips / f"{found.files[0]}.npz", open_config(str(model.folder), local_files_only=True).input_width
+    if first.is_file() and (there := read_clip(first, key)[0].shape[1]) != width:
+        raise UserError(f"{first}: {key} has {there} numbers per frame, but {model.name} takes {width}")
     for head, word in (("gloss", "glosses"), ("cat", "categories")):
         numbers, count = getattr(found, head), len(names[head])
         odd = ((numbers < 0) | (numbers >= count)).nonzero()[0]
@@ -299,9 +304,6 @@ def load_data(module: ModuleType, settings: Any, model: Named, names: dict[str, 
         ) from None
     if model.task == "sign":
         data.names = names
-        width, there = model.config.get("input_width"), data.splits["train"].width
-        if width not in (None, there):
-            raise UserError(f"{model.name} takes clips of {width} numbers per frame; these have {there}")
     elif "" in names and list(data.label_names) not in (names[""], names_for(names[""])):
         odd = sorted(set(data.label_names) ^ set(names[""]))
         who = "the data has" if odd and odd[0] in data.label_names else "the model has"
