@@ -232,7 +232,7 @@ def test_mistakes_end_in_one_line(runs: Path, image_set: Path, call, tmp_path: P
     cases: list[tuple[tuple, str]] = [
         ((), "no run: name one"),
         ((tmp_path / "gone",), "no such folder"),
-        ((text, "--data", data), "id2label does not name the classes"),
+        ((text, "--data", data), "no tokenizer"),
         ((truncated,), "the model cannot be loaded"),
         ((moved,), "--data_dir says where the run's images lie now"),
         ((alone,), "score others with --data"),

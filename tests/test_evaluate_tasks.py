@@ -171,6 +171,7 @@ def test_texts_in_any_table(trained, request, found, text_set: Path, tmp_path: P
     frame.to_csv(tmp_path / "a.csv", index=False)
     frame.to_json(tmp_path / "a.jsonl", orient="records", lines=True)
     frame.to_parquet(tmp_path / "a.parquet")
+    # Of a set with several splits the test split is scored.
     sets = {"train": datasets.Dataset.from_pandas(frame[:5]), "test": datasets.Dataset.from_pandas(frame)}
     datasets.DatasetDict(sets).save_to_disk(tmp_path / "set")
     for name, file in (
@@ -283,6 +284,9 @@ def test_classes_without_names_are_numbers(trained, request, found, text_set: Pa
     numbered = [{"text": row["text"], "label": names.index(row["label"])} for row in rows]
     (tmp_path / "numbers.json").write_text(json.dumps(numbered))
     assert found(folder, "--data", tmp_path / "numbers.json")["accuracy"] == results(run)["test"]["accuracy"]
+    del config["id2label"], config["label2id"]  # as transformers leaves two of them out
+    (folder / "config.json").write_text(json.dumps(config | {"num_labels": 3}))
+    assert found(folder, "--data", tmp_path / "numbers.json")["accuracy"] == results(run)["test"]["accuracy"]
 
 
 # --------------------------------------------------------------------------------------------------- exports and copies
@@ -304,6 +308,8 @@ def test_an_export_is_scored_beside_its_run(name: str, trained, request, call, c
     for each in json.loads(out)["comparisons"]:
         assert each["difference"] == each["low"] == each["high"] == each["only_first"] == each["only_second"] == 0
     assert found(run / "export") == exported
+    code, out, err = call(run, file, "--device", "cuda")
+    assert (code, out) == (2, "") and "an export runs on the CPU" in err
     code, out, err = call(file.with_name("model_int8.onnx"))
     assert (code, out) == (2, "") and "no such file of the export" in err
 

@@ -49,7 +49,7 @@ import tyro
 from accelerando.base.config import Alias, check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import check_can_be_made, whole_folder
-from accelerando.base.log import only_warnings, quiet_libraries
+from accelerando.base.log import on_terminal, only_warnings, quiet_libraries
 from accelerando.base.model_folder import read_json
 from accelerando.base.texts import one_line
 from accelerando.inference.media_scores import evaluate_media
@@ -72,6 +72,7 @@ Runs = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="R
 OURS = ("results.json", "classification_report.txt", "confusion.png", "predictions.csv", "report.html")
 # The same for several heads and runs.
 ALSO_OURS = r"(classification_report|confusion)(_gloss|_cat)?(_run_\d+)?\.(txt|png)"
+MANY = 2000  # samples; a line says that so many are being scored
 MODEL_OF = {"text": "texts", "sign": "signs", "image": "images", "har": "actions", "clip": "pairs (CLIP)"}
 # The tasks that a flag is for.
 ONLY_FOR = {
@@ -154,10 +155,10 @@ def class_names(model: Named) -> dict[str, list[str]]:
     if model.task == "clip" or (model.config.get("model_type") == TORCH_MODULE and "id2label" not in model.config):
         return {}
     if model.task == "sign":
-        found = {head: model.config.get(f"{head}_names") for head in ("gloss", "cat")}
-        if not all(isinstance(names, list) and names for names in found.values()):
-            raise UserError(f"{model.folder / 'config.json'}: gloss_names and cat_names do not name the classes")
-        return {head: [str(name) for name in names] for head, names in found.items()}
+        from accelerando.models.pretrained import open_config
+
+        config = open_config(str(model.folder), local_files_only=True)
+        return {"gloss": list(config.gloss_names), "cat": list(config.cat_names)}
     return {"": label_names(model)}
 
 
@@ -171,7 +172,7 @@ def settings_for(module: ModuleType, model: Named, names: dict[str, list[str]], 
 
         config = open_config(folder, local_files_only=True)
         own = {field.name: getattr(config, field.name) for field in fields(settings) if hasattr(config, field.name)}
-        key = own.get("input_key", getattr(config, "input_key", None))
+        key = getattr(config, "input_key", None)
         kind = {"text_cnn": {"architecture": "cnn"}, "sign_transformer": {"model": "transformer", "kp_key": key},
                 "sign_gru": {"model": "iv3_gru", "feature_key": key}}[config.model_type]  # fmt: skip
         settings = changed(settings, **own | kind)
@@ -198,7 +199,7 @@ def settings_for(module: ModuleType, model: Named, names: dict[str, list[str]], 
             from_scratch=False, scenario="zero_shot",
         )  # fmt: skip
     elif model.task == "image":
-        settings = changed(settings, weights=None, model_name=folder if settings.model_name else None)
+        settings = changed(settings, weights=None, model_name=folder if getattr(settings, "model_name", None) else None)
     return settings
 
 
@@ -206,13 +207,16 @@ def tokens_at_most(model: Named) -> int:
     """How many tokens of a text an export, or a model without a run, gets: as many as it was made for, up to 512."""
     from accelerando.data.tokenizer import open_tokenizer
     from accelerando.models.clip import BEHIND_PADDING
+    from accelerando.models.pretrained import open_config
 
     if model.exported:
         return int(read_json(model.folder / "export.json")["max_length"])
-    config, limits = model.config, [512, open_tokenizer(str(model.folder), local_files_only=True).model_max_length]
-    if isinstance(positions := config.get("max_position_embeddings"), int) and positions > 0:
-        behind = config.get("model_type") in BEHIND_PADDING
-        limits.append(positions - (1 + config.get("pad_token_id", 1)) * behind)
+    limits = [512, open_tokenizer(str(model.folder), local_files_only=True).model_max_length]
+    if model.config.get("model_type") != TORCH_MODULE:
+        config = open_config(str(model.folder), local_files_only=True)
+        positions = getattr(config, "max_position_embeddings", None) or 0
+        if positions > 0:  # XLNet's are -1
+            limits.append(positions - (1 + (config.pad_token_id or 0)) * (config.model_type in BEHIND_PADDING))
     return min(limits)
 
 
@@ -220,31 +224,26 @@ def with_other_data(settings: Any, model: Named, names: dict[str, list[str]], ar
     """The settings with ``--data`` in place of the run's own data, and the split that it then is for the script."""
     where, folder = str(args.data), Path(str(args.data))
     if model.task == "text":
-        if (folder / "dataset_dict.json").is_file():
-            sides = [side for side in ("test", "validation", "train") if (folder / side).is_dir()]
-            where = str(folder / sides[0]) if sides else where
-        hub = not (folder.exists() or folder.suffix)  # a data set on the Hub, of which the test split is scored
-        columns = {name: getattr(args, name) for name in ("text_column", "text_pair_column", "label_column")}
+        sides = [side for side in ("test", "validation", "train") if (folder / side / "dataset_info.json").is_file()]
+        given = {name: getattr(args, name) for name in ("text_column", "text_pair_column", "label_column")}
         settings = changed(
-            settings, train_file=where, validation_file=None, test_file=where if hub else None, num_labels=None,
-            **ALL_OF_IT, **{name: column for name, column in columns.items() if column},
+            settings, train_file=str(folder / sides[0]) if sides else where, validation_file=None, test_file=None,
+            num_labels=None, **ALL_OF_IT, **{name: column for name, column in given.items() if column},
         )  # fmt: skip
-        return settings, "test" if hub else "train"
+        return settings, "train"
     if model.task == "sign":
         kind = "keypoints" if settings.model == "transformer" else "features"
         clips, labels = labelled_clips(folder, args.media_folder, getattr(settings, f"{kind}_train"))
         check_clips(model, clips, labels, names, settings.kp_key if kind == "keypoints" else settings.feature_key)
-        none = dict.fromkeys(
-            f"{part}_{side}" for part in ("keypoints", "features") for side in ("train", "val", "test")
-        )
+        sides = ("train", "val", "test")
+        none = dict.fromkeys(f"{part}_{side}" for part in ("keypoints", "features") for side in sides)
         none |= dict.fromkeys(("labels_val_csv", "labels_test_csv")) | {"smoke_test": False}
         given = {f"{kind}_train": str(clips), "labels_train_csv": str(labels)}
         return changed(settings, **none | ALL_OF_IT | given), "train"
     if model.task == "clip":
         if folder.is_dir() and not any(folder.glob("*.tar")):
-            where = str(
-                next((folder / side for side in ("test", "validation", "val") if (folder / side).is_dir()), where)
-            )
+            inside = (folder / side for side in ("test", "validation", "val"))
+            where = str(next((side for side in inside if side.is_dir()), where))
         given = {"image_column": args.file_column, "caption_column": args.text_column}
         settings = changed(
             settings, train_data=None, validation_data=where, test_data=None, data_dir=None, s3_bucket=None,
@@ -290,18 +289,18 @@ def load_data(module: ModuleType, settings: Any, model: Named, names: dict[str, 
     Raises:
         UserError: it is not there, or has a class that the model does not know.
     """
-    accelerator = accelerator_for(args)
     if args.data and "" in names and hasattr(module, "label_names"):
         module.label_names = lambda table: names_for(names[""], table)  # the model's, not those of the samples
+    if args.data and (read := getattr(module, "read_text_table", None)):  # of a set of `datasets` its test split
+        module.read_text_table = lambda source, **how: read(source, **how | {"split": "test"})
     try:
-        data = module.load_data(settings, accelerator)
+        data = module.load_data(settings, accelerator_for(args))
     except UserError as error:
         if args.data and "--class_field" in str(error):  # the metadata of these pairs have no such field
             print(f"no zero-shot classification: {error}", file=sys.stderr)
             return load_data(module, changed(settings, class_field=None), model, names, args)
-        raise (
-            error if args.data else UserError(f"{error}; these are the data of {model.name}: score others with --data")
-        ) from None
+        hint = "" if args.data else f"; these are the data of {model.name}: score others with --data"
+        raise UserError(f"{error}{hint}") from None
     if model.task == "sign":
         data.names = names
     elif "" in names and list(data.label_names) not in (names[""], names_for(names[""])):
@@ -345,7 +344,8 @@ def open_net(module: ModuleType, settings: Any, data: Any, model: Named, own: Mo
     quiet_loading()
     if model.exported and model.task == "clip":
         return ExportedClip(model.folder, model.onnx_file, data.preprocessing.colours)
-    if model.exported or own is not None:
+    alone = model.run is None and model.config.get("model_type") == TORCH_MODULE  # whose class --import has to bring
+    if model.exported or alone or (own is not None and model.task in ("text", "sign")):
         if model.task == "text":
             padding = read_json(model.folder / "export.json")["padding"] if model.exported else {}
             data.collate.pad_token_id = padding.get("pad_id", data.collate.pad_token_id)
@@ -398,6 +398,8 @@ def score_with_script(model: Named, args: Args, own: ModuleType | None) -> Part:
     amp = "no" if model.exported else precision(args.amp, model.trained_precision, accelerator.device)
     kind = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
     run = Run(model.run or model.folder, accelerator, settings, TrainState(), module.METRICS)
+    if not on_terminal() and len(data.splits[split]) > MANY:  # where there is no progress bar
+        print(f"scoring {model.name} on {len(data.splits[split]):,} samples", file=sys.stderr)
     with torch.autocast(accelerator.device.type, kind, enabled=amp != "no"):
         found = module.evaluate(net, data, split, run, settings)
     for name, values in found.items():
@@ -483,7 +485,7 @@ def check_same_samples(parts: list[Part]) -> None:
 
 
 def source_of(part: Part) -> str:
-    """Where the run's own samples are from: a file or folder."""
+    """Where the samples are from: a file or folder."""
     settings, split, data = part.settings, part.split, part.data
     if part.model.task == "text" and hasattr(data, "tables"):
         return str(data.tables[split].source)
@@ -519,7 +521,7 @@ def evaluate_with_scripts(models: list[Named], args: Args, own: ModuleType | Non
     for part, found in zip(parts, scores, strict=True):
         if not args.data:
             warn_of_other_count(part, found.count)
-    source, split = (str(args.data), "data") if args.data else (source_of(first), first.split)
+    source, split = source_of(first), "data" if args.data else first.split
     columns = sample_columns(first) if args.output_dir else {}
     evaluation = Evaluation(
         source, split, first.nouns, scores, columns, left_out=len(first.dataset) - scores[0].count
@@ -565,6 +567,10 @@ def check_args(args: Args) -> None:
 def check_models(models: list[Named], args: Args) -> None:
     """UserError for models of different tasks, and for flags that are for another task than theirs."""
     first = models[0]
+    if any(model.exported for model in models):
+        if args.device not in ("auto", "cpu"):
+            raise UserError(f"--device {args.device}: an export runs on the CPU, and so does what it is compared with")
+        args.device = "cpu"
     for model in models:
         if model.task != first.task:
             what = f"{first.name} is a model of {MODEL_OF[first.task]}, {model.name} one of {MODEL_OF[model.task]}"

@@ -121,8 +121,11 @@ def label_names(model: Named) -> list[str]:
     if config.get("problem_type") in ("multi_label_classification", "regression"):
         kind = config["problem_type"]
         raise UserError(f"{model.name}: its problem type is {kind}; only one class for each sample is supported")
-    named = config.get("id2label")
     try:
+        # transformers leaves out what it takes for granted: two classes without names.
+        named = config.get(
+            "id2label", {f"{number}": f"LABEL_{number}" for number in range(config.get("num_labels", 2))}
+        )
         labels = [str(named[str(number)]) for number in range(len(named))]
     except (TypeError, KeyError):
         raise UserError(f"{path}: id2label does not name the classes 0, 1 and so on") from None
