@@ -18,7 +18,6 @@ validation data. The exit code is 1 if float32 differs by more than
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -35,8 +34,10 @@ from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import check_can_be_made, whole_folder, write_text
 from accelerando.base.log import quiet_libraries
 from accelerando.base.model_folder import read_json
+from accelerando.inference.named import kind_of
 from accelerando.inference.outputs import aligned_rows, printable
-from accelerando.inference.runs import model_folder, read_results, read_settings, run_of, task_of_model
+from accelerando.inference.runs import model_folder, read_results, read_settings, run_of
+from accelerando.inference.scripts import SCRIPT_OF, import_script, settings_of_run
 from accelerando.train.trackers import KEEP_FILES
 from accelerando.train.tracking import add_to_trackers
 
@@ -51,10 +52,6 @@ if TYPE_CHECKING:
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 USAGE = Path(__file__).resolve().parent / "usage"  # an example for each task of how a program runs it
-SCRIPT_OF = {
-    "text": "text_classify.py", "image": "image_classify.py", "sign": "sign_train.py", "clip": "clip_finetune.py",
-    "har": "clip_har.py",
-}  # fmt: skip
 # What each format can hold. int8: weights and activations of matrix products, scaled for each input as it comes;
 # int8_static: with scales from samples, for convolutions too.
 PRECISIONS: dict[str, tuple[str, ...]] = {
@@ -138,28 +135,13 @@ def data_of_run(run: Path | None, script: str | None, task: str, wanted: int) ->
     from accelerate import Accelerator
 
     module = import_script(Path(script) if script else SCRIPTS / SCRIPT_OF[task])
-    args = parse_args(module.Args, module.ALIASES, ["--config", str(run / "config.yaml")])
+    args = settings_of_run(module, run)
     try:
         data = module.load_data(args, Accelerator(cpu=True))
     except UserError as error:
         raise UserError(f"{error}; these are the data of {run}: --samples 0 exports without them") from None
     split = next(name for name in ("validation", "test", "train") if name in data.splits)
     return RunData(module, args, data, split)
-
-
-def import_script(path: Path) -> ModuleType:
-    """A training script as a module.
-
-    Raises:
-        UserError: no such file.
-    """
-    if not path.is_file():
-        raise UserError(f"--script {path}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -374,9 +356,20 @@ def clip(folder: Path, found: RunData | None, args: Args, module: ModuleType | N
     padding = {"pad_id": preprocessing.tokenizer.pad_token_id or 0}
     if preprocessing.full_length:
         padding["length"] = preprocessing.max_length
+    if (bias := logit_bias(folder, model)) is not None:
+        facts["bias"] = bias
     facts |= {"scale": scale, "max_length": preprocessing.max_length, "padding": padding,
               "tokens": {name: TOKENS[name] for name in names}}  # fmt: skip
     return Exportable([image_graph, text_graph], facts)
+
+
+def logit_bias(folder: Path, model: torch.nn.Module) -> float | None:
+    """SigLIP's bias of the logits: the model's own, or that of the training's loss beside it; None: it has none."""
+    from safetensors.torch import load_file
+
+    beside = folder / "model_training_only.safetensors"
+    values = load_file(beside).get("logit_bias") if beside.is_file() else getattr(model, "logit_bias", None)
+    return None if values is None else float(values)
 
 
 def preprocessing_of(folder: Path) -> tuple[Any, tuple[tuple[float, ...], tuple[float, ...]], dict[str, Any]]:
@@ -658,15 +651,6 @@ def records_of(run: Path | None) -> dict[str, str]:
     if not any(name in KEEP_FILES for name in known):
         raise UserError(f"--track: no tracker that keeps files has a record of this run ({', '.join(KEEP_FILES)} do)")
     return known
-
-
-def kind_of(folder: Path, config: dict[str, Any]) -> str:
-    """The task of the model in ``folder``: text, sign, image, har or clip."""
-    if config.get("model_type") == "clip_classifier":
-        return "har"
-    if "text_config" in config and "vision_config" in config:
-        return "clip"
-    return task_of_model(folder, config)
 
 
 def main() -> None:
