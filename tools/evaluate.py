@@ -429,7 +429,8 @@ def scores_of(part: Part) -> Scores:
         for way, of in (("image_to_text", gallery.image_of), ("text_to_image", gallery.text_of)):
             _, first = np.unique(of[readable], return_index=True)  # each image, or caption, once
             right[f"{way}_r1"], columns[f"{way}_rank"] = ranks[way][first] == 1, ranks[way].tolist()
-    right = {metric: which for metric, which in right.items() if metric in metrics}
+    # A copy may measure something else under the same name.
+    right = {name: which for name, which in right.items() if abs(metrics.get(name, -1) - which.mean()) < 1e-6}
     return Scores(part.model.name, metrics, count, heads, right, written, columns)
 
 
