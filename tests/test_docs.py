@@ -225,7 +225,7 @@ def test_the_readmes_commands_run(workshop, tiny_bert: Path, monkeypatch: pytest
             )
             if "launch_nodes" in command:
                 command = f"CONFIG=accelerate_configs/cpu.yaml {command}"
-        if "text_classify.py" in command or "my_experiment.py" in command:
+        if re.search("text_classify.py|my_experiment.py", command) and "pipeline.py" not in command:
             command += f" {SMALL} --run_name run{tried}" if not command.startswith("cp") else ""
         if "clip_lit.yaml" in command:  # whose photos and towers are downloaded
             command += (
@@ -244,6 +244,11 @@ def test_the_readmes_commands_run(workshop, tiny_bert: Path, monkeypatch: pytest
             command = command.replace("cross_validate.py", "cross_validate.py --folds 0 1") + " --run_name cv"
         if "image_classify.py" in command:
             command += " --max_steps 2 --image_size 32" + ("" if "--run_name" in command else " --run_name images")
+        if "pipeline.py" in command:  # the steps run in tests/test_pipeline.py
+            command = command.replace(
+                "pipeline.py", f"pipeline.py --dry_run --config_file {ROOT}/accelerate_configs/cpu.yaml"
+            )
+            command += " --model_name bert-base-uncased --max_length 48"
         if "predict.py" in command or "export.py" in command or "push.py" in command:
             command = command.replace("runs/demo_text", "runs/run0")
             command += " --seconds 0.05 --agreement 0" if "export.py" in command else ""

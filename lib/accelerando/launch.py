@@ -25,7 +25,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from accelerando.base.errors import Stopped, UserError, errors_in_one_line, first_line
 from accelerando.base.processes import heeded, signal_when_parent_dies
@@ -65,6 +65,46 @@ def default_launcher(configs: Path) -> list[str]:
         return []
     config, here = configs / "cpu.yaml", Path.cwd()
     return ["--config_file", str(config.relative_to(here) if config.is_relative_to(here) else config)]
+
+
+def mode_launcher(configs: Path, mode: str, num_processes: int | None = None) -> list[str]:
+    """Flags for `accelerate launch` with the config of a mode in ``configs``: none (one process), ddp, fsdp; as many
+    processes as there are GPUs, unless ``num_processes`` says otherwise.
+
+    Raises:
+        UserError: several processes where there is no GPU.
+    """
+    gpus = count_gpus()
+    if mode == "none":
+        if num_processes not in (None, 1):
+            raise UserError(f"--num_processes {num_processes}: --distributed_mode none is one process")
+        return ["--config_file", str(configs / ("single_gpu.yaml" if gpus else "cpu.yaml"))]
+    if not gpus:
+        raise UserError(
+            f"--distributed_mode {mode} is one process for each GPU, and there is none here; --config_file takes any "
+            "config of accelerate launch"
+        )
+    name = {"ddp": "multi_gpu.yaml", "fsdp": "fsdp.yaml"}[mode]
+    return ["--config_file", str(configs / name), "--num_processes", str(num_processes or gpus)]
+
+
+def count_gpus() -> int:
+    """The GPUs of this machine, counted in another process: torch would stay in memory."""
+    code = "import torch; print(torch.cuda.device_count())"
+    return int(subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True).stdout)
+
+
+def launch_facts(launcher: Sequence[str]) -> list[Any]:
+    """The launcher's flags, with the content of their config: that on which a result depends."""
+    import yaml
+
+    facts: list[Any] = []
+    for before, word in zip(["", *launcher], launcher, strict=False):
+        facts.append(yaml.safe_load(Path(word).read_text(encoding="utf-8")) if before == "--config_file" else word)
+    if not launcher:  # `accelerate config` may have written one
+        home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "accelerate"
+        facts += [path.read_text(encoding="utf-8") for path in sorted(home.glob("default_config.*"))]
+    return facts
 
 
 # ---------------------------------------------------------------------------------------------------------- running

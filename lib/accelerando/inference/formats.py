@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -21,15 +20,11 @@ import torch
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.inference.exported import Runner, onnx_runner, torch_runner
+from accelerando.inference.packages import check_installed
 from accelerando.inference.quantisation import quantise
 
 SUFFIXES = {"onnx": ".onnx", "torchscript": ".torchscript.pt", "pt2": ".pt2", "openvino": ".xml", "tensorrt": ".plan"}
 MADE_OF_ONNX = {"onnx": True, "openvino": True, "tensorrt": True, "torchscript": False, "pt2": False}
-PACKAGES = {  # that a format needs: module and what installs it
-    "onnx": ("onnx onnxruntime onnxscript", "onnx onnxruntime onnxscript"),
-    "openvino": ("openvino onnx onnxscript", "openvino onnx onnxscript"),
-    "tensorrt": ("tensorrt onnx onnxscript", "tensorrt onnx onnxscript"),
-}
 LARGEST_FILE = 1_900_000_000  # bytes of weights in one ONNX file, whose limit is 2 GiB; more stand in a file beside it
 LARGEST_BATCH = 32  # that a TensorRT engine takes
 
@@ -66,10 +61,7 @@ class Graph:
 
 def check_available(kind: str) -> None:
     """UserError if a package that a format needs is missing, or its device."""
-    modules, packages = PACKAGES.get(kind, ("", ""))
-    missing = [name for name in modules.split() if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"--export_format {kind} needs {missing[0]}: pip install {packages}")
+    check_installed(kind)
     if kind == "tensorrt" and not torch.cuda.is_available():
         raise UserError("--export_format tensorrt builds for the GPU that it runs on; there is none here")
 
