@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["accelerando"]
+# ///
 """Fine-tune CLIP (or SigLIP) on pairs of image and caption, with a contrastive batch of any size.
 
 Pairs come from WebDataset shards (a folder, a brace pattern, s3://) or from a folder of images and a table of captions;
@@ -47,7 +51,7 @@ from accelerando.data.pairs import (
 )
 from accelerando.data.table_formats import table_suffix
 from accelerando.data.transforms import AugmentationName, normalise
-from accelerando.inference.hub import check_push, push_best
+from accelerando.inference.hub import Hub, check_push
 from accelerando.models import clip
 from accelerando.models.cpu import speed_up_dropout, use_eager_attention
 from accelerando.models.pretrained import add_embeddings
@@ -86,7 +90,8 @@ from accelerando.train.run import (
 )
 from accelerando.train.state import Metric, Run
 from accelerando.train.stop import stoppable
-from accelerando.train.tracking import as_floats, check_trackers, record
+from accelerando.train.trackers import check_trackers
+from accelerando.train.tracking import as_floats, record
 from accelerando.train.weights import load_trained_weights, save_model_folder
 
 if TYPE_CHECKING:
@@ -204,17 +209,18 @@ class Args:
     keep_checkpoints: int = 2  # checkpoints to keep
     log_every: int = 10  # optimizer steps between log lines
     report_on_train: bool = False  # score the best weights on the training pairs too
-    report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, several of them, or none
+    report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, trackio, ...: one, several, or none
     wandb_project: str = "clip-furniture-finetune"  # wandb: project
     wandb_entity: str | None = None  # wandb: user or team
     wandb_name: str | None = None  # wandb: name of the run (default: run_name)
     wandb_group: str | None = None  # wandb: group of runs that belong together
     wandb_tags: tuple[str, ...] = ()  # wandb: tags
     wandb_notes: str | None = None  # wandb: notes
-    experiment_name: str = "accelerando"  # mlflow: experiment
-    push_to_hub: bool = False  # upload best/ to the Hugging Face Hub at the end
+    experiment_name: str = "accelerando"  # experiment or project of the other trackers
+    push_to_hub: bool = False  # upload best/ and the report to the Hugging Face Hub
     hub_repo_id: str | None = None  # where to: user/name
     hub_private: bool = True  # make the repository private
+    hub_strategy: Literal["end", "every_save"] = "end"  # every_save: also the best weights so far, in the background
     config: tuple[str, ...] = ()  # YAML files with any of these settings; the command line wins
 
 
@@ -620,7 +626,7 @@ def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None
     further = "\nimport accelerando.models.towers  # makes transformers know this model\n" if own else ""
     usage = USAGE.format(folder=run.directory / "best", padding=padding, further=further)
     source = None if args.from_scratch else args.text_model or args.model_name
-    write_model_card(folder, run, "zero-shot-image-classification", source, usage)
+    write_model_card(folder, run, "zero-shot-image-classification", source, usage, data_title(args))
 
 
 def write_report(
@@ -776,6 +782,7 @@ def main() -> None:
     with stoppable(run):
         base = score_base_model(model, data, run, args)  # before a resumed run's weights are loaded
     restore(run, model, optimizer, schedule, ema)
+    hub = Hub(run, args)
     logit_scale = unwrapped(accelerator, model).logit_scale
     clamps = logit_scale.requires_grad and args.loss == "clip"
 
@@ -788,6 +795,7 @@ def main() -> None:
         )  # fmt: skip
 
     def checkpoint() -> Path:
+        hub.push_soon()
         return save(run, model, optimizer, schedule, ema)
 
     def validate() -> None:
@@ -836,8 +844,8 @@ def main() -> None:
         save_weights("wise_ft")
     if accelerator.is_main_process:
         write_report(run, model, data, base, tuned, mixtures, args)
-        push_best(run, args.push_to_hub, args.hub_repo_id, args.hub_private)
     finish_run(run)
+    hub.push_at_end()
 
 
 if __name__ == "__main__":

@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["accelerando"]
+# ///
 """Recognise human actions with CLIP, in images and videos, among any class names: zero-shot, linear probe, fine-tuning.
 
 data_dir holds train/<class>/*, val/<class>/* and perhaps test/<class>/*, or class folders alone; tables, data sets of
@@ -43,7 +47,7 @@ from accelerando.data.media import (
     with_novel_apart,
 )
 from accelerando.data.transforms import normalise
-from accelerando.inference.hub import check_push, push_best
+from accelerando.inference.hub import Hub, check_push
 from accelerando.models import clip
 from accelerando.models.cpu import speed_up_dropout, use_eager_attention
 from accelerando.models.pretrained import add_embeddings
@@ -72,7 +76,8 @@ from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer
 from accelerando.train.run import choose_directory, default_run_name, finish_run, restore, save, short_name, start_run
 from accelerando.train.state import Metric, Run
 from accelerando.train.stop import stoppable
-from accelerando.train.tracking import as_floats, check_trackers, record
+from accelerando.train.trackers import check_trackers
+from accelerando.train.tracking import as_floats, record
 from accelerando.train.weights import load_trained_weights, save_model_folder
 
 if TYPE_CHECKING:
@@ -182,17 +187,18 @@ class Args:
     keep_checkpoints: int = 2  # checkpoints to keep
     log_every: int = 10  # optimizer steps between log lines
     report_on_train: bool = False  # score the best weights on the training samples too
-    report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, several of them, or none
+    report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, trackio, ...: one, several, or none
     wandb_project: str = "clip_har"  # wandb: project
     wandb_entity: str | None = None  # wandb: user or team
     wandb_name: str | None = None  # wandb: name of the run (default: run_name)
     wandb_group: str | None = None  # wandb: group of runs that belong together
     wandb_tags: tuple[str, ...] = ()  # wandb: tags
     wandb_notes: str | None = None  # wandb: notes
-    experiment_name: str = "accelerando"  # mlflow: experiment
-    push_to_hub: bool = False  # upload best/ to the Hugging Face Hub at the end
+    experiment_name: str = "accelerando"  # experiment or project of the other trackers
+    push_to_hub: bool = False  # upload best/ and the report to the Hugging Face Hub
     hub_repo_id: str | None = None  # where to: user/name
     hub_private: bool = True  # make the repository private
+    hub_strategy: Literal["end", "every_save"] = "end"  # every_save: also the best weights so far, in the background
     config: tuple[str, ...] = ()  # YAML files with any of these settings; the command line wins
 
 
@@ -635,7 +641,7 @@ def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None
     data.preprocessing.save(folder)
     data.preprocessing.image_processor.save_pretrained(folder)
     usage = USAGE.format(folder=run.directory / "best")
-    write_model_card(folder, run, "image-classification", args.model_name, usage)
+    write_model_card(folder, run, "image-classification", args.model_name, usage, data_title(args))
 
 
 def write_report(
@@ -821,6 +827,7 @@ def main() -> None:
     with stoppable(run):
         base = score_zero_shot(model, data, run, args)  # before a resumed run's weights are loaded
     restore(run, model, optimizer, schedule, ema)
+    hub = Hub(run, args)
 
     def save_weights(name: str) -> None:
         save_model_folder(
@@ -829,6 +836,7 @@ def main() -> None:
         )  # fmt: skip
 
     def checkpoint() -> Path:
+        hub.push_soon()
         return save(run, model, optimizer, schedule, ema)
 
     def validate() -> None:
@@ -879,8 +887,8 @@ def main() -> None:
         save_weights("wise_ft")
     if accelerator.is_main_process:
         write_report(run, model, data, base, found, kept, mixtures, args)
-        push_best(run, args.push_to_hub, args.hub_repo_id, args.hub_private)
     finish_run(run)
+    hub.push_at_end()
 
 
 if __name__ == "__main__":

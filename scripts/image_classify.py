@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["accelerando"]
+# ///
 """Classify images: class folders, folds of them, any net of torchvision or timm, any classifier of transformers.
 
 data_dir holds raw/<class>/* and the splits/ that tools/split_folds.py made of it, or train/<class>/*, val/<class>/* and
@@ -27,7 +31,7 @@ from accelerando.data.image_cache import cached_images
 from accelerando.data.images import EvaluationImages, ImageAugmentation, TrainingImages, write_image_processor
 from accelerando.data.splits import stratified_split
 from accelerando.data.transforms import normalise
-from accelerando.inference.hub import check_push, push_best
+from accelerando.inference.hub import Hub, check_push
 from accelerando.models.cpu import speed_up_dropout
 from accelerando.models.pretrained import (
     class_labels,
@@ -66,7 +70,7 @@ from accelerando.train.privacy import (
 from accelerando.train.run import choose_directory, default_run_name, finish_run, restore, save, short_name, start_run
 from accelerando.train.state import Metric, Run
 from accelerando.train.stop import stoppable
-from accelerando.train.tracking import check_trackers
+from accelerando.train.trackers import check_trackers
 from accelerando.train.weights import load_trained_weights, save_model_folder
 
 if TYPE_CHECKING:
@@ -156,17 +160,18 @@ class Args:
     keep_checkpoints: int = 2  # checkpoints to keep
     log_every: int = 50  # optimizer steps between log lines
     report_on_train: bool = False  # score the best weights on the training images too
-    report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, several of them, or none
+    report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, trackio, ...: one, several, or none
     wandb_project: str = "accelerando"  # wandb: project
     wandb_entity: str | None = None  # wandb: user or team
     wandb_name: str | None = None  # wandb: name of the run (default: run_name)
     wandb_group: str | None = None  # wandb: group of runs that belong together
     wandb_tags: tuple[str, ...] = ()  # wandb: tags
     wandb_notes: str | None = None  # wandb: notes
-    experiment_name: str = "accelerando"  # mlflow: experiment
-    push_to_hub: bool = False  # upload best/ to the Hugging Face Hub at the end
+    experiment_name: str = "accelerando"  # experiment or project of the other trackers
+    push_to_hub: bool = False  # upload best/ and the report to the Hugging Face Hub
     hub_repo_id: str | None = None  # where to: user/name
     hub_private: bool = True  # make the repository private
+    hub_strategy: Literal["end", "every_save"] = "end"  # every_save: also the best weights so far, in the background
     config: tuple[str, ...] = ()  # YAML files with any of these settings; the command line wins
 
 
@@ -361,7 +366,7 @@ def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None
     """What stands beside the saved weights: image processor and model card."""
     write_image_processor(folder, args.image_size, data.mean, data.std)
     usage = USAGE.format(folder=run.directory / "best")
-    write_model_card(folder, run, "image-classification", args.model_name, usage)
+    write_model_card(folder, run, "image-classification", args.model_name, usage, data_title(args))
 
 
 def write_report(
@@ -529,6 +534,7 @@ def main() -> None:
     if changing and run.resumed:  # an optimizer state belongs to parameters that are trained
         unfreeze(plain, args, run.state.epoch)
     restore(run, model, optimizer, schedule, ema)
+    hub = Hub(run, args)
 
     def save_weights(name: str) -> None:
         save_model_folder(
@@ -536,6 +542,7 @@ def main() -> None:
         )
 
     def checkpoint() -> Path:
+        hub.push_soon()
         return save(run, model, optimizer, schedule, ema)
 
     def validate() -> None:
@@ -584,8 +591,8 @@ def main() -> None:
         found = {split: evaluate(model, data, split, run, args) for split in splits if split in data.splits}
     if accelerator.is_main_process:
         write_report(run, model, data, found, args)
-        push_best(run, args.push_to_hub, args.hub_repo_id, args.hub_private)
     finish_run(run)
+    hub.push_at_end()
 
 
 if __name__ == "__main__":

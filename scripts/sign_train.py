@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["accelerando"]
+# ///
 """Recognise signs: a Transformer over keypoints, or GRUs over precomputed Inception features.
 
 Clips are NPZ files in a folder with a labels.csv (file, gloss, cat); see data/README.md. Two heads are trained, one for
@@ -32,7 +36,7 @@ from accelerando.data.sign_clips import (
 )
 from accelerando.data.sign_labels import label_problems, read_labels, report_problems
 from accelerando.data.splits import stratified_split
-from accelerando.inference.hub import check_push, push_best
+from accelerando.inference.hub import Hub, check_push
 from accelerando.models.cpu import speed_up_dropout
 from accelerando.report import page, results
 from accelerando.report.metrics import classification_metrics, top_k_accuracy
@@ -48,7 +52,7 @@ from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer
 from accelerando.train.run import choose_directory, default_run_name, finish_run, keep_choice, restore, save, start_run
 from accelerando.train.state import Metric, Run
 from accelerando.train.stop import stoppable
-from accelerando.train.tracking import check_trackers
+from accelerando.train.trackers import check_trackers
 from accelerando.train.weights import load_trained_weights, save_model_folder
 
 if TYPE_CHECKING:
@@ -159,17 +163,18 @@ class Args:
     log_every: int = 50  # optimizer steps between log lines
     log_csv: str | None = None  # CSV with a row for each evaluation, for a spreadsheet
     report_on_train: bool = False  # score the best weights on the training clips too
-    report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, several of them, or none
+    report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, trackio, ...: one, several, or none
     wandb_project: str = "accelerando"  # wandb: project
     wandb_entity: str | None = None  # wandb: user or team
     wandb_name: str | None = None  # wandb: name of the run (default: run_name)
     wandb_group: str | None = None  # wandb: group of runs that belong together
     wandb_tags: tuple[str, ...] = ()  # wandb: tags
     wandb_notes: str | None = None  # wandb: notes
-    experiment_name: str = "accelerando"  # mlflow: experiment
-    push_to_hub: bool = False  # upload best/ to the Hugging Face Hub at the end
+    experiment_name: str = "accelerando"  # experiment or project of the other trackers
+    push_to_hub: bool = False  # upload best/ and the report to the Hugging Face Hub
     hub_repo_id: str | None = None  # where to: user/name
     hub_private: bool = True  # make the repository private
+    hub_strategy: Literal["end", "every_save"] = "end"  # every_save: also the best weights so far, in the background
     config: tuple[str, ...] = ()  # YAML files with any of these settings; the command line wins
 
 
@@ -421,7 +426,8 @@ LOG_CSV = {
 
 def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None:
     """What stands beside the saved weights: the model card."""
-    write_model_card(folder, run, "video-classification", None, USAGE.format(folder=run.directory / "best"))
+    usage = USAGE.format(folder=run.directory / "best")
+    write_model_card(folder, run, "video-classification", None, usage, data_title(args))
 
 
 def write_report(
@@ -544,6 +550,7 @@ def main() -> None:
     )  # fmt: skip
     ema = Ema(optimizer, args.ema_decay)
     restore(run, model, optimizer, schedule, ema)
+    hub = Hub(run, args)
 
     def save_weights(name: str) -> None:
         save_model_folder(
@@ -551,6 +558,7 @@ def main() -> None:
         )
 
     def checkpoint() -> Path:
+        hub.push_soon()
         return save(run, model, optimizer, schedule, ema)
 
     def validate() -> None:
@@ -596,8 +604,8 @@ def main() -> None:
         found = {split: evaluate(model, data, split, run, args) for split in splits if split in data.splits}
     if accelerator.is_main_process:
         write_report(run, model, data, found, args)
-        push_best(run, args.push_to_hub, args.hub_repo_id, args.hub_private)
     finish_run(run)
+    hub.push_at_end()
 
 
 if __name__ == "__main__":

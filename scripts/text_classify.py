@@ -1,3 +1,7 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["accelerando"]
+# ///
 """Fine-tune a text classifier: a transformer (all of it, its head, or LoRA) or a convolutional net.
 
 Rows of text and label come from a JSON list, JSON lines, CSV, Parquet or a `datasets` name; see data/README.md.
@@ -24,7 +28,7 @@ from accelerando.data.splits import stratified_split
 from accelerando.data.tables import TextTable, encode_labels, label_names, read_text_table
 from accelerando.data.tokenizer import open_tokenizer, train_tokenizer
 from accelerando.data.tokens import TokenTable, tokenize_table
-from accelerando.inference.hub import check_push, push_best
+from accelerando.inference.hub import Hub, check_push
 from accelerando.models.cpu import attention_for_cpu, speed_up_dropout
 from accelerando.models.overrides import override_config
 from accelerando.models.pretrained import (
@@ -50,7 +54,7 @@ from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer
 from accelerando.train.run import choose_directory, default_run_name, finish_run, restore, save, short_name, start_run
 from accelerando.train.state import Metric, Run
 from accelerando.train.stop import stoppable
-from accelerando.train.tracking import check_trackers
+from accelerando.train.trackers import check_trackers
 from accelerando.train.weights import load_trained_weights, save_model_folder
 
 if TYPE_CHECKING:
@@ -140,17 +144,18 @@ class Args:
     keep_checkpoints: int = 2  # checkpoints to keep
     log_every: int = 50  # optimizer steps between log lines
     report_on_train: bool = False  # score the best weights on the training rows too
-    report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, several of them, or none
+    report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, trackio, ...: one, several, or none
     wandb_project: str = "accelerando"  # wandb: project
     wandb_entity: str | None = None  # wandb: user or team
     wandb_name: str | None = None  # wandb: name of the run (default: run_name)
     wandb_group: str | None = None  # wandb: group of runs that belong together
     wandb_tags: tuple[str, ...] = ()  # wandb: tags
     wandb_notes: str | None = None  # wandb: notes
-    experiment_name: str = "accelerando"  # mlflow: experiment
-    push_to_hub: bool = False  # upload best/ to the Hugging Face Hub at the end
+    experiment_name: str = "accelerando"  # experiment or project of the other trackers
+    push_to_hub: bool = False  # upload best/ and the report to the Hugging Face Hub
     hub_repo_id: str | None = None  # where to: user/name
     hub_private: bool = True  # make the repository private
+    hub_strategy: Literal["end", "every_save"] = "end"  # every_save: also the best weights so far, in the background
     config: tuple[str, ...] = ()  # YAML files with any of these settings; the command line wins
 
 
@@ -348,8 +353,8 @@ def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None
     usage = USAGE.format(folder=run.directory / "best")
     if args.architecture == "cnn":
         usage = "import accelerando.models.text_cnn  # makes transformers know this model\n" + usage.lstrip()
-    pretrained = not args.from_scratch and args.architecture == "transformer"
-    write_model_card(folder, run, "text-classification", args.model_name if pretrained else None, usage)
+    source = None if args.from_scratch or args.architecture == "cnn" else args.model_name
+    write_model_card(folder, run, "text-classification", source, usage, data_title(args))
 
 
 def write_report(
@@ -444,6 +449,7 @@ def main() -> None:
     )  # fmt: skip
     ema = Ema(optimizer, args.ema_decay)
     restore(run, model, optimizer, schedule, ema)
+    hub = Hub(run, args)
 
     def save_weights(name: str) -> None:
         save_model_folder(
@@ -452,6 +458,7 @@ def main() -> None:
         )  # fmt: skip
 
     def checkpoint() -> Path:
+        hub.push_soon()
         return save(run, model, optimizer, schedule, ema)
 
     def validate() -> None:
@@ -495,8 +502,8 @@ def main() -> None:
         found = {split: evaluate(model, data, split, run, args) for split in splits if split in data.splits}
     if accelerator.is_main_process:
         write_report(run, model, data, found, args)
-        push_best(run, args.push_to_hub, args.hub_repo_id, args.hub_private)
     finish_run(run)
+    hub.push_at_end()
 
 
 if __name__ == "__main__":

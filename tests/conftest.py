@@ -222,7 +222,8 @@ def call_tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 
     def call(tool: ModuleType, *arguments: object, stdin: bytes = b"") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [f"tools/{Path(str(tool.__file__)).name}", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False))
+        given = SimpleNamespace(buffer=io.BytesIO(stdin), isatty=lambda: False, close=lambda: None)  # workers close it
+        monkeypatch.setattr(sys, "stdin", given)
         code = 0
         capsys.readouterr()
         try:

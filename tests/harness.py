@@ -35,6 +35,8 @@ FSDP_ON_CPU = ROOT / "tests" / "fsdp_cpu.py"
 
 # ACCELERANDO_TEST_DEVICE=cuda runs what takes one process on the GPU; see tests/test_gpu.py.
 ON_GPU = os.environ.get("ACCELERANDO_TEST_DEVICE") == "cuda"
+# Processes of the tests import this clone's package, whatever is installed.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])])
 # Many short processes: one thread each is faster than many that wait for each other, and bit-exact comparisons need
 # the same number everywhere.
 ENVIRONMENT = {

@@ -81,6 +81,10 @@ def test_a_change_of_the_document_trains_and_resumes_exactly(
     assert 0 <= results["test"][EXPECTED[name]] <= 1
     for file in ("summary.txt", "metrics.csv", "report.html", "best/README.md", "logs/train.log"):
         assert EXPECTED[name] in (whole / file).read_text(), file
+    words = (whole, "--script", script, "--format", "json")
+    done = launch(ROOT / "tools" / "evaluate.py", *words, cwd=tmp_path)  # no change of ours scores it with its metrics
+    (found,) = json.loads(done.out)["runs"].values()
+    assert found == pytest.approx(results["test"], abs=1e-4)
     process = start(script, *args, "--run_name", "killed", cwd=tmp_path)
     killed = tmp_path / "runs" / "killed"
     assert wait_until(lambda: any(killed.glob("checkpoints/step_0*")), process)

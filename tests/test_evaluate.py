@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from harness import IMAGE, ROOT, launch, run_in_this_process
-from tools import evaluate, predict
+from tools import evaluate, export, predict
 
 METRICS = ("accuracy", "f1_macro", "f1_weighted", "precision_macro", "recall_weighted")
 
@@ -121,6 +121,49 @@ def test_an_ensemble_is_the_mean_of_probabilities(runs: Path, image_set: Path, c
         "ensemble"]["count"]  # fmt: skip
 
 
+def test_runs_are_compared_on_the_same_images(runs: Path, image_set: Path, call, tmp_path: Path) -> None:
+    data = image_set / "raw"
+    right = {}
+    for run in ("a", "b"):
+        assert call(runs / run, "--data", data, "--output_dir", tmp_path / run)[0] == 0
+        right[run] = np.array([row["label"] == row["predicted"] for row in rows_of(tmp_path / run / "predictions.csv")])
+    code, out, _ = call(runs / "a", runs / "b", "--data", data, "--format", "json")
+    (found,) = json.loads(out)["comparisons"]
+    assert code == 0 and found["count"] == 117
+    assert found["only_first"] == (right["a"] & ~right["b"]).sum()
+    assert found["only_second"] == (right["b"] & ~right["a"]).sum()
+    assert found["difference"] == pytest.approx(right["b"].mean() - right["a"].mean())
+    assert "run 2 accuracy" in call(runs / "a", runs / "b", "--data", data)[1]
+
+
+def test_an_export_and_a_copied_script_score_as_the_run(runs: Path, call, tmp_path: Path) -> None:
+    kept = json.loads((runs / "a" / "results.json").read_text())["test"]
+    assert call(runs / "a", "--samples", "4", "--output_dir", tmp_path / "deployed", tool=export)[0] == 0
+    shutil.copytree(tmp_path / "deployed", runs / "a" / "export")
+    code, out, err = call(runs / "a", runs / "a" / "export" / "model.onnx", "--format", "json")
+    assert (code, err) == (0, "")
+    for found in json.loads(out)["runs"].values():
+        for name, value in found.items():
+            assert value == pytest.approx(kept[name], abs=1e-4 if name == "loss" else 1e-9), name
+    code, out, err = call(tmp_path / "deployed")
+    assert code == 2 and "score others with --data" in err
+    source = IMAGE.read_text()
+    line = '    return classification_metrics(found["labels"], found["logits"], found["losses"])'
+    assert source.count(line) == 1
+    more = f'{line} | {{"sure": float(found["logits"].max(axis=1).mean())}}'
+    (tmp_path / "mine.py").write_text(source.replace(line, more))
+    code, out, err = call(
+        runs / "a", "--script", tmp_path / "mine.py", "--format", "json", "--output_dir", tmp_path / "o"
+    )
+    assert code == 0, err
+    (found,) = json.loads(out)["runs"].values()
+    assert found.pop("sure") != 0 and found == pytest.approx(kept, abs=1e-5)
+    own = rows_of(runs / "a" / "predictions_test.csv")
+    assert [row["file"] for row in rows_of(tmp_path / "o" / "predictions.csv")] == [row["file"] for row in own]
+    code, out, err = call(runs / "a", "--script", tmp_path / "mine.py", "--data", tmp_path)
+    assert (code, out) == (2, "") and "scored on its own samples only" in err
+
+
 def test_a_folder_may_lack_classes_but_not_have_others(runs: Path, image_set: Path, call, tmp_path: Path) -> None:
     for name in ("table", "chair"):
         shutil.copytree(image_set / "raw" / name, tmp_path / "new" / name)
@@ -189,7 +232,7 @@ def test_mistakes_end_in_one_line(runs: Path, image_set: Path, call, tmp_path: P
     cases: list[tuple[tuple, str]] = [
         ((), "no run: name one"),
         ((tmp_path / "gone",), "no such folder"),
-        ((text, "--data", data), "a classifier of texts; only those of images are scored here"),
+        ((text, "--data", data), "no tokenizer"),
         ((truncated,), "the model cannot be loaded"),
         ((moved,), "--data_dir says where the run's images lie now"),
         ((alone,), "score others with --data"),

@@ -119,6 +119,12 @@ def test_the_best_mixture_is_what_the_run_scored(train, call) -> None:
     assert scores(call(run / "best", "--format", "json")[1])["loss"] != found["loss"]
 
 
+def test_a_copied_script_scores_as_the_run(run: Path, call, tmp_path: Path) -> None:
+    shutil.copy(HAR, tmp_path / "mine.py")
+    for split in ("test", "validation"):
+        assert_its_own_numbers(run, split, call, "--script", tmp_path / "mine.py")
+
+
 def test_other_data(run: Path, media_set: Path, call, tmp_path: Path) -> None:
     """Class folders and a table of the same files give the same numbers; unreadable ones are named."""
     one = call(run, "--data", media_set / "test", "--format", "json", "--output_dir", tmp_path / "a")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import launch
+from harness import ROOT, launch
 from tasks import TASKS
 from tools import export, predict
 
@@ -85,7 +85,7 @@ def test_every_format_gives_the_outputs_of_the_model(
 ) -> None:
     """ONNX, TorchScript and torch.export on validation samples; usage.py without torch answers as predict.py does."""
     run, target = trained(request, name), tmp_path / "export"
-    kinds = ("onnx", "torchscript", "pt2", "openvino")
+    kinds = ("onnx", "torchscript", "pt2")
     code, out, err = call_tool(
         export, run, "--export_format", *kinds, "--samples", "20", "--tolerance", "1e-5", "--output_dir", target
     )
@@ -120,6 +120,30 @@ def test_every_format_gives_the_outputs_of_the_model(
         rows = [json.loads(line) for line in out.splitlines()]
         answers[model] = [row["gloss"][0]["label"] if task == "sign" else row["label"] for row in rows]
     assert first == answers[target] == answers[run]
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ["text", "gru", "image"])
+def test_openvino_gives_the_outputs_of_the_model(name: str, trained, request, tmp_path) -> None:
+    """In a process of its own: beside all that this one has loaded, OpenVINO's threads have ended it."""
+    pytest.importorskip("openvino")
+    run, target = trained(request, name), tmp_path / "export"
+    flags = (
+        "--export_format",
+        "openvino",
+        "--precision",
+        "float32",
+        "float16",
+        "--samples",
+        "20",
+        "--tolerance",
+        "1e-5",
+    )
+    launch(ROOT / "tools" / "export.py", run, *flags, "--output_dir", target, cwd=tmp_path)
+    facts = json.loads((target / "export.json").read_text())["files"]
+    assert set(facts) == {"model.xml", "model_float16.xml"}
+    assert facts["model.xml"]["largest_difference"] < 1e-5
+    assert facts["model_float16.xml"]["equal_predictions"] >= 0.95
 
 
 @pytest.mark.launch

@@ -148,7 +148,9 @@ def test_the_server_keeps_nothing_of_its_runs(run) -> None:
 
 def test_what_is_read_at_import_is_launched_for_real() -> None:
     server = fork_server()
-    assert server.takes({**server.environment, "PYTHONPATH": "x", "ACCELERATE_USE_CPU": "true"})
+    ours = os.environ["PYTHONPATH"]
+    assert server.takes({**server.environment, "PYTHONPATH": f"{ours}:x", "ACCELERATE_USE_CPU": "true"})
+    assert not server.takes({**server.environment, "PYTHONPATH": "x"})  # another package than the imported one
     assert not server.takes({**server.environment, "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert not server.takes({**server.environment, "PYTHONHASHSEED": "0"})
 

@@ -96,6 +96,34 @@ def test_a_strategy_trains_what_it_names(flags: tuple[str, ...], parts: set[str]
     assert changed(har_here("--max_steps", "3", *flags), base_weights) == parts
 
 
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("--distributed_mode none --batch_size 128 --max_epochs 15 --lr 3e-6", {"batch_size": 128, "epochs": 15, "lr": 3e-6}),
+        ("--distributed_mode ddp --batch_size 64 --output_dir outputs/ddp_training", {"output_dir": "outputs/ddp_training"}),
+        ("--distributed_mode fsdp --batch_size 32 --lr 2e-6", {"lr": 2e-6}),
+        ("--evaluate_only --zero_shot --prompt_template 'a photo of a person {label}'",
+         {"evaluate_only": True, "prompt_templates": ("a photo of a person {label}",)}),
+        ("--distributed_mode ddp --unfreeze_visual --batch_size 64 --max_epochs 20 --lr 1e-6", {"unfreeze_visual": True}),
+        ("--use_mlflow --experiment_name clip_har_experiment",
+         {"report_to": ("mlflow",), "experiment_name": "clip_har_experiment"}),
+        ("--use_wandb --project_name clip_har --group_name experiments",
+         {"report_to": ("wandb",), "wandb_project": "clip_har", "wandb_group": "experiments"}),
+        ("--no_mixed_precision --num_workers 2 --eval_batch_size 128 --unfreeze_text",
+         {"amp": "no", "num_workers": 2, "eval_batch_size": 128, "unfreeze_text": True}),
+    ],
+)  # fmt: skip
+def test_the_guides_commands_are_understood(words: str, settings: dict[str, object]) -> None:
+    """The flags of its `train.py` and `launch_distributed.py`."""
+    import shlex
+
+    from accelerando.base.config import parse_args
+
+    module = script_module(HAR)
+    args = parse_args(module.Args, module.ALIASES, shlex.split(words))
+    assert {name: getattr(args, name) for name in settings} == settings
+
+
 def test_the_guides_flags_name_strategies(har_args, har_here, base_weights) -> None:
     """--unfreeze_visual and --unfreeze_text; nothing is a linear probe; a YAML with the guide's sections."""
     flags = [flag for flag in har_args if flag not in ("--strategy", "full")]

@@ -10,17 +10,15 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import fields
-from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import harness
 import pytest
-from harness import CLIP, HAR, IMAGE, ROOT, SIGN, TEXT, begin, kill, start, wait_until, weights
+from harness import CLIP, ENVIRONMENT, HAR, IMAGE, ROOT, SIGN, TEXT, begin, kill, start, wait_until, weights
+from hub_server import Hub, serve_hub
 from made_data import make_rows, write_json
-from test_trackers import Hub
 
 from accelerando import launch, pipeline
 from accelerando.base.errors import Stopped, UserError
@@ -409,20 +407,18 @@ def test_a_version_is_trained_on_once_and_what_depends_on_a_change_again(
     assert ran(mended) == ["train"]
     assert weights(run / "best") == first and mended["metrics"] == results["metrics"]
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    for name, value in (("HF_ENDPOINT", address), ("HF_TOKEN", "hf_x"), ("HF_HUB_OFFLINE", "0")):
-        monkeypatch.setenv(name, value)
-    Hub.files.clear()
-    pushed = pipe(dataset_version="v2", push_to_hub=True, hub_repo_id="me/model")
-    assert ran(pushed) == ["push"]
-    assert pushed["hub"] == {"repository": "me/model", "url": f"{address}/me/model"}
-    assert Hub.files["model.safetensors"] == first
-    Hub.files.clear()
-    again = pipe(dataset_version="v2", push_to_hub=True, hub_repo_id="me/model")
-    assert ran(again) == [] and not Hub.files and again["hub"] == pushed["hub"]
-    server.shutdown()
+    with serve_hub() as address:
+        for name, value in (("HF_ENDPOINT", address), ("HF_TOKEN", "hf_x"), ("HF_HUB_OFFLINE", "0")):
+            monkeypatch.setenv(name, value)
+            monkeypatch.setitem(ENVIRONMENT, name, value)
+        pushed = pipe(dataset_version="v2", push_to_hub=True, hub_repo_id="me/model")
+        assert ran(pushed) == ["push"]
+        assert pushed["hub"] == {"repository": "me/model", "url": f"{address}/me/model"}
+        ((_, files),) = Hub.commits
+        assert files["model.safetensors"] == first
+        assert files["export/model.onnx"] == (run / "export" / "model.onnx").read_bytes()
+        again = pipe(dataset_version="v2", push_to_hub=True, hub_repo_id="me/model")
+        assert ran(again) == [] and len(Hub.commits) == 1 and again["hub"] == pushed["hub"]
 
 
 @pytest.mark.launch

@@ -60,6 +60,14 @@ def test_every_format_gives_the_same_table(name: str, numbers: bool, tmp_path: P
     assert [names[code] for code in encode_labels(table, names)] == [str(row["label"]) for row in rows]
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.csv", "a.parquet"])
+def test_a_column_is_read_as_one_thing_only(name: str, tmp_path: Path) -> None:
+    source = save(odd_rows(3, 1, False), tmp_path / name)
+    for columns in ({"text_pair_column": "label"}, {"text_pair_column": "text"}, {"label_column": "text"}):
+        with pytest.raises(UserError, match="is named twice"):
+            read_text_table(source, **columns)
+
+
 def test_other_columns_pairs_and_no_labels(tmp_path: Path) -> None:
     rows = [
         {"premise": "a", "hypothesis": "", "gold": "yes", "id": 3},

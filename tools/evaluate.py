@@ -1,33 +1,46 @@
-"""Score trained classifiers of images and videos on labelled ones.
+"""Score trained models on labelled data: their own test data or others, one model or several side by side.
 
   python tools/evaluate.py runs/x                        the run's own test samples
   python tools/evaluate.py runs/x --split validation
-  python tools/evaluate.py runs/x --data data/new --output_dir scores
-  python tools/evaluate.py runs/x_fold0 runs/x_fold1     each one, and both together
+  python tools/evaluate.py runs/x --data data/new.csv --output_dir results
+  python tools/evaluate.py --model_path runs/x --output_dir results
+  python tools/evaluate.py runs/x runs/y                 side by side, with the difference and how sure it is
+  python tools/evaluate.py runs/x runs/x/export/model_int8.onnx
+  python tools/evaluate.py runs/mine --script my_experiment.py    a copied script, with its own metrics
   python tools/evaluate.py runs/mine --import my_module  a model of your own class
-  python tools/evaluate.py runs/har --data films.csv --views 2   a run of clip_har.py
+  python tools/evaluate.py runs/har --data films.csv --views 2    a run of clip_har.py
 
---data is a folder with a folder for each class, with the names of the model's
-classes; some may be missing. For runs of clip_har.py it may have videos, or be
-a table of files and labels, shards, or a data set of `datasets`. Without --data
-the samples are those of the run, and the numbers those of its results.json. Of
-several runs their ensemble is scored too, which is the mean of their
-probabilities.
+A model is a run of any of the five scripts, its best/ or last/, what
+tools/export.py wrote (a folder or an .onnx file), a model folder, or a name on
+the Hub. Without --data the samples are those of the run, and the numbers those
+of its results.json. --data is what the run's script takes:
 
-The loss is that of the run's training (label smoothing, class weights); with
---data it is the plain cross-entropy. An ensemble's loss is the mean over the
-losses of its runs. What cannot be read is left out and named.
+  text        a table with text and label, or a data set of `datasets`
+  signs       a folder of clips with labels.csv, or such a labels file
+  CLIP        shards, a table of captions, or a folder with test/ in it
+  images      a folder with a folder for each class
+  actions     class folders, a table of files and labels, shards, or a
+              data set of `datasets`
+
+The classes are the model's; some may be missing. What cannot be read is left
+out and named. Texts, signs and CLIP are scored by the functions of the run's
+script, so by those of a copy, too, if --script names it.
+
+Of several runs the first one is compared with each of the others on the same
+samples: the difference, an interval for it (paired bootstrap, 95 %), and on
+how many samples only the one or the other is right. Of images and videos their
+ensemble is scored too, which is the mean of their probabilities. Their loss is
+that of the run's training (label smoothing, class weights); with --data it is
+the plain cross-entropy, and an ensemble's is the mean over its runs.
 """
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import json
+import re
 import signal
 import sys
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -35,577 +48,491 @@ import tyro
 
 from accelerando.base.config import Alias, check_ranges, parse_args
 from accelerando.base.errors import UserError, errors_in_one_line
-from accelerando.base.files import cache_folder, check_can_be_made, whole_folder, write_text
-from accelerando.base.log import quiet_libraries
+from accelerando.base.files import check_can_be_made, whole_folder
+from accelerando.base.log import on_terminal, only_warnings, quiet_libraries
 from accelerando.base.model_folder import read_json
-from accelerando.base.processes import command_line
 from accelerando.base.texts import one_line
-from accelerando.data.folders import IMAGES, ImageFiles, class_folders, read_splits
-from accelerando.data.splits import stratified_split
-from accelerando.inference.answers import Computing, answers_of, with_progress
-from accelerando.inference.outputs import open_output, print_first, printable
-from accelerando.inference.runs import model_folder, predicted_files, read_results, read_settings, run_of
-from accelerando.inference.saved import (
-    choose_device,
-    import_user_module,
-    open_image_model,
-    takes_videos,
-    task_of_saved,
-)
-from accelerando.report import page
-from accelerando.report.plots import plot_confusion
-from accelerando.train.accelerator import computes_bf16
+from accelerando.inference.media_scores import evaluate_media
+from accelerando.inference.named import Named, find_named, label_names, precision
+from accelerando.inference.outputs import open_output, printable
+from accelerando.inference.saved import ExportedClip, choose_device, import_user_module, open_saved
+from accelerando.inference.scores import Evaluation, Head, Scores, as_results, table_text, write_files
+from accelerando.inference.scripts import SCRIPT_OF, import_script, load_weights, settings_of_run, trained_by
+from accelerando.train.weights import TORCH_MODULE
 
 if TYPE_CHECKING:
     from types import ModuleType
 
     import numpy as np
-    import torch
+    from accelerate import Accelerator
 
-    from accelerando.data.media import Media
-
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 ALIASES: dict[str, Alias] = {"eval_batch_size": "batch_size", "import": "import_module"}
 Runs = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="RUN [RUN ...]")]
 OURS = ("results.json", "classification_report.txt", "confusion.png", "predictions.csv", "report.html")
-SIDE = 128  # pixels of the longer side of an image in the report
-NAMED = 5  # files left out of a folder that are named
+# The same for several heads and runs.
+ALSO_OURS = r"(classification_report|confusion)(_gloss|_cat)?(_run_\d+)?\.(txt|png)"
+MANY = 2000  # samples; a line says that so many are being scored
+MODEL_OF = {"text": "texts", "sign": "signs", "image": "images", "har": "actions", "clip": "pairs (CLIP)"}
+# The tasks that a flag is for.
+ONLY_FOR = {
+    "data_dir": ("image", "har", "clip"), "media_folder": ("har", "clip", "sign"), "file_column": ("har", "clip"),
+    "text_column": ("text", "clip"), "text_pair_column": ("text",), "label_column": ("text", "har"),
+    "frame_folders": ("har",), "frames": ("har",), "views": ("har",), "tta": ("image", "har"),
+}  # fmt: skip
+OF_DATA = ("media_folder", "file_column", "text_column", "text_pair_column", "label_column", "frame_folders")
 
 
 @dataclass
 class Args:
     # -- what is scored --
-    runs: Runs = ()  # run folders, their best/ or last/, or model folders
-    data: str | None = None  # score this folder of class folders, or table, instead of a split of the run's
+    runs: Runs = ()  # runs, their best/ or last/, exports or .onnx files, model folders, names on the Hub
+    model_path: tuple[str, ...] = ()  # the same, as a flag
+    script: str | None = None  # the script that trained the runs, if it is a copy of one of scripts/
+    data: str | None = None  # score these samples, of the kind that the run's script takes, instead of its own
     split: Literal["test", "validation", "train", "novel"] | None = None  # of the run's (default: test if there is one)
-    data_dir: str | None = None  # where the run's images lie now (default: where they were in training)
-    media_folder: str | None = None  # clip_har: folder of a table's files (default: the table's own)
-    file_column: str | None = None  # clip_har: column of the file in --data (default: as the run's)
-    label_column: str | None = None  # clip_har: column of the label in --data (default: as the run's)
+    data_dir: str | None = None  # where the run's data_dir lies now (default: where it was in training)
+    media_folder: str | None = None  # --data, a table or labels file: folder of what it lists (default: its own)
+    file_column: str | None = None  # --data of clip_har, clip_finetune: column of the file (default: as the run's)
+    text_column: str | None = None  # --data: column of the text, of clip_finetune the caption (default: as the run's)
+    text_pair_column: str | None = None  # --data of text_classify: column of a second text (default: as the run's)
+    label_column: str | None = None  # --data of text_classify, clip_har: column of the label (default: as the run's)
     frame_folders: bool | None = None  # clip_har: folders inside class folders are videos (default: as the run's)
     frames: int | None = None  # clip_har: frames of a video (default: as the run's)
     views: int | None = None  # clip_har: the mean over so many sets of frames (default: as the run's)
     # -- evaluation --
     import_module: str | None = None  # module of yours that defines the model's class, as --import my_module
     trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
-    batch_size: int = 64  # images in one forward pass
-    num_workers: int = 8  # threads that read and decode images
+    batch_size: int = 64  # samples in one forward pass
+    num_workers: int = 8  # threads that read and decode images (CLIP: processes, at most 2)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     amp: Literal["no", "bf16", "fp16"] | None = None  # precision (default: as config.yaml says, if it is fast here)
-    tta: bool | None = None  # the mean over an image and its mirror image (default: as the run was evaluated)
+    tta: bool | None = None  # images: the mean over one and its mirror image (default: as the run was evaluated)
     # -- output --
     format: Literal["table", "json"] = "table"  # what is printed
     output_dir: str | None = None  # write results, report, predictions and confusion matrix into this folder
     overwrite: bool = False  # replace an earlier evaluation there
 
 
-# ------------------------------------------------------------------------------------------------------------- input
+# ------------------------------------------------------------------------------------- the script, its data and model
+
+# Settings with which a script's load_data takes all samples of train_file as they are, to be evaluated.
+ALL_OF_IT = {"validation_fraction": 0.0, "report_on_train": True, "early_stop": None, "scheduler": "constant"}
+NOT_HERE = {"compile_model": False, "report_to": (), "push_to_hub": False, "wise_ft": ()}
+SHAPE = ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size")  # text_classify: from scratch
 
 
 @dataclass
-class Classifier:
-    """A run, or a model folder alone: how it was named, its weights, its classes, its settings (or none), the module
-    of the user's that defines its class, and whether it is a run of clip_har.py."""
+class Part:
+    """A model, the script that scores it, with its settings and data, and what it found in a split."""
 
-    name: str
-    folder: Path
-    label_names: list[str]
-    settings: dict[str, Any]
-    module: ModuleType | None = None
-    takes_videos: bool = False
+    model: Named
+    module: ModuleType
+    settings: Any
+    data: Any
+    split: str
+    found: dict[str, np.ndarray]
 
     @property
-    def noun(self) -> str:
-        """What its samples are called."""
-        return "samples" if self.takes_videos else "images"
+    def dataset(self) -> Any:
+        """The samples that were scored."""
+        return self.data.splits[self.split]
+
+    @property
+    def nouns(self) -> str:
+        """What the samples are called."""
+        return getattr(self.dataset, "unit", "samples")
 
 
-@dataclass
-class Samples:
-    """n labelled images or videos and where they come from; ``classes`` int64 [n], and ``candidates``: the classes
-    among which they are classified, ascending; ``class_weights`` [C] where the run's loss has them."""
-
-    media: Media
-    classes: np.ndarray
-    candidates: np.ndarray
-    split: str  # test, validation, train, novel or data
-    source: Path
-    class_weights: np.ndarray | None = None
+def changed(settings: Any, **changes: Any) -> Any:
+    """``settings`` with those of ``changes`` that the script has: a copy may have lost some."""
+    known = {field.name for field in fields(settings)}
+    return replace(settings, **{name: value for name, value in changes.items() if name in known})
 
 
-def read_classifier(name: str, module: ModuleType | None = None) -> Classifier:
-    """The classifier that ``name`` names, its weights not yet loaded.
+def class_names(model: Named) -> dict[str, list[str]]:
+    """The model's classes by head (text: "", signs: gloss and cat); empty where it keeps none, as a CLIP."""
+    if model.task == "clip" or (model.config.get("model_type") == TORCH_MODULE and "id2label" not in model.config):
+        return {}
+    if model.task == "sign":
+        from accelerando.models.pretrained import open_config
+
+        config = open_config(str(model.folder), local_files_only=True)
+        return {"gloss": list(config.gloss_names), "cat": list(config.cat_names)}
+    return {"": label_names(model)}
+
+
+def settings_for(module: ModuleType, model: Named, names: dict[str, list[str]], args: Args) -> Any:
+    """The script's ``Args``: those of the run, or else what the model's config says, with the model in ``folder`` as
+    the one that the script opens."""
+    folder, plain = str(model.folder), model.config.get("model_type") != TORCH_MODULE
+    settings = settings_of_run(module, model.run) if model.run else module.Args()
+    if model.run is None and model.config.get("model_type") in ("text_cnn", "sign_transformer", "sign_gru"):
+        from accelerando.models.pretrained import open_config
+
+        config = open_config(folder, local_files_only=True)
+        own = {field.name: getattr(config, field.name) for field in fields(settings) if hasattr(config, field.name)}
+        key = getattr(config, "input_key", None)
+        kind = {"text_cnn": {"architecture": "cnn"}, "sign_transformer": {"model": "transformer", "kp_key": key},
+                "sign_gru": {"model": "iv3_gru", "feature_key": key}}[config.model_type]  # fmt: skip
+        settings = changed(settings, **own | kind)
+    workers = 0 if model.task in ("text", "sign") else min(args.num_workers, 2)
+    settings = changed(
+        settings, **NOT_HERE, eval_batch_size=args.batch_size, num_workers=workers,
+        trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
+    if args.split == "train":
+        settings = changed(settings, report_on_train=True)
+    if model.task == "text":
+        settings = changed(settings, tokenizer_name=folder)
+        if plain:
+            settings = changed(settings, model_name=folder, from_scratch=False, strategy="full", **dict.fromkeys(SHAPE))
+        if model.run is None or model.exported:
+            settings = changed(settings, max_length=tokens_at_most(model))
+    elif model.task == "sign":
+        settings = changed(settings, num_gloss=len(names["gloss"]), num_cat=len(names["cat"]), names_csv=None)
+        if model.exported:
+            settings = changed(settings, normalisation="none")  # the graph does it
+    elif model.task == "clip":
+        settings = changed(
+            settings, model_name=folder, image_model=None, text_model=None, image_weights=None, adapter=None,
+            from_scratch=False, scenario="zero_shot",
+        )  # fmt: skip
+    elif model.task == "image":
+        settings = changed(settings, weights=None, model_name=folder if getattr(settings, "model_name", None) else None)
+    return settings
+
+
+def tokens_at_most(model: Named) -> int:
+    """How many tokens of a text an export, or a model without a run, gets: as many as it was made for, up to 512."""
+    from accelerando.data.tokenizer import open_tokenizer
+    from accelerando.models.clip import BEHIND_PADDING
+    from accelerando.models.pretrained import open_config
+
+    if model.exported:
+        return int(read_json(model.folder / "export.json")["max_length"])
+    limits = [512, open_tokenizer(str(model.folder), local_files_only=True).model_max_length]
+    if model.config.get("model_type") != TORCH_MODULE:
+        config = open_config(str(model.folder), local_files_only=True)
+        positions = getattr(config, "max_position_embeddings", None) or 0
+        if positions > 0:  # XLNet's are -1
+            limits.append(positions - (1 + (config.pad_token_id or 0)) * (config.model_type in BEHIND_PADDING))
+    return min(limits)
+
+
+def with_other_data(settings: Any, model: Named, names: dict[str, list[str]], args: Args) -> tuple[Any, str]:
+    """The settings with ``--data`` in place of the run's own data, and the split that it then is for the script."""
+    where, folder = str(args.data), Path(str(args.data))
+    if model.task == "text":
+        sides = [side for side in ("test", "validation", "train") if (folder / side / "dataset_info.json").is_file()]
+        given = {name: getattr(args, name) for name in ("text_column", "text_pair_column", "label_column")}
+        settings = changed(
+            settings, train_file=str(folder / sides[0]) if sides else where, validation_file=None, test_file=None,
+            num_labels=None, **ALL_OF_IT, **{name: column for name, column in given.items() if column},
+        )  # fmt: skip
+        return settings, "train"
+    if model.task == "sign":
+        kind = "keypoints" if settings.model == "transformer" else "features"
+        clips, labels = labelled_clips(folder, args.media_folder, getattr(settings, f"{kind}_train"))
+        check_clips(model, clips, labels, names, settings.kp_key if kind == "keypoints" else settings.feature_key)
+        sides = ("train", "val", "test")
+        none = dict.fromkeys(f"{part}_{side}" for part in ("keypoints", "features") for side in sides)
+        none |= dict.fromkeys(("labels_val_csv", "labels_test_csv")) | {"smoke_test": False}
+        given = {f"{kind}_train": str(clips), "labels_train_csv": str(labels)}
+        return changed(settings, **none | ALL_OF_IT | given), "train"
+    if model.task == "clip":
+        if folder.is_dir() and not any(folder.glob("*.tar")):
+            inside = (folder / side for side in ("test", "validation", "val"))
+            where = str(next((side for side in inside if side.is_dir()), where))
+        given = {"image_column": args.file_column, "caption_column": args.text_column}
+        settings = changed(
+            settings, train_data=None, validation_data=where, test_data=None, data_dir=None, s3_bucket=None,
+            mini_train=False, image_folder=args.media_folder, report_on_train=False,
+            **{name: column for name, column in given.items() if column},
+        )  # fmt: skip
+        return settings, "validation"
+    raise UserError(f"--data: with --script a run of {MODEL_OF[model.task]} is scored on its own samples only")
+
+
+def labelled_clips(path: Path, media_folder: str | None, trained_on: str | None) -> tuple[Path, Path]:
+    """The folder of clips and the labels file that ``--data`` names: the one in the other, or labels alone, of clips
+    beside them or in the run's own folder."""
+    if path.is_dir():
+        sides = ("", "test", "val", "validation")
+        folder = next((path / side for side in sides if (path / side / "labels.csv").is_file()), path)
+        return Path(media_folder) if media_folder else folder, folder / "labels.csv"
+    beside = trained_on is None or any(path.absolute().parent.glob("*.npz"))
+    return Path(media_folder or (path.parent if beside else str(trained_on))), path
+
+
+def check_clips(model: Named, clips: Path, labels: Path, names: dict[str, list[str]], key: str) -> None:
+    """UserError for a gloss or category that the model does not know, and for clips of another kind."""
+    from accelerando.data.sign_clips import read_clip
+    from accelerando.data.sign_labels import read_labels
+    from accelerando.models.pretrained import open_config
+
+    found = read_labels(labels)
+    first, width = clips / f"{found.files[0]}.npz", open_config(str(model.folder), local_files_only=True).input_width
+    if first.is_file() and (there := read_clip(first, key)[0].shape[1]) != width:
+        raise UserError(f"{first}: {key} has {there} numbers per frame, but {model.name} takes {width}")
+    for head, word in (("gloss", "glosses"), ("cat", "categories")):
+        numbers, count = getattr(found, head), len(names[head])
+        odd = ((numbers < 0) | (numbers >= count)).nonzero()[0]
+        if len(odd):
+            known = f"{model.name} knows the {count:,} {word} 0 to {count - 1:,}"
+            raise UserError(f"{labels}: {found.where(int(odd[0]))}: {head} {numbers[odd[0]]}, but {known}")
+
+
+def load_data(module: ModuleType, settings: Any, model: Named, names: dict[str, list[str]], args: Args) -> Any:
+    """What the script's ``load_data`` gives, its classes those of the model.
 
     Raises:
-        UserError: no model there, or none that gives each image one class of several.
+        UserError: it is not there, or has a class that the model does not know.
     """
-    path = Path(name)
-    folder = model_folder(path)
-    if folder != path and (path / "wise_ft" / "config.json").is_file():
-        folder = path / "wise_ft"  # the weights that results.json is about
-    config = read_json(folder / "config.json")
-    if (task := task_of_saved(folder, config, module)) != "image":
-        what = {"text": "texts", "sign": "signs"}[task]
-        raise UserError(f"{name}: a classifier of {what}; only those of images are scored here")
-    if config.get("problem_type") in ("multi_label_classification", "regression"):
-        raise UserError(f"{name}: its problem type is {config['problem_type']}; only one class per image is supported")
-    named = config.get("id2label")
+    if args.data and "" in names and hasattr(module, "label_names"):
+        module.label_names = lambda table: names_for(names[""], table)  # the model's, not those of the samples
+    if args.data and (read := getattr(module, "read_text_table", None)):  # of a set of `datasets` its test split
+        module.read_text_table = lambda source, **how: read(source, **how | {"split": "test"})
     try:
-        labels = [str(named[str(number)]) for number in range(len(named))]
-    except (TypeError, KeyError):
-        raise UserError(f"{folder / 'config.json'}: id2label does not name the classes 0, 1 and so on") from None
-    if len(set(labels)) < max(2, len(labels)):
-        raise UserError(f"{folder / 'config.json'}: id2label names fewer than two classes, or one twice")
-    settings: dict[str, Any] = {}
-    if run := run_of(path):
-        settings = read_settings(run)
-        if settings.get("amp") is None and (run / "results.json").is_file():  # the launcher's config chose it
-            settings["amp"] = read_results(run).get("precision")
-    return Classifier(name.rstrip("/"), folder, labels, settings, module, takes_videos(config))
+        data = module.load_data(settings, accelerator_for(args))
+    except UserError as error:
+        if args.data and "--class_field" in str(error):  # the metadata of these pairs have no such field
+            print(f"no zero-shot classification: {error}", file=sys.stderr)
+            return load_data(module, changed(settings, class_field=None), model, names, args)
+        hint = "" if args.data else f"; these are the data of {model.name}: score others with --data"
+        raise UserError(f"{error}{hint}") from None
+    if model.task == "sign":
+        data.names = names
+    elif "" in names and list(data.label_names) not in (names[""], names_for(names[""])):
+        odd = sorted(set(data.label_names) ^ set(names[""]))
+        who = "the data has" if odd and odd[0] in data.label_names else "the model has"
+        what = f"only {who} {odd[0]!r}" if odd else "they have another order"
+        raise UserError(f"the classes of the data are not those of {model.name}: {what}")
+    return data
 
 
-def own_samples(run: Classifier, split: str | None, data_dir: str | None) -> Samples:
-    """A split of what the run was trained on; by default the test split, or else the validation's.
-
-    Raises:
-        UserError: nothing says where it is, it is there no longer, or it has other classes.
-    """
-    return (own_media if run.takes_videos else own_images)(run, split, data_dir)
-
-
-def own_media(run: Classifier, split: str | None, data_dir: str | None) -> Samples:
-    """:func:`own_samples` of a run of clip_har.py, divided as its ``load_data`` does."""
-    from accelerando.data.media import (
-        at_most_per_class,
-        candidates_of,
-        class_list,
-        of_classes,
-        open_folders,
-        with_held_out,
-        with_novel_apart,
-    )
-    from accelerando.report.results import split_to_show
-
-    settings, names = run.settings, run.label_names
-    where = data_dir or settings.get("data_dir")
-    if settings.get("train_file"):
-        if data_dir:
-            raise UserError(f"--data_dir: {run.name} was trained on {settings['train_file']}; score others with --data")
-        where = settings["train_file"]
-        files = {side: settings.get(f"{side}_file") for side in ("train", "validation", "test")}
-        columns = [settings.get(name) for name in ("media_folder", "file_column", "label_column")]
-        splits = {side: open_table(run, file, side, *columns) for side, file in files.items() if file}
-    elif not where:
-        raise UserError(f"{run.name}: no config.yaml that names its data; score others with --data")
-    elif not Path(where).is_dir():
-        whose = "--data_dir" if data_dir else f"the data_dir of {run.name}"
-        raise UserError(f"{where}: no such folder ({whose}); --data_dir says where the run's samples lie now")
-    else:
-        splits = open_folders(Path(where), settings.get("fold", 0), bool(settings.get("frame_folders")))
-    chosen = bool(settings.get("class_names"))
-    found = splits["train"].class_names()
-    if set(found) != set(names) and not chosen:
-        differ = sorted(set(found) ^ set(names))[0]
-        who = "the data" if differ in found else "the model"
-        raise UserError(f"{where}: its classes are not those of {run.name}: only {who} has {differ!r}; split again?")
-    seed = settings["seed"]
-    splits = {side: of_classes(media, names, side, chosen) for side, media in splits.items()}
-    held_out = {side: settings.get(f"{side}_fraction") or 0 for side in ("test", "validation")}
-    with contextlib.redirect_stdout(sys.stderr):  # its lines of progress
-        splits = with_held_out(splits, names, held_out, seed)
-    last = split_to_show(splits)
-    if novel := class_list(settings.get("novel_classes") or (), names, seed):
-        splits = with_novel_apart(splits, names, novel, last)
-    most = min(settings.get("shots") or 2**62, settings.get("max_samples_per_class") or 2**62)
-    if most < 2**62:
-        train = splits["train"]
-        splits["train"] = train.take(at_most_per_class(train.classes(names), most, seed))
-    split = split or last
-    if split not in splits:
-        raise UserError(f"{where}: {run.name} has no split {split}; it has {', '.join(splits)}")
-    media = splits[split]
-    return Samples(media, media.classes(names), candidates_of(split, names, novel), split, Path(where))
+def names_for(names: list[str], table: Any = None) -> list[str]:
+    """The names of a model's classes as they stand in a table: numbers, if the model calls its classes LABEL_0 and so
+    on, as transformers does with classes that have no names."""
+    numbers = [f"LABEL_{number}" for number in range(len(names))] == names
+    if numbers and (table is None or not str(table.labels.type).endswith("string")):
+        return [str(number) for number in range(len(names))]
+    return names
 
 
-def open_table(
-    run: Classifier, where: str, split: str, folder: str | None, file_column: str | None, label_column: str | None
-) -> Media:
-    """The samples of a table, shards or a data set of `datasets`, as clip_har.py reads them."""
-    from accelerando.data.media import open_media
+def accelerator_for(args: Args) -> Accelerator:
+    """One process on the device that was asked for; the precision is set around the evaluation."""
+    import torch
+    from accelerate import Accelerator
 
-    cache, most = cache_folder(run.settings.get("cache_dir")), run.settings.get("cache_gb", 50.0)
-    return open_media(where, split, cache, most, folder, file_column or "image", label_column or "label")
-
-
-def own_images(run: Classifier, split: str | None, data_dir: str | None) -> Samples:
-    """:func:`own_samples` of a run of image_classify.py."""
-    import numpy as np
-
-    if not run.settings.get("data_dir"):
-        raise UserError(f"{run.name}: no config.yaml that names its images; score others with --data")
-    folder, fold = Path(data_dir or run.settings["data_dir"]), run.settings.get("fold", 0)
-    weighted = bool(run.settings.get("class_weights"))
-    if not folder.is_dir():
-        whose = "--data_dir" if data_dir else f"the data_dir of {run.name}"
-        raise UserError(f"{folder}: no such folder ({whose}); --data_dir says where the run's images lie now")
-    wanted = {split or "test", *(["train"] if weighted else [])}
-    classes, sides = read_splits(folder, fold, wanted=sorted(wanted))
-    split = split or ("test" if "test" in sides else "validation")
-    fraction = float(run.settings.get("validation_fraction") or 0)
-    divided = fraction and (weighted or split != "test")  # its training images may have been divided
-    if divided or split not in sides:
-        wanted |= {split, "train", "validation"} if divided else {split}
-        classes, sides = read_splits(folder, fold, wanted=sorted(wanted))
-    if divided and "validation" not in sides and "train" in sides:  # as the script holds them out
-        images = sides["train"]
-        kept, held_out = stratified_split(images.classes, fraction, run.settings["seed"])
-        sides = {**sides, "train": images.take(kept), "validation": images.take(held_out)}
-    if split not in sides:
-        raise UserError(f"{folder}: there is no {split} set; it has {', '.join(sides) or 'none of those asked for'}")
-    if set(classes) != set(run.label_names):
-        differ = sorted(set(classes) ^ set(run.label_names))[0]
-        who = "the data" if differ in classes else "the model"
-        raise UserError(f"{folder}: its classes are not those of {run.name}: only {who} has {differ!r}; split again?")
-    weights = None
-    if weighted:
-        counts = np.bincount(_samples_of(sides["train"], list(classes), run, "train").classes, minlength=len(classes))
-        weights = counts.sum() / (len(counts) * np.maximum(counts, 1))
-    return _samples_of(sides[split], list(classes), run, split, weights)
+    device = choose_device(args.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return Accelerator(cpu=device.type == "cpu")
 
 
-def _samples_of(
-    files: ImageFiles, class_names: list[str], run: Classifier, split: str, class_weights: np.ndarray | None = None
-) -> Samples:
-    """``files``, whose classes are numbered as in ``class_names``, with the numbers that the model has for them."""
-    import numpy as np
-
-    from accelerando.data.media import media_files
-
-    labels = [class_names[number] for number in files.classes.tolist()]
-    media = media_files(files.folder, files.names.to_pylist(), labels)
-    every = np.arange(len(run.label_names))
-    return Samples(media, media.classes(run.label_names), every, split, files.folder, class_weights)
-
-
-def other_samples(runs: list[Classifier], args: Args) -> list[Samples]:
-    """The samples of ``--data``, with each run's numbers; files left out are named on stderr.
+def open_net(module: ModuleType, settings: Any, data: Any, model: Named, own: ModuleType | None) -> Any:
+    """The model with its weights, as the script builds it; or an export's graph; ``own``: the module of ``--import``.
 
     Raises:
-        UserError: nothing there, no samples in it, or a class that a model does not know.
+        UserError: the weights are missing, damaged or of another model.
     """
-    import numpy as np
+    from transformers import AutoModel, AutoModelForSequenceClassification
 
-    from accelerando.data.media import MEDIA, media_files
-    from accelerando.data.table_formats import table_suffix
+    from accelerando.inference.saved import quiet_loading
 
-    where, settings, videos = str(args.data), runs[0].settings, all(run.takes_videos for run in runs)
-    folder = Path(where)
-    listed = bool("://" in where or table_suffix(where) or where.endswith(".tar") or any(folder.glob("*.tar"))
-                  or (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file())  # fmt: skip
-    if listed and not videos:
-        raise UserError(f"--data {where}: only runs of clip_har.py are scored on it; name a folder of class folders")
-    given = {"a table": ("media_folder", "file_column", "label_column"), "class folders": ("frame_folders",)}
-    for name in given["class folders" if listed else "a table"]:
-        if getattr(args, name) is not None:
-            raise UserError(f"--{name} has no effect: --data {where} is {'no folder of' if listed else 'a folder of'} "
-                            "class folders")  # fmt: skip
-    if listed:
-        columns = (getattr(args, name) or settings.get(name) for name in ("file_column", "label_column"))
-        media = open_table(runs[0], where, "test", args.media_folder, *columns)
-    else:
-        if (folder / "splits").is_dir() and (folder / "raw").is_dir():
-            raise UserError(f"--data {folder}: holds raw and splits; its class folders are in {folder / 'raw'}, and "
-                            f"--data_dir {folder} scores a split of it")  # fmt: skip
-        left_out: list[str] = []
-        whole = bool(settings.get("frame_folders")) if args.frame_folders is None else args.frame_folders
-        wanted = replace(MEDIA, whole_folders=whole) if videos else IMAGES
-        found = class_folders(folder, lambda name, why: left_out.append(f"{folder / name}: {why}"), wanted)
-        print_first(left_out, "left out", NAMED)
-        labels = [name for name, files in found.items() for _ in files]
-        media = media_files(folder, [name for files in found.values() for name in files], labels, wanted.whole_folders)
-    for run, name in ((run, name) for run in runs for name in media.class_names()):
-        if name not in run.label_names:
-            close = difflib.get_close_matches(name, run.label_names, n=1)
-            known = ", ".join(run.label_names[:8]) + (", ..." if len(run.label_names) > 8 else "")
-            hint = f"did you mean {close[0]}?" if close else f"it knows {known}"
-            place = f"--data {where}" if listed else folder / name
-            raise UserError(f"{place}: {run.name} has no class {name!r}; {hint}")
-    every = np.arange(len(runs[0].label_names))
-    return [Samples(media, media.classes(run.label_names), every, "data", folder) for run in runs]
+    quiet_loading()
+    if model.exported and model.task == "clip":
+        return ExportedClip(model.folder, model.onnx_file, data.preprocessing.colours)
+    alone = model.run is None and model.config.get("model_type") == TORCH_MODULE  # whose class --import has to bring
+    if model.exported or alone or (own is not None and model.task in ("text", "sign")):
+        if model.task == "text":
+            padding = read_json(model.folder / "export.json")["padding"] if model.exported else {}
+            data.collate.pad_token_id = padding.get("pad_id", data.collate.pad_token_id)
+            data.collate.left = padding.get("direction") == "left"
+        kind = AutoModel if model.task == "sign" else AutoModelForSequenceClassification
+        trust_remote_code = getattr(settings, "trust_remote_code", False)
+        return open_saved(kind, model.folder, own, trust_remote_code, model.onnx_file)
+    return None
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------------------------- evaluation
 
 
-@dataclass
-class Score:
-    """Of the r samples that could be read: their ``rows`` [r], ``labels`` int [r], ``logits`` float32 [r, C] and
-    ``losses`` float32 [r]."""
-
-    rows: np.ndarray
-    labels: np.ndarray
-    logits: np.ndarray
-    losses: np.ndarray
-
-
-def score(run: Classifier, samples: Samples, args: Args) -> Score:
-    """The run's answers for all samples.
+def score_with_script(model: Named, args: Args, own: ModuleType | None) -> Part:
+    """What the script that trained ``model`` finds in its samples, or in ``--data``.
 
     Raises:
-        UserError: the weights cannot be loaded, or none of the samples can be read.
+        UserError: the samples or the weights cannot be had, or the model returns NaN.
     """
     import numpy as np
-
-    media, device = samples.media, choose_device(args.device)
-    opened = open_image_model(run.folder, device, run.module, args.trust_remote_code)
-    tta = bool(run.settings.get("tta")) if args.tta is None else args.tta
-    how = Computing(args.batch_size, args.num_workers, tta, precision(args.amp, run.settings.get("amp"), device),
-                    frames=args.frames or run.settings.get("frames") or 8,
-                    views=args.views or run.settings.get("views") or 1)  # fmt: skip
-    answers = answers_of(opened, ((media.place(row), partial(media.open, row)) for row in range(len(media))), how)
-    logits, sound = np.zeros((len(media), len(run.label_names)), np.float32), np.zeros(len(media), bool)
-    row = 0
-    with contextlib.closing(answers):
-        for batch in with_progress(answers, len(media), Path(run.name).name, noun=run.noun):
-            rows = row + np.flatnonzero([fault is None for fault in batch.faults])
-            logits[rows], sound[rows] = batch.logits.numpy(), True
-            row += len(batch.names)
-    if not sound.any():
-        raise UserError(f"{samples.source}: none of the {len(media):,} {run.noun} can be read")
-    labels = samples.classes[sound]
-    return Score(np.flatnonzero(sound), labels, logits[sound], losses_of(run, samples, logits[sound], labels))
-
-
-def precision(asked: str | None, trained: str | bool | None, device: torch.device) -> str:
-    """no, bf16 or fp16: what was asked for, or what the run was trained in, if this machine computes it.
-
-    Raises:
-        UserError: fp16 was asked for on a CPU.
-    """
-    fast = {"bf16": computes_bf16(), "fp16": device.type != "cpu"}
-    if asked is not None:
-        if asked == "fp16" and device.type == "cpu":
-            raise UserError("--amp fp16 needs a GPU: --amp bf16 is the mixed precision of a CPU, --amp no the full one")
-        return asked
-    if trained == "auto":
-        return next((kind for kind in ("bf16", "fp16") if fast[kind]), "no")
-    return trained if fast.get(trained) else "no"
-
-
-def losses_of(run: Classifier, samples: Samples, logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The cross-entropy of each sample among its candidates, float32 [r]: as in training, or plain where the samples
-    are not the run's."""
     import torch
 
-    smoothing = float(run.settings.get("label_smoothing") or 0) if samples.split != "data" else 0.0
-    weight = None if samples.class_weights is None else torch.from_numpy(samples.class_weights).float()
-    labels, logits = among(samples, labels, logits)
-    return torch.nn.functional.cross_entropy(
-        torch.from_numpy(logits).float(), torch.from_numpy(labels), weight, reduction="none", label_smoothing=smoothing
-    ).numpy()
+    from accelerando.report.results import split_to_show
+    from accelerando.train.state import Run, TrainState
+
+    module = import_script(Path(args.script) if args.script else SCRIPTS / SCRIPT_OF[model.task])
+    if not args.data and model.run is None:
+        raise UserError(f"{model.name}: no config.yaml that names its data; score others with --data")
+    names = class_names(model)
+    settings, split = settings_for(module, model, names, args), args.split
+    if args.data:
+        settings, split = with_other_data(settings, model, names, args)
+    elif args.data_dir:
+        if not getattr(settings, "data_dir", None):
+            raise UserError(f"--data_dir: {model.name} was not trained on a data_dir; score others with --data")
+        if not Path(args.data_dir).is_dir():
+            raise UserError(f"--data_dir {args.data_dir}: no such folder")
+        settings = replace(settings, data_dir=args.data_dir)
+    data = load_data(module, settings, model, names, args)
+    splits = data.galleries if hasattr(data, "galleries") else data.splits
+    split = split or split_to_show(splits)
+    if split not in splits:
+        raise UserError(f"{model.name} has no split {split}; it has {', '.join(splits)}")
+    accelerator = accelerator_for(args)
+    net = open_net(module, settings, data, model, own)
+    if net is None:
+        net = module.build_model(settings, data, accelerator)
+        load_weights(accelerator, net, model.folder)
+    net = net.to(accelerator.device).eval()
+    amp = "no" if model.exported else precision(args.amp, model.trained_precision, accelerator.device)
+    kind = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    run = Run(model.run or model.folder, accelerator, settings, TrainState(), module.METRICS)
+    if not on_terminal() and len(data.splits[split]) > MANY:  # where there is no progress bar
+        print(f"scoring {model.name} on {len(data.splits[split]):,} samples", file=sys.stderr)
+    with torch.autocast(accelerator.device.type, kind, enabled=amp != "no"):
+        found = module.evaluate(net, data, split, run, settings)
+    for name, values in found.items():
+        if (name.endswith("logits") or name in ("image", "text")) and np.isnan(values).any():
+            raise UserError(f"{model.name}: the model returns NaN: its weights are corrupted")
+    return Part(model, module, settings, data, split, found)
 
 
-def among(samples: Samples, labels: np.ndarray, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """``labels`` [r] and ``logits`` [r, C] as places among, and of, the candidates."""
+def scores_of(part: Part) -> Scores:
+    """The metrics of the script, and what of them is compared between models."""
     import numpy as np
 
-    return np.searchsorted(samples.candidates, labels), logits[:, samples.candidates]
+    from accelerando.report.retrieval import pair_ranks
+    from accelerando.train.state import Run, TrainState
+    from accelerando.train.tracking import as_floats
+
+    module, data, found = part.module, part.data, part.found
+    metrics = as_floats(module.score(found, data, part.split, part.settings))
+    written = dict(Run(part.model.folder, None, part.settings, TrainState(), module.METRICS).written(metrics))
+    heads = heads_of(part)
+    right = {head.called("accuracy"): head.logits.argmax(axis=1) == head.labels for head in heads}
+    columns: dict[str, Any] = {}
+    count = len(heads[0].labels) if heads else len(part.dataset)
+    if part.model.task == "clip":
+        gallery, readable = data.galleries[part.split], found["readable"]
+        count, ranks = int(readable.sum()), pair_ranks(found, gallery)
+        for way, of in (("image_to_text", gallery.image_of), ("text_to_image", gallery.text_of)):
+            _, first = np.unique(of[readable], return_index=True)  # each image, or caption, once
+            right[f"{way}_r1"], columns[f"{way}_rank"] = ranks[way][first] == 1, ranks[way].tolist()
+    # A copy may measure something else under the same name.
+    right = {name: which for name, which in right.items() if abs(metrics.get(name, -1) - which.mean()) < 1e-6}
+    return Scores(part.model.name, metrics, count, heads, right, written, columns)
 
 
-def metrics_of(run: Classifier, samples: Samples, found: Score) -> dict[str, float]:
-    """The metrics that the run's own script has for a split."""
-    from accelerando.report.metrics import classification_metrics, top_k_accuracy
-
-    labels, logits = among(samples, found.labels, found.logits)
-    metrics = classification_metrics(labels, logits, found.losses)
-    if run.takes_videos:
-        metrics["top3_accuracy"] = top_k_accuracy(labels, logits, min(3, logits.shape[1]))
-    if logits.shape[1] < len(run.label_names):
-        metrics["accuracy_among_all"] = float((found.logits.argmax(1) == found.labels).mean())
-    return metrics
+def heads_of(part: Part) -> list[Head]:
+    """The classes and logits that the script found, of each head whose classes it names."""
+    data, found = part.data, part.found
+    if isinstance(named := getattr(data, "names", None), dict):
+        there = {head: names for head, names in named.items() if f"{head}_logits" in found}
+        return [Head(head, names, found[head], found[f"{head}_logits"]) for head, names in there.items()]
+    if {"labels", "logits"} <= found.keys() and hasattr(data, "label_names"):
+        return [Head("", list(data.label_names), found["labels"], found["logits"])]
+    return []
 
 
-def in_all(scores: list[Score]) -> list[Score]:
-    """The scores of the samples that every run could read, whose decoders may differ."""
+def sample_columns(part: Part) -> dict[str, list[str]]:
+    """What the samples are called in the table of predictions: texts, files, or images and captions."""
     import numpy as np
 
-    kept = scores[0].rows
-    for found in scores[1:]:
-        kept = np.intersect1d(kept, found.rows)
-    places = [np.searchsorted(found.rows, kept) for found in scores]
-    return [
-        Score(kept, found.labels[at], found.logits[at], found.losses[at])
-        for found, at in zip(scores, places, strict=True)
-    ]
+    rows = part.found["row"] if "row" in part.found else range(len(part.dataset))
+    if part.model.task == "clip":
+        pairs = np.flatnonzero(part.found["readable"]).tolist()
+        texts = [" ".join(part.dataset.read(row)[1].decode("utf-8", "replace").split()) for row in pairs]
+        return {"image": [printable(part.dataset.where(row)) for row in pairs], "caption": texts}
+    if part.model.task == "text":
+        return {"text": [part.data.tables[part.split].text(row) for row in rows]}
+    names = part.dataset.names
+    return {"file": [str(names[row]) for row in rows]}
 
 
-def ensemble(runs: list[Classifier], samples: list[Samples], scores: list[Score]) -> Score:
-    """The mean of the runs' probabilities, as logits, for the classes in the order of the first run."""
-    import numpy as np
+def check_same_samples(parts: list[Part]) -> None:
+    """UserError where models would be compared on different samples."""
+    from accelerando.data.digest import digest_of
 
-    from accelerando.report.predictions import probabilities
+    def labels(part: Part) -> list[list[str]]:
+        return [[head.label_names[number] for number in head.labels.tolist()] for head in heads_of(part)]
 
-    first = scores[0]
-    order = [[run.label_names.index(name) for name in runs[0].label_names] for run in runs]
-    together = [probabilities(found.logits)[:, columns] for found, columns in zip(scores, order, strict=True)]
-    # Zero probability would be an infinite loss.
-    logits = np.log(np.maximum(np.mean(together, axis=0), np.finfo(np.float32).tiny)).astype(np.float32)
-    losses = [
-        losses_of(run, own, logits[:, np.argsort(columns)], found.labels)
-        for run, own, found, columns in zip(runs, samples, scores, order, strict=True)
-    ]
-    return Score(first.rows, first.labels, logits, np.mean(losses, axis=0))
+    def samples(part: Part) -> Any:
+        if part.model.task == "text":
+            table = part.data.tables[part.split]
+            return [table.texts.to_pylist(), table.pairs and table.pairs.to_pylist()]
+        if part.model.task == "clip":
+            facts = {name: value for name, value in digest_of(part.dataset).items() if name != "times"}
+            return [facts, part.found["readable"].tolist()]
+        return sample_columns(part)
 
-
-def check_same_samples(runs: list[Classifier], samples: list[Samples]) -> None:
-    """UserError where runs would be scored on different samples or have different classes."""
-    import numpy as np
-
-    first, one = runs[0], samples[0]
-    for run, own in zip(runs[1:], samples[1:], strict=True):
-        if set(run.label_names) != set(first.label_names):
-            odd = sorted(set(run.label_names) ^ set(first.label_names))[0]
-            raise UserError(f"{run.name} and {first.name} have different classes ({odd!r}): score them one by one")
-        names, firsts = np.array(run.label_names, object), np.array(first.label_names, object)
-        same = own.source.resolve() == one.source.resolve() and own.media.names.equals(one.media.names)
-        same = same and (names[own.classes] == firsts[one.classes]).all()
-        if own.split != one.split or not same or {*names[own.candidates]} != {*firsts[one.candidates]}:
-            hint = "score them one by one, or on --split test" if own.split in ("validation", "train") else "use --data"
-            raise UserError(f"{run.name} and {first.name} have different {own.split} {run.noun}: {hint}")
+    first = parts[0]
+    for part in parts[1:]:
+        if part.split != first.split or samples(part) != samples(first) or labels(part) != labels(first):
+            raise UserError(
+                f"{part.model.name} and {first.model.name} have different {first.split} {first.nouns}: use --data, or "
+                "score them one by one"
+            )
 
 
-def warn_of_other_samples(run: Classifier, samples: Samples, found: Score) -> None:
-    """Warns where these are not the samples that the run itself scored: it may have been trained on some of them."""
-    path = run.folder.parent / f"predictions_{samples.split}.csv"
-    before = None if samples.split == "data" else predicted_files(path.parent, samples.split)
-    if before is None:
-        return
-    now = set(samples.media.names.take(found.rows).to_pylist())
-    if odd := sorted(before ^ now):
-        change = "is new" if odd[0] in now else "is missing"
-        print(
-            f"warning: {len(odd):,} {samples.split} {run.noun} differ from those in {path} ({one_line(odd[0])} "
-            f"{change}): if the data was split again, the run may have been trained on some",
-            file=sys.stderr,
-        )
+def source_of(part: Part) -> str:
+    """Where the samples are from: a file or folder."""
+    settings, split, data = part.settings, part.split, part.data
+    if part.model.task == "text" and hasattr(data, "tables"):
+        return str(data.tables[split].source)
+    if part.model.task == "sign" and not settings.smoke_test and hasattr(part.module, "folders"):
+        folders = part.module.folders(settings)
+        return str(folders.get(split, folders["train"])[0])
+    if part.model.task == "clip" and hasattr(part.module, "locations"):
+        places = part.module.locations(settings)
+        return places.get(split, places["train"])
+    return str(getattr(settings, "data_dir", None) or "made samples")
 
 
-# ------------------------------------------------------------------------------------------------------------ output
+def warn_of_other_count(part: Part, count: int) -> None:
+    """Warns where the run itself scored another number of samples: it may have been trained on some of these."""
+    path = part.model.run / "results.json"
+    before = read_json(path).get(part.split, {}).get("count", count) if path.is_file() else count
+    if before != count:
+        print(f"warning: {part.split} has {count:,} {part.nouns}, {before:,} in {path}: the data has changed, and the "
+              "run may have been trained on some of them", file=sys.stderr)  # fmt: skip
 
 
-def results_of(
-    runs: list[Classifier], samples: list[Samples], scores: list[Score], together: Score | None
-) -> dict[str, Any]:
-    """What ``results.json`` holds: the metrics of each run under ``runs``, and those of the ``ensemble``."""
-    from accelerando.report.metrics import confusion_matrix
+def evaluate_with_scripts(models: list[Named], args: Args, own: ModuleType | None) -> Evaluation:
+    """The scores of models by the functions of the scripts that trained them; ``own``: the module of ``--import``."""
+    from accelerando.report import page
+    from accelerando.report.retrieval import retrieval_examples, rows_of_examples
 
-    def metrics(run: Classifier, own: Samples, found: Score) -> dict[str, float]:
-        return {**metrics_of(run, own, found), "count": len(found.rows)}
-
-    last = together or scores[0]
-    matrix = confusion_matrix(last.labels, last.logits.argmax(axis=1), len(runs[0].label_names))
-    return {
-        "data": printable(str(samples[0].source)),
-        "split": samples[0].split,
-        "of": runs[0].noun,
-        "runs": {run.name: metrics(run, own, found) for run, own, found in zip(runs, samples, scores, strict=True)},
-        **({"ensemble": metrics(runs[0], samples[0], together)} if together else {}),
-        "left_out": len(samples[0].media) - len(last.rows),
-        "label_names": runs[0].label_names,
-        "confusion_matrix": matrix.tolist(),
-        "command": command_line(),
-    }
-
-
-def columns_of(results: dict[str, Any], titles: list[str]) -> dict[str, dict[str, float]]:
-    """The metrics of each run under its title, and of the ensemble."""
-    columns = dict(zip(titles, results["runs"].values(), strict=True))
-    return columns | ({"ensemble": results["ensemble"]} if "ensemble" in results else {})
-
-
-def metric_names(values: dict[str, float]) -> list[str]:
-    """The metrics among the entries of a split's results, in their order."""
-    return [name for name, value in values.items() if name != "count" and isinstance(value, float)]
-
-
-def described(results: dict[str, Any]) -> str:
-    """What was scored, in one line."""
-    count = next(iter(results["runs"].values()))["count"]
-    what = "of --data" if results["split"] == "data" else f"{results['split']} split"
-    unread = f", {results['left_out']:,} more cannot be read" if results["left_out"] else ""
-    return f"{count:,} {results['of']} of {results['data']} ({what}){unread}"
-
-
-def table_text(results: dict[str, Any]) -> str:
-    """The result on one screen: what was scored, the metrics, and notes on them."""
-    import textwrap
-
-    from accelerando.report.results import aligned_table
-
-    names = list(results["runs"])
-    several = len(names) > 1
-    titles = [f"run {number}" for number in range(1, len(names) + 1)] if several else [results["split"]]
-    lines = [f"{title}  {name}" for title, name in zip(titles, names, strict=True)] if several else names
-    columns = columns_of(results, titles)
-    texts = {title: {name: f"{values[name]:.4f}" for name in metric_names(values)} for title, values in columns.items()}
-    lines += [described(results), "", aligned_table(metric_names(columns[titles[0]]), texts)]
-    counts = zip(results["label_names"], results["confusion_matrix"], strict=True)
-    if absent := [name for name, row in counts if not sum(row)]:
-        note = f"None of the {results['of']} is of {', '.join(absent)}; the macro means count such a class as 0."
-        lines += ["", *textwrap.wrap(note, 80)]
-    return "\n".join(lines)
-
-
-def write_results(folder: Path, samples: Samples, results: dict[str, Any], last: Score) -> None:
-    """Writes the files of an evaluation into the new folder ``folder``; predictions, confusion matrix and report are
-    of ``last``, which is the ensemble where there are several runs."""
-    import numpy as np
-
-    from accelerando.report.metrics import report_text
-    from accelerando.report.predictions import probabilities, write_predictions
-
-    folder.mkdir(parents=True)
-    names, matrix = results["label_names"], np.array(results["confusion_matrix"])
-    write_text(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    write_text(folder / "classification_report.txt", report_text(matrix, names))
-    plot_confusion(matrix, names, folder / "confusion.png")
-    files = samples.media.names.take(last.rows).to_pylist()
-    write_predictions(folder / "predictions.csv", files, names, probabilities(last.logits), last.labels)
-    write_page(folder / "report.html", samples, results, last)
-
-
-def write_page(path: Path, samples: Samples, results: dict[str, Any], last: Score) -> None:
-    """``report.html``: the figures, the confusion matrix, each class, and the worst mistakes as images."""
-    import numpy as np
-
-    from accelerando.data.decode import small_jpeg
-    from accelerando.data.media import thumbnail
-    from accelerando.report.metrics import per_class
-    from accelerando.report.predictions import worst_mistakes
-
-    names, matrix = results["label_names"], np.array(results["confusion_matrix"])
-    worst = worst_mistakes(last.labels, last.logits, names)
-    for mistake in worst:
-        row = int(last.rows[mistake["row"]])
-        mistake["text"] = samples.media.names[row].as_py()
-        if (pixels := thumbnail(samples.media.open(row), SIDE)) is not None:
-            mistake["image"] = small_jpeg(pixels, SIDE)
-    columns = columns_of(results, [Path(name).name for name in results["runs"]])
-    who, shown = list(columns.items())[-1]
-    tiles = [
-        ("accuracy", f"{100 * shown['accuracy']:.2f} %", f"{shown['count']:,} {results['of']}"),
-        ("F1 (macro)", f"{shown['f1_macro']:.4f}", f"{len(names)} classes"),
-    ]
-    values = per_class(matrix)
-    rows = [(name, *(column[name] for column in columns.values())) for name in metric_names(shown)]
-    blocks = [
-        page.headline(tiles),
-        page.table(["metric", *columns], rows, title="Metrics"),
-        page.confusion(matrix, names, title=f"Confusion matrix, {who}"),
-        page.per_class(names, *(values[name] for name in ("precision", "recall", "f1", "support"))),
-        page.mistakes(worst),
-        page.command(results["command"], title="Repeat it"),
-    ]  # fmt: skip
-    page.write_report(path, f"Evaluation of {', '.join(results['runs'])}", described(results), blocks)
+    with only_warnings():
+        parts = [score_with_script(model, args, own) for model in models]
+        scores = [scores_of(part) for part in parts]
+    first = parts[0]
+    if len(parts) > 1:
+        check_same_samples(parts)
+    for part, found in zip(parts, scores, strict=True):
+        if not args.data:
+            warn_of_other_count(part, found.count)
+    source, split = source_of(first), "data" if args.data else first.split
+    columns = sample_columns(first) if args.output_dir else {}
+    evaluation = Evaluation(
+        source, split, first.nouns, scores, columns, left_out=len(first.dataset) - scores[0].count
+    )  # fmt: skip
+    if first.model.task == "clip" and args.output_dir:
+        titles = evaluation.titles
+        found = {title: retrieval_examples(part.found, part.data.galleries[part.split])
+                 for title, part in zip(titles, parts, strict=True)}  # fmt: skip
+        evaluation.blocks = [page.retrieval(rows_of_examples(first.dataset, found))]
+    return evaluation
 
 
 # -------------------------------------------------------------------------------------------------------------- main
@@ -614,15 +541,16 @@ def write_page(path: Path, samples: Samples, results: dict[str, Any], last: Scor
 def check_args(args: Args) -> None:
     """UserError for what can be wrong before anything is loaded."""
     check_ranges(args, num_workers=(1, 1024), frames=(1, 1024), views=(1, 64))
-    if not args.runs:
+    names = (*args.runs, *args.model_path)
+    if not names:
         raise UserError("no run: name one, or several, as in: python tools/evaluate.py runs/x")
     if args.data and (args.split or args.data_dir):
         flag = "--split" if args.split else "--data_dir"
         raise UserError(f"{flag} chooses among a run's own samples, --data names others: drop one")
-    for name in ("media_folder", "file_column", "label_column", "frame_folders"):
+    for name in OF_DATA:
         if getattr(args, name) is not None and not args.data:
             raise UserError(f"--{name} says how --data is read, which is not given")
-    if len({Path(name).resolve() for name in args.runs}) < len(args.runs):
+    if len({Path(name).resolve() for name in names}) < len(names):
         raise UserError("a run is named twice")
     if args.output_dir is None:
         return
@@ -630,41 +558,55 @@ def check_args(args: Args) -> None:
     if target.exists() and not target.is_dir():
         raise UserError(f"--output_dir {target}: is a file")
     there = sorted(path.name for path in target.iterdir()) if target.is_dir() else []
-    if others := [name for name in there if name not in OURS]:
+    if others := [name for name in there if name not in OURS and not re.fullmatch(ALSO_OURS, name)]:
         raise UserError(f"--output_dir {target}: holds {others[0]}, which is no evaluation's: choose another folder")
     if there and not args.overwrite:
         raise UserError(f"--output_dir {target}: holds an evaluation already; --overwrite replaces it")
     check_can_be_made(target, "--output_dir")
 
 
+def check_models(models: list[Named], args: Args) -> None:
+    """UserError for models of different tasks, and for flags that are for another task than theirs."""
+    first = models[0]
+    if any(model.exported for model in models):
+        if args.device not in ("auto", "cpu"):
+            raise UserError(f"--device {args.device}: an export runs on the CPU, and so does what it is compared with")
+        args.device = "cpu"
+    for model in models:
+        if model.task != first.task:
+            what = f"{first.name} is a model of {MODEL_OF[first.task]}, {model.name} one of {MODEL_OF[model.task]}"
+            raise UserError(f"{what}: score them one by one")
+    for name, tasks in ONLY_FOR.items():
+        if getattr(args, name) is not None and first.task not in tasks:
+            scripts = " and ".join(SCRIPT_OF[task] for task in tasks)
+            raise UserError(f"--{name} has no effect on {first.name}: it is for runs of {scripts}")
+    if args.split == "novel" and first.task != "har":
+        raise UserError(f"--split novel: {first.name} is no run of clip_har.py, which alone has such classes")
+    for model in models:
+        script = trained_by(model.run) if model.run and not args.script else None
+        if script and script.name not in SCRIPT_OF.values():
+            said = f"note: {model.name} was trained by {script}: --script {script} scores it with its own metrics"
+            print(one_line(said), file=sys.stderr)
+
+
 def main() -> None:
     args = parse_args(Args, ALIASES)
     check_args(args)
     quiet_libraries()
-    module = import_user_module(args.import_module) if args.import_module else None
-    classifiers = [read_classifier(name, module) for name in args.runs]
-    for name in ("media_folder", "file_column", "label_column", "frame_folders", "frames", "views"):
-        of_images = next((run.name for run in classifiers if not run.takes_videos), None)
-        if getattr(args, name) is not None and of_images:
-            raise UserError(f"--{name} has no effect on {of_images}, which is no run of clip_har.py")
-    if args.data:
-        samples = other_samples(classifiers, args)
-    else:
-        samples = [own_samples(run, args.split, args.data_dir) for run in classifiers]
-    check_same_samples(classifiers, samples)
-    scores = in_all([score(run, own, args) for run, own in zip(classifiers, samples, strict=True)])
-    for run, own, found in zip(classifiers, samples, scores, strict=True):
-        warn_of_other_samples(run, own, found)
-    together = ensemble(classifiers, samples, scores) if len(classifiers) > 1 else None
-    results = results_of(classifiers, samples, scores, together)
+    own = import_user_module(args.import_module) if args.import_module else None
+    models = [find_named(name, own, args.trust_remote_code) for name in (*args.runs, *args.model_path)]
+    check_models(models, args)
+    by_script = args.script or models[0].task in ("text", "sign", "clip")
+    evaluation = evaluate_with_scripts(models, args, own) if by_script else evaluate_media(models, args, own)
+    results = as_results(evaluation)
     if args.output_dir:
         with whole_folder(Path(args.output_dir)) as draft:
-            write_results(draft, samples[0], results, together or scores[0])
+            write_files(draft, evaluation, results)
     with open_output(None) as stream:
         if args.format == "json":
             stream.write(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
             return
-        stream.write(table_text(results) + "\n")
+        stream.write(table_text(evaluation) + "\n")
         if args.output_dir:
             stream.write(f"\nReport: {Path(args.output_dir) / 'report.html'}\n")
 

@@ -18,7 +18,6 @@ validation data. The exit code is 1 if float32 differs by more than
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -35,8 +34,12 @@ from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import check_can_be_made, whole_folder, write_text
 from accelerando.base.log import quiet_libraries
 from accelerando.base.model_folder import read_json
+from accelerando.inference.named import kind_of
 from accelerando.inference.outputs import aligned_rows, printable
-from accelerando.inference.runs import model_folder, run_of, task_of_model
+from accelerando.inference.runs import model_folder, read_results, read_settings, run_of
+from accelerando.inference.scripts import SCRIPT_OF, import_script, settings_of_run
+from accelerando.train.trackers import KEEP_FILES
+from accelerando.train.tracking import add_to_trackers
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -49,10 +52,6 @@ if TYPE_CHECKING:
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 USAGE = Path(__file__).resolve().parent / "usage"  # an example for each task of how a program runs it
-SCRIPT_OF = {
-    "text": "text_classify.py", "image": "image_classify.py", "sign": "sign_train.py", "clip": "clip_finetune.py",
-    "har": "clip_har.py",
-}  # fmt: skip
 # What each format can hold. int8: weights and activations of matrix products, scaled for each input as it comes;
 # int8_static: with scales from samples, for convolutions too.
 PRECISIONS: dict[str, tuple[str, ...]] = {
@@ -98,6 +97,7 @@ class Args:
     # -- output --
     output_dir: str | None = None  # default: export in the run's folder
     overwrite: bool = False  # replace an earlier export there
+    track: bool = False  # add the files to the run's record in mlflow, wandb, trackio, comet_ml or clearml
     config: tuple[str, ...] = ()  # YAML files with any of these settings
 
 
@@ -135,28 +135,13 @@ def data_of_run(run: Path | None, script: str | None, task: str, wanted: int) ->
     from accelerate import Accelerator
 
     module = import_script(Path(script) if script else SCRIPTS / SCRIPT_OF[task])
-    args = parse_args(module.Args, module.ALIASES, ["--config", str(run / "config.yaml")])
+    args = settings_of_run(module, run)
     try:
         data = module.load_data(args, Accelerator(cpu=True))
     except UserError as error:
         raise UserError(f"{error}; these are the data of {run}: --samples 0 exports without them") from None
     split = next(name for name in ("validation", "test", "train") if name in data.splits)
     return RunData(module, args, data, split)
-
-
-def import_script(path: Path) -> ModuleType:
-    """A training script as a module.
-
-    Raises:
-        UserError: no such file.
-    """
-    if not path.is_file():
-        raise UserError(f"--script {path}: no such file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -371,9 +356,20 @@ def clip(folder: Path, found: RunData | None, args: Args, module: ModuleType | N
     padding = {"pad_id": preprocessing.tokenizer.pad_token_id or 0}
     if preprocessing.full_length:
         padding["length"] = preprocessing.max_length
+    if (bias := logit_bias(folder, model)) is not None:
+        facts["bias"] = bias
     facts |= {"scale": scale, "max_length": preprocessing.max_length, "padding": padding,
               "tokens": {name: TOKENS[name] for name in names}}  # fmt: skip
     return Exportable([image_graph, text_graph], facts)
+
+
+def logit_bias(folder: Path, model: torch.nn.Module) -> float | None:
+    """SigLIP's bias of the logits: the model's own, or that of the training's loss beside it; None: it has none."""
+    from safetensors.torch import load_file
+
+    beside = folder / "model_training_only.safetensors"
+    values = load_file(beside).get("logit_bias") if beside.is_file() else getattr(model, "logit_bias", None)
+    return None if values is None else float(values)
 
 
 def preprocessing_of(folder: Path) -> tuple[Any, tuple[tuple[float, ...], tuple[float, ...]], dict[str, Any]]:
@@ -649,13 +645,12 @@ def check(args: Args) -> None:
             raise UserError(f"--export_format {kind} holds {', '.join(PRECISIONS[kind])}, not {args.precision[0]}")
 
 
-def kind_of(folder: Path, config: dict[str, Any]) -> str:
-    """The task of the model in ``folder``: text, sign, image, har or clip."""
-    if config.get("model_type") == "clip_classifier":
-        return "har"
-    if "text_config" in config and "vision_config" in config:
-        return "clip"
-    return task_of_model(folder, config)
+def records_of(run: Path | None) -> dict[str, str]:
+    """The ids under which trackers hold ``run``; UserError if none of them keeps files."""
+    known = read_results(run).get("trackers", {}) if run else {}
+    if not any(name in KEEP_FILES for name in known):
+        raise UserError(f"--track: no tracker that keeps files has a record of this run ({', '.join(KEEP_FILES)} do)")
+    return known
 
 
 def main() -> None:
@@ -666,6 +661,7 @@ def main() -> None:
     folder = model_folder(path)
     run = run_of(path)
     target = Path(args.output_dir) if args.output_dir else (run or folder) / "export"
+    tracked = records_of(run) if args.track else {}
     check_can_be_made(target, "--output_dir")
     if target.exists() and any(target.iterdir()):
         if not (target / "export.json").is_file():
@@ -702,6 +698,8 @@ def main() -> None:
             print(f"{each.path.name}: left in float: {name}")
     shown = "; usage.py there shows how to run it" * (target / "usage.py").is_file()
     print(f"\nWritten to {printable(str(target))}{shown}.")
+    if args.track:
+        print(f"Added to the run's record: {', '.join(add_to_trackers(run, read_settings(run), tracked, target))}.")
     faults = [f"{each.path.name}: {fault}" for each in written if (fault := each.faults(args))]
     for fault in faults:
         print(f"out of tolerance: {fault}", file=sys.stderr)

@@ -69,7 +69,10 @@ from accelerando.report.pipeline import summary_text, write_page
 if TYPE_CHECKING:
     from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[2]  # of the project
+HERE = Path(__file__).resolve()
+ROOT = next(
+    (place for place in (HERE.parents[2], HERE.parent) if (place / "tools").is_dir()), HERE.parent
+)  # clone, wheel
 TOOLS, CONFIGS = ROOT / "tools", ROOT / "accelerate_configs"
 ALIASES: dict[str, Alias] = {"config": "config_path", "format": "export_format", "hub_model_id": "hub_repo_id"}
 WORDS = "[SCRIPT [FLAG ...]]"
@@ -147,8 +150,7 @@ class Step:
     """A step: what it does, what it depends on, the command that does it, and what it leaves.
 
     ``made``: a digest of what it leaves; None: it is not there, or not complete. ``result``: what the results say of
-    it. ``keyed``: its place is named after its inputs, so that what is complete there is right. ``instead``: the
-    result where the command ends with code 2, given its last line.
+    it. ``keyed``: its place is named after its inputs, so that what is complete there is right.
     """
 
     name: str
@@ -158,7 +160,6 @@ class Step:
     made: Callable[[], str | None]
     result: Callable[[], dict[str, Any]]
     keyed: bool = False
-    instead: Callable[[str], dict[str, Any]] | None = None
     resumes: bool = False
 
 
@@ -422,20 +423,17 @@ def evaluate_step(job: Job) -> Step:
     trained = weights_digest(job)
     split = "test" if trained is None or "test" in runs.read_results(run) else "validation"
     command = [*python(TOOLS / "evaluate.py"), str(run), "--split", split, "--output_dir", str(target), "--overwrite"]
+    command += of_another_script(job)
 
     def made() -> str | None:
-        return digest_of_path(target) if target.is_dir() else digest_of(runs.read_results(run).get(split))
+        return digest_of_path(target) if target.is_dir() else None
 
     def result() -> dict[str, Any]:
         found = read_json(target / "results.json")
         return {"split": split, "metrics": next(iter(found["runs"].values())), "folder": str(target)}
 
-    def instead(reason: str) -> dict[str, Any]:
-        metrics = runs.read_results(run).get(split, {})
-        return {"split": split, "metrics": metrics, "folder": None, "note": f"from the run itself: {reason}"}
-
     does = f"scores the best weights on {split}"
-    return Step("evaluate", does, {"weights": trained, "split": split}, command, made, result, instead=instead)
+    return Step("evaluate", does, {"weights": trained, "split": split}, command, made, result)
 
 
 def export_step(job: Job) -> Step:
@@ -446,8 +444,7 @@ def export_step(job: Job) -> Step:
     source = job.weights if trained else job.run
     command = [*python(TOOLS / "export.py"), "--model_path", str(source), "--output_dir", str(target), "--overwrite",
                "--export_format", *args.export_format, "--precision", *args.precision]  # fmt: skip
-    if job.script.resolve().parent != ROOT / "scripts":
-        command += ["--script", str(job.script)]
+    command += of_another_script(job)
 
     def made() -> str | None:
         return digest_of_path(target) if (target / "export.json").is_file() else None
@@ -459,18 +456,25 @@ def export_step(job: Job) -> Step:
     return Step("export", f"writes {formats}, compared with the model", inputs, command, made, result)
 
 
+def of_another_script(job: Job) -> list[str]:
+    """What tools are told where the script is none of the five."""
+    return ["--script", str(job.script)] if job.script.resolve().parent != ROOT / "scripts" else []
+
+
 def push_step(job: Job) -> Step:
-    """Uploads the best weights."""
+    """Uploads the run: the best weights, report and results, and what was exported."""
     args, trained = job.args, weights_digest(job)
     inputs = {"weights": trained, "repository": args.hub_repo_id, "private": args.hub_private}
-    source = job.weights if trained else job.run
-    kind = "private" if args.hub_private else "public"
-    command = [*python("-m"), "accelerando.inference.hub", str(source), str(args.hub_repo_id), kind]
+    command = [*python(TOOLS / "push.py"), str(job.run), "--hub_repo_id", str(args.hub_repo_id)]
+    command += [] if args.hub_private else ["--no_hub_private"]
+    command += ["--add", str(job.run / "export")] if args.export else []
 
     def result() -> dict[str, Any]:
-        return {"repository": args.hub_repo_id, "url": last_line(log_of(job, "push"))}
+        return {"repository": args.hub_repo_id, "url": last_line(log_of(job, "push")).removeprefix("Pushed to ")}
 
-    return Step("push", f"uploads the best weights to {args.hub_repo_id}", inputs, command, lambda: "uploaded", result)
+    return Step(
+        "push", f"uploads weights, report and export to {args.hub_repo_id}", inputs, command, lambda: "uploaded", result
+    )
 
 
 def python(program: str | Path) -> list[str]:
@@ -705,9 +709,6 @@ def run_step(job: Job, step: Step, signals: Signals) -> dict[str, Any]:
         number = 128 + signals.received[0] if signals.received else code
         raise Stopped(f"stopped in {step.name}{saved}: the same command goes on; log: {log}", number)
     reason = last_line(log).removeprefix("error: ")
-    if code == 2 and step.instead:
-        print(f"{step.name}: {reason}: the run's own numbers are taken", flush=True)
-        return step.instead(reason)
     if code:
         how = how_it_ended(code) if code > 128 else reason
         raise UserError(f"step {step.name} failed: {how}; log: {log}; the same command goes on from this step")

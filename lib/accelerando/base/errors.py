@@ -15,6 +15,8 @@ from pathlib import Path
 
 from accelerando.base.texts import one_line, without_credentials
 
+_waits = True  # for the exit handlers of packages; see leave_without_waiting
+
 
 class UserError(Exception):
     """An error that the user can fix: printed as one line, exit code 2."""
@@ -120,14 +122,23 @@ def _tell_launcher(message: str) -> None:
             Path(path).write_text(json.dumps({"message": said}))
 
 
+def leave_without_waiting() -> None:
+    """From now on this process ends without its exit handlers, some of which would wait for a server for minutes."""
+    global _waits
+    _waits = False
+
+
 def end_rank(exit_code: int) -> None:
-    """Ends a process of a distributed run after its exit handlers; does nothing in a single-process run.
+    """Ends a process of a distributed run after its exit handlers, and one that must not wait for them without.
+
+    Does nothing in any other single-process run.
 
     gloo's threads may still use the interpreter while it shuts down, which sometimes aborts the process
     (pytorch/pytorch#179291): a successful run would be reported as failed.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        atexit._run_exitfuncs()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or not _waits:
+        if _waits:
+            atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):  # the reader of the pipe has exited
                 stream.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import logging.handlers
@@ -114,6 +115,28 @@ def attach_log_file(path: Path) -> None:
                 file.handle(record)
             log.removeHandler(handler)
     log.addHandler(file)
+
+
+@contextlib.contextmanager
+def only_warnings() -> Iterator[None]:
+    """Within the block the log has only warnings, as plain lines on stderr: for tools that print their result."""
+    before = log.handlers[:], log.level, log.propagate
+    console = _ConsoleHandler(sys.stderr)
+    console.setFormatter(_PlainFormatter())
+    log.handlers, log.propagate = [console], False
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.handlers, log.propagate = before[0], before[2]
+        log.setLevel(before[1])
+
+
+class _PlainFormatter(logging.Formatter):
+    """The message alone, in one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_credentials(one_line(record.getMessage()))
 
 
 def success(message: str, *values: object) -> None:

@@ -78,6 +78,8 @@ def read_text_table(
         *([text_pair_column] if text_pair_column else []),
         *([label_column] if require_labels else []),
     ]
+    if repeated := [name for name in columns if columns.count(name) > 1]:
+        raise UserError(f"{source}: column {repeated[0]!r} is named twice: texts and labels need a column each")
     suffix = table_suffix(path)
     if suffix:
         check_table(path)

@@ -7,8 +7,9 @@ Weights and activations are 8-bit integers, each with a scale: of each output ch
 from __future__ import annotations
 
 import shutil
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from accelerando.inference.exported import Parity, onnx_runner, parity
 
 LAYERS = ("MatMul", "Gemm", "Conv", "Attention", "LSTM")  # that are quantised where their weights are known
 MOST_TRIALS = 64  # layers that are quantised one by one, to find those that int8 spoils
+RANKED_ON = 16  # samples that are enough for their order
 # Without these instructions the sum of two products overflows 16 bits, unless weights have 7 bits.
 EXACT_INT8 = ("avx512_vnni", "avx_vnni", "asimddp", "amx_int8")
 
@@ -46,14 +48,16 @@ def quantise(
             raise UserError(f"{source.name}: no layer that could be quantised (matrix products, convolutions)")
         draft = Path(folder) / "draft.onnx"
 
-        def write(left: Sequence[str]) -> Parity:
-            _quantise(prepared, draft, left, samples, static)
-            return parity(onnx_runner(draft), samples, expected, classifies)
+        def write(left: Sequence[str], batches: int | None = None) -> Parity:
+            _quantise(prepared, draft, left, samples[:batches], static)
+            return parity(onnx_runner(draft), samples[:batches], expected[:batches], classifies)
 
         left: list[str] = []
         alone: dict[str, float] = {}
         if write(left).equal < agreement:
-            alone = {name: write([each for each in layers if each != name]).largest for name in layers[:MOST_TRIALS]}
+            few = next((n for n in range(1, len(samples)) if _rows(samples[:n]) >= RANKED_ON), None)
+            for name in _with_progress(layers[:MOST_TRIALS], f"{source.stem}: layers in int8 one by one"):
+                alone[name] = write([each for each in layers if each != name], few).largest
             worst_first = sorted(alone, key=alone.get, reverse=True)
             shares = {}
             for count in _counts(min(len(worst_first), len(layers) - 1)):
@@ -64,6 +68,19 @@ def quantise(
             write(left)
         shutil.copyfile(draft, path)
     return [f"{name} (in int8 it alone changes outputs by up to {alone[name]:.2g})" for name in left]
+
+
+def _rows(samples: Sequence[Mapping[str, np.ndarray]]) -> int:
+    return sum(len(next(iter(batch.values()))) for batch in samples)
+
+
+def _with_progress(names: Sequence[str], what: str) -> Iterable[str]:
+    """``names`` with a progress bar on a terminal, and a line where stderr is none."""
+    from tqdm import tqdm
+
+    if not sys.stderr.isatty():
+        print(f"{what}: {len(names)}", file=sys.stderr, flush=True)
+    return tqdm(names, desc=what, unit=" layers", delay=2, disable=None, leave=False, file=sys.stderr)
 
 
 def _counts(most: int) -> list[int]:

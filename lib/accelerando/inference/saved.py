@@ -209,6 +209,11 @@ class TorchModel:
         self.module.to(*args, **options)
         return self
 
+    def eval(self) -> TorchModel:
+        """Like ``torch.nn.Module.eval``."""
+        self.module.eval()
+        return self
+
     def get_input_embeddings(self) -> None:
         """None: unknown for a plain torch module."""
 
@@ -264,6 +269,10 @@ class ExportedModel:
         """Like ``torch.nn.Module.to``, without effect."""
         return self
 
+    def eval(self) -> ExportedModel:
+        """Like ``torch.nn.Module.eval``, without effect."""
+        return self
+
     def get_input_embeddings(self) -> None:
         """None: unknown."""
 
@@ -276,6 +285,8 @@ class ExportedModel:
             if "mask" not in inputs and "mask" in self.names:
                 inputs["mask"] = (frames.unflatten(2, (-1, 2)) != 0).any(3)
             inputs["frames"] = frames
+        if "token_type_ids" in self.names and "token_type_ids" not in inputs:  # texts whose types are all 0
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
         found = self.run({name: inputs[name].cpu().numpy() for name in self.names})
         logits = [torch.from_numpy(each) for each in found]
         return SignScores(*logits) if len(logits) == 2 else ModelOutput(logits[0])
@@ -298,6 +309,54 @@ class SignScores:
 
     gloss_logits: torch.Tensor
     cat_logits: torch.Tensor
+    log_variances: None = None  # of learned loss weights, which an export does not have
+
+
+class ExportedClip:
+    """The two graphs of an exported CLIP, called like the model of ``scripts/clip_finetune.py``; on the CPU.
+
+    ``file`` names one of the graphs (``image_int8.onnx``), with which the other one of the same precision goes.
+    ``colours``: mean and standard deviation with which pixels come normalised; the graph does that itself, so it is
+    undone.
+
+    Raises:
+        UserError: there are no such files, or they cannot be run.
+    """
+
+    def __init__(self, folder: Path, file: str | None, colours: tuple[tuple[float, ...], tuple[float, ...]]) -> None:
+        from accelerando.inference.exported import onnx_runner
+
+        self.facts, self.colours = read_json(folder / "export.json"), colours
+        end = (file or "image.onnx").removeprefix("image").removeprefix("text")
+        self.paths = {part: folder / f"{part}{end}" for part in ("image", "text")}
+        files = [name for name, about in self.facts["files"].items() if about["format"] == "onnx"]
+        for path in self.paths.values():
+            if path.name not in files or not path.is_file():
+                raise UserError(f"{path}: no such file of the export; name one of it: {', '.join(files) or 'none'}")
+        self.run = {part: onnx_runner(path) for part, path in self.paths.items()}
+
+    def to(self, *args: Any, **options: Any) -> ExportedClip:
+        """Like ``torch.nn.Module.to``, without effect."""
+        return self
+
+    def eval(self) -> ExportedClip:
+        """Like ``torch.nn.Module.eval``, without effect."""
+        return self
+
+    def __call__(self, pixel_values: torch.Tensor | None = None, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """``image`` and ``text`` [B, d] of the given inputs, ``scale`` [1], and SigLIP's ``bias`` [1]."""
+        import torch
+
+        output = {name: torch.tensor([float(self.facts[name])]) for name in ("scale", "bias") if name in self.facts}
+        if pixel_values is not None:
+            mean, std = (torch.tensor(values)[:, None, None] for values in self.colours)
+            pixels = (255 * (pixel_values.cpu() * std + mean)).round().clamp(0, 255).to(torch.uint8).contiguous()
+            output["image"] = torch.from_numpy(self.run["image"]({"pixels": pixels.numpy()})[0]).float()
+        if "input_ids" in inputs:
+            names = self.facts["files"][self.paths["text"].name]["inputs"]
+            found = self.run["text"]({name: inputs[name].cpu().numpy() for name in names})[0]
+            output["text"] = torch.from_numpy(found).float()
+        return output
 
 
 @dataclass

@@ -53,11 +53,10 @@ def write_page(path: Path, results: Results, settings: Mapping[str, Mapping[str,
     steps = [(name, "ran" if one["ran"] else "skipped", one["why"], one["seconds"])
              for name, one in results["steps"].items()]  # fmt: skip
     metrics = [(name, *(found.get(name) for found in results["metrics"].values())) for name in metric_names(results)]
-    note = results["evaluation"].get("note", "")
     blocks = [
         page.headline(tiles),
         page.table(["step", "now", "why", "seconds"], steps, title="Steps"),
-        page.table(["metric", *results["metrics"]], metrics, note=note, title="Metrics of the best weights"),
+        page.table(["metric", *results["metrics"]], metrics, title="Metrics of the best weights"),
     ]
     if data.get("tracked"):
         rows = [(one["path"], one["file"], one["md5"]) for one in data["tracked"]]

@@ -132,6 +132,7 @@ def write_results(
         "parameters": parameters,
         "trainable_parameters": trainable,
         **details,
+        **({"trackers": run.state.trackers} if run.state.trackers else {}),
         "command": repeat_command(run),
         "config": grouped(run.args),
     }
@@ -201,9 +202,8 @@ def write_class_reports(
         write_text(run.directory / "logs" / f"classification_report_{name}.txt", text)
         plot = plot_confusion(matrix, class_names, run.directory / "plots" / f"confusion_{name}.png")
         for tracker in run.trackers:
-            if tracker.name == "tensorboard":
-                tracker.writer.add_image(f"{name}/confusion_matrix", plot, run.state.step, dataformats="HWC")
-                tracker.writer.add_text(f"{name}/classification_report", f"```\n{text}```", run.state.step)
+            tracker.add_image(f"{name}/confusion_matrix", plot, run.state.step)
+            tracker.add_text(f"{name}/classification_report", f"```\n{text}```", run.state.step)
         matrices[split] = matrix
     return matrices
 

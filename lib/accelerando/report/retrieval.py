@@ -11,6 +11,7 @@ import numpy as np
 from accelerando.base.files import write_text
 from accelerando.data.decode import thumbnail
 from accelerando.data.pairs import Gallery, PairSource
+from accelerando.report.metrics import right_ranks
 from accelerando.train.state import Run
 
 EXAMPLES = 8  # queries in a report
@@ -40,6 +41,19 @@ def retrieval_examples(found: Mapping[str, Any], gallery: Gallery) -> list[dict[
     return examples
 
 
+def pair_ranks(found: Mapping[str, Any], gallery: Gallery) -> dict[str, np.ndarray]:
+    """For each readable pair the rank of the image's best caption (``image_to_text``) and of the caption's best image
+    (``text_to_image``), int64 [r]; ``found`` as for :func:`retrieval_examples`."""
+    readable = found["readable"]
+    images, image_of = np.unique(gallery.image_of[readable], return_inverse=True)
+    texts, text_of = np.unique(gallery.text_of[readable], return_inverse=True)
+    image, text = found["image"][images], found["text"][texts]
+    return {
+        "image_to_text": right_ranks(image, text, image_of, text_of)[image_of],
+        "text_to_image": right_ranks(text, image, text_of, image_of)[text_of],
+    }
+
+
 def keep_examples(run: Run, name: str, split: str, examples: Sequence[dict[str, Any]]) -> None:
     """Writes examples beside the plots, for the report at the end of the run, perhaps by another process."""
     if run.accelerator.is_main_process:
@@ -51,11 +65,19 @@ def example_rows(run: Run, source: PairSource, split: str, titles: Mapping[str, 
 
     ``titles``: name passed to :func:`keep_examples` -> heading.
     """
-    thumbnails: dict[int, bytes] = {}
-    rows: dict[int, dict[str, Any]] = {}
+    kept = {}
     for name, title in titles.items():
         path = run.directory / "plots" / f"examples_{name}_{split}.json"
-        for example in json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []:
+        kept[title] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    return rows_of_examples(source, kept)
+
+
+def rows_of_examples(source: PairSource, examples: Mapping[str, Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows for :func:`report.page.retrieval`; ``examples``: heading -> what :func:`retrieval_examples` found."""
+    thumbnails: dict[int, bytes] = {}
+    rows: dict[int, dict[str, Any]] = {}
+    for title, found in examples.items():
+        for example in found:
             caption = " ".join(source.read(example["query"])[1].decode("utf-8", "replace").split())
             row = rows.setdefault(example["query"], {"query": caption, "strips": {}})
             for image, _, _ in example["results"]:

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 
 LONGEST_NAME = 150  # characters of a run's default name
+# What a finished run gives to trackers that keep files.
+TRACKED_FILES = ("config.yaml", "summary.txt", "results.json", "metrics.csv", "report.html", "predictions_*.csv",
+                 "plots/*.png", "logs/*.txt", "logs/train.log")  # fmt: skip
 
 
 def choose_directory(args: RunArgs, default_name: str, hint: str = "") -> Path:
@@ -293,8 +296,10 @@ def restore(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
 
 
 def finish_run(run: Run) -> None:
-    """Closes trackers and the process group, and releases the folder."""
+    """Gives the trackers the run's files and closes them and the process group, and releases the folder."""
+    files = sorted(path for pattern in TRACKED_FILES for path in run.directory.glob(pattern))
     for tracker in run.trackers:
+        tracker.add_files(run.directory, files)
         tracker.finish()
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from accelerate.tracking import GeneralTracker
     from tqdm import tqdm
 
     from accelerando.train.checkpoint import Checkpoint
+    from accelerando.train.trackers import Tracker
 
 
 class RunArgs(Protocol):
@@ -126,7 +126,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
     resumed: Checkpoint | None = None  # the checkpoint it continues from
     remote: str | None = None  # URL to which checkpoints are uploaded
-    trackers: list[GeneralTracker] = field(default_factory=list)
+    trackers: list[Tracker] = field(default_factory=list)
     bar: tqdm | None = None  # the progress bar during training
     step_started: float = 0.0  # time.perf_counter() when the current step began
 

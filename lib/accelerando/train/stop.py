@@ -91,7 +91,7 @@ def stoppable(run: Run, on_stop: Callable[[], Path | None] | None = None) -> Ite
         saved = run.checkpoints if any(run.checkpoints.glob("step_*")) else None
         checkpoint = on_stop() if on_stop else saved
         for tracker in run.trackers:
-            tracker.finish()
+            tracker.finish(limit=5)  # whoever asked may kill the process soon
         exit_code = 128 + (_received or signal.SIGTERM)
         if checkpoint is None:
             raise Stopped("stopped by a signal", exit_code) from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import io
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerando.base.config import flat, to_yaml
-from accelerando.base.errors import UserError, first_line
+from accelerando.base.errors import UserError
 from accelerando.base.files import write_text
 from accelerando.base.texts import MARK, without_credentials
+from accelerando.train.trackers import KEEP_FILES, Tracker, check_trackers
 
 if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
     from accelerando.train.state import Run
 
 
@@ -89,69 +92,130 @@ def _write_csv(run: Run) -> None:
     write_text(run.directory / "metrics.csv", text.getvalue())
 
 
-def check_trackers(names: tuple[str, ...]) -> None:
-    """UserError if a tracker in ``report_to`` is unknown or not installed."""
-    packages = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "none": None}
-    for name in names:
-        if name not in packages:
-            raise UserError(f"--report_to {name}: choose from {', '.join(packages)}")
-        if packages[name] and importlib.util.find_spec(packages[name]) is None:
-            raise UserError(f"--report_to {name} needs a package: pip install {packages[name]}")
+def open_tracker(
+    name: str, directory: Path, settings: Mapping[str, Any], known: str | None, resumed_step: int | None = None
+) -> GeneralTracker:
+    """Accelerate's tracker ``name`` of the run in ``directory``, not yet started.
+
+    ``known``: the id under which it continues a record, ``resumed_step``: the step of the checkpoint that a run
+    continues from.
+    """
+    from accelerate import tracking
+
+    project, title = settings["experiment_name"], directory.name
+    if name == "tensorboard":
+        purge = {} if resumed_step is None else {"purge_step": resumed_step + 1}
+        return tracking.TensorBoardTracker("tensorboard", str(directory), **purge)
+    if name == "wandb":
+        return tracking.WandBTracker(
+            settings["wandb_project"],
+            entity=settings["wandb_entity"],
+            name=settings["wandb_name"] or title,
+            group=settings["wandb_group"],
+            tags=settings["wandb_tags"] or None,
+            notes=settings["wandb_notes"],
+            dir=str(directory),
+            **({"id": known, "resume": "allow"} if known else {}),
+        )
+    if name == "mlflow":
+        return tracking.MLflowTracker(project, run_id=known, run_name=title)
+    if name == "trackio":
+        same = {"name": known, "resume": "allow"} if known else {"name": title}
+        return tracking.TrackioTracker(project, embed=False, auto_log_cpu=False, **same)
+    if name == "swanlab":
+        same = {"id": known, "resume": "allow"} if known else {}
+        return tracking.SwanLabTracker(project, experiment_name=title, logdir=str(directory / "swanlab"), **same)
+    if name == "comet_ml":
+        same = {"experiment_key": known, "mode": "get_or_create"} if known else {}
+        return tracking.CometMLTracker(project, **same)
+    if name == "clearml":
+        same = {"continue_last_task": known} if known else {"reuse_last_task_id": False}
+        return tracking.ClearMLTracker(project, project_name=project, task_name=title, **same)
+    if name == "aim":
+        same = {"run_hash": known} if known else {}
+        return tracking.AimTracker(title, str(directory), experiment=project, **same)
+    folder = str(directory / "dvclive")
+    return tracking.DVCLiveTracker(title, dir=folder, resume=resumed_step is not None, save_dvc_exp=False)
+
+
+def identity_of(tracker: GeneralTracker) -> str | None:
+    """The id under which a resumed run continues the tracker's record; None where the run's folder is the record."""
+    name = tracker.name
+    if name == "mlflow":
+        return tracker.active_run.info.run_id
+    if name == "trackio":
+        return tracker.run.name
+    if name in ("wandb", "swanlab"):
+        return tracker.run.id
+    if name == "comet_ml":
+        return tracker.writer.get_key()
+    if name == "clearml":
+        return tracker.task.id
+    return tracker.writer.hash if name == "aim" else None
 
 
 def start_trackers(run: Run) -> None:
-    """Starts Accelerate's trackers; their ids are saved so that a resumed run continues the same records."""
-    names, settings = [name for name in run.args.report_to if name != "none"], flat(run.args)
+    """Starts the trackers of ``report_to`` on the main process; their ids are saved in ``run.state``.
+
+    Raises:
+        UserError: one fails to start.
+    """
     if not run.accelerator.is_main_process:
         return
-    from accelerate import tracking
+    settings = flat(run.args)
+    for name in dict.fromkeys(name for name in run.args.report_to if name != "none"):
+        resumed_step = run.state.step if run.resumed else None
+        tracker = Tracker(open_tracker(name, run.directory, settings, run.state.trackers.get(name), resumed_step))
 
-    run_name = run.directory.name
-    if "tensorboard" in names:
-        purge = {"purge_step": run.state.step + 1} if run.resumed else {}
-        run.trackers.append(tracking.TensorBoardTracker("tensorboard", str(run.directory), **purge))
-    if "wandb" in names:
-        identity = run.state.trackers.get("wandb")
-        run.trackers.append(
-            tracking.WandBTracker(
-                settings["wandb_project"],
-                entity=settings["wandb_entity"],
-                name=settings["wandb_name"] or run_name,
-                group=settings["wandb_group"],
-                tags=settings["wandb_tags"] or None,
-                notes=settings["wandb_notes"],
-                dir=str(run.directory),
-                **({"id": identity, "resume": "allow"} if identity else {}),
-            )
-        )
-    if "mlflow" in names:
-        run.trackers.append(
-            tracking.MLflowTracker(
-                settings["experiment_name"], run_id=run.state.trackers.get("mlflow"), run_name=run_name
-            )
-        )
-    for tracker in run.trackers:
-        try:
-            with _argv_without_credentials():
-                tracker.start()
-            if tracker.name == "wandb":
-                run.state.trackers["wandb"] = tracker.run.id
-            if tracker.name == "mlflow":
-                run.state.trackers["mlflow"] = tracker.active_run.info.run_id
-            if tracker.name != "tensorboard" and not run.resumed:  # TensorBoard shows the settings as text instead
-                tracker.store_init_configuration(settings)
-        except Exception as error:  # the errors of trackers have no common base class
-            raise UserError(f"--report_to {tracker.name}: {first_line(error)}") from error
-    for tracker in run.trackers:
-        if tracker.name == "tensorboard" and not run.resumed:
-            tracker.writer.add_text("config", "```yaml\n" + to_yaml(run.args) + "```", 0)
+        def begin(its: GeneralTracker = tracker.tracker) -> str | None:
+            with _quietly():
+                its.start()
+                identity = identity_of(its)
+                # TensorBoard shows them as text; trackio forgets those of a run that is continued.
+                if its.name == "trackio" or (its.name != "tensorboard" and not run.resumed):
+                    its.store_init_configuration(dict(settings))
+            return identity
+
+        if (identity := tracker.start(begin)) is not None:
+            run.state.trackers[name] = identity
+        run.trackers.append(tracker)
+        if not run.resumed:
+            tracker.add_text("config", f"```yaml\n{to_yaml(run.args)}```", 0)
+
+
+def add_to_trackers(
+    directory: Path, settings: Mapping[str, Any], identities: Mapping[str, str], folder: Path
+) -> list[str]:
+    """Adds all files of ``folder``, under its name, to the records of the finished run in ``directory``.
+
+    ``identities``: the ids that ``results.json`` has under "trackers". Gives the trackers that have got them.
+
+    Raises:
+        UserError: a tracker fails or does not answer.
+    """
+    names = [name for name in identities if name in KEEP_FILES]
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for name in names:
+        check_trackers((name,))
+        tracker = Tracker(open_tracker(name, directory, settings, identities[name]))
+
+        def begin(its: GeneralTracker = tracker.tracker) -> None:
+            with _quietly():
+                its.start()
+
+        tracker.start(begin)
+        tracker.add_files(folder.parent, paths)
+        if missing := tracker.finish():
+            raise UserError(f"{name}: {missing} files were not sent; try again later")
+    return names
 
 
 @contextlib.contextmanager
-def _argv_without_credentials() -> Iterator[None]:
-    """wandb records the command line of the process."""
+def _quietly() -> Iterator[None]:
+    """While a tracker starts it prints nothing, and reads a command line without credentials (wandb records it)."""
     before, sys.argv = sys.argv, [without_credentials(word, MARK) for word in sys.argv]
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):  # the process waits meanwhile
+            yield
     finally:
         sys.argv = before
