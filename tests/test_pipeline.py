@@ -350,6 +350,11 @@ def test_settings_that_name_no_version_are_one_line(
         (("--epohcs", "1"), {}, "did you mean --epochs"),
         ((), {"config_file": "none.yaml"}, "--config_file none.yaml: no such file"),
         ((), {"push_to_hub": True}, "--push_to_hub needs --hub_repo_id user/name"),
+        (
+            (),
+            {"export_format": ("pt2", "onnx"), "precision": ("bfloat16",)},
+            "--export_format onnx holds float32, .* not bfloat16",
+        ),
     ):
         refused(message, lambda words=words, settings=settings: pipe(*words, dataset_version="v1", **settings))
     refused("--data_repo has no effect without --dataset_version", lambda: pipe(data_repo="."))

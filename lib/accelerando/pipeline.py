@@ -320,6 +320,7 @@ def make_job(args: Args) -> Job:
     args.hub_repo_id = args.hub_repo_id or settings.hub_repo_id
     if args.push_to_hub and (not args.hub_repo_id or args.hub_repo_id.count("/") != 1):
         raise UserError(f"--push_to_hub needs --hub_repo_id user/name, not {args.hub_repo_id!r}")
+    check_formats(args)
     if args.checkpoint_path:
         flags = [*flags, *checkpoint_flags(args.checkpoint_path, settings, script)]
     cache = cache_folder(settings.cache_dir if hasattr(settings, "cache_dir") else None)
@@ -330,6 +331,14 @@ def make_job(args: Args) -> Job:
         flags = [*flags, "--experiment_name", args.experiment_name]
     _, settings = read_settings(script, flags)
     return Job(args, output, script, settings, flags, data, cache, launcher_of(args))
+
+
+def check_formats(args: Args) -> None:
+    """UserError for a format of export that holds none of the precisions."""
+    held = import_script(TOOLS / "export.py").PRECISIONS
+    for kind in args.export_format if args.export else ():
+        if not set(args.precision) & set(held[kind]):
+            raise UserError(f"--export_format {kind} holds {', '.join(held[kind])}, not {' '.join(args.precision)}")
 
 
 def data_step(job: Job) -> Step:
