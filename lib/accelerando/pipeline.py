@@ -80,7 +80,7 @@ WORDS = "[SCRIPT [FLAG ...]]"
 IGNORED = ("num_workers", "pin_memory", "cache_dir", "dataset_version")
 OURS = ("output_dir", "run_name", "overwrite", "resume", "push_to_hub", "hub_repo_id", "dataset_version")
 CHANGED = {"data": "the data", "script": "the script", "launch": "the launch", "weights": "the weights",
-           "settings": "the settings", "repository": "the repository"}  # fmt: skip
+           "settings": "the settings", "run": "the run", "repository": "the repository"}  # fmt: skip
 FOLLOW = 0.2  # seconds between looks at a log that is shown
 
 Formats = tuple[Literal["onnx", "torchscript", "pt2", "openvino", "tensorrt"], ...]
@@ -442,14 +442,20 @@ def evaluate_step(job: Job) -> Step:
         return {"split": split, "metrics": next(iter(found["runs"].values())), "folder": str(target)}
 
     does = f"scores the best weights on {split}"
-    return Step("evaluate", does, {"weights": trained, "split": split}, command, made, result)
+    inputs = {"run": run.name, "weights": trained, "split": split}
+    return Step("evaluate", does, inputs, command, made, result)
 
 
 def export_step(job: Job) -> Step:
     """Writes the best weights for deployment, and compares them with the model."""
     args, target = job.args, job.run / "export"
     trained = weights_digest(job)
-    inputs = {"weights": trained, "format": list(args.export_format), "precision": list(args.precision)}
+    inputs = {
+        "run": job.run.name,
+        "weights": trained,
+        "format": list(args.export_format),
+        "precision": list(args.precision),
+    }
     source = job.weights if trained else job.run
     command = [*python(TOOLS / "export.py"), "--model_path", str(source), "--output_dir", str(target), "--overwrite",
                "--export_format", *args.export_format, "--precision", *args.precision]  # fmt: skip
