@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, launch
+from harness import ROOT, launch, results
 from tasks import TASKS
 from tools import export, predict
 
@@ -98,6 +98,11 @@ def test_every_format_gives_the_outputs_of_the_model(
         assert about["equal_predictions"] == 1, file
         assert about["samples"] == 20, file
         assert re.search(rf"{re.escape(file)} .* 100.0% of 20", out)
+    shutil.copytree(target, run / "export", dirs_exist_ok=True)
+    # In a process of its own: in this one, after OpenVINO has run, reading the films of har was a segmentation fault.
+    done = launch(ROOT / "tools" / "evaluate.py", run / "export", "--format", "json", cwd=tmp_path)
+    (scored,) = json.loads(done.out)["runs"].values()
+    assert scored == pytest.approx(results(run)["test"], abs=1e-4)
     usage = (target / "usage.py").read_text()
     assert len([line for line in usage.splitlines()[1:] if line.strip()]) <= 15
     if name == "clip":
