@@ -488,7 +488,7 @@ def test_mistakes_are_one_line(trained, request, call, tmp_path: Path, sign_set:
         ((sign, "--data", wide), "a.npz: X has 10 numbers per frame, but"),
         ((clip, "--data", tmp_path / "none"), "none"),
         ((regression, "--data", table), "its problem type is regression"),
-        ((text, "--script", tmp_path / "gone.py"), "--script"),
+        ((text, "--script", tmp_path / "gone.py"), "gone.py: no such file"),
         ((text, "--script", tmp_path / "broken.py"), "No module named 'nowhere_at_all'"),
         ((text, "--amp", "fp16"), "needs a GPU"),
         ((text / "checkpoints" / "step_000001",), "no such folder"),

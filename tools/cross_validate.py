@@ -22,7 +22,6 @@ outside the test set, by the one model that was not trained on it.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import re
 import statistics
@@ -41,6 +40,7 @@ from accelerando.base.processes import command_line
 from accelerando.data.folders import read_class_map, read_index
 from accelerando.inference import runs
 from accelerando.inference.runs import Predictions
+from accelerando.inference.scripts import import_script
 from accelerando.launch import Signals, accelerate_command, default_launcher, how_it_ended, run_script, was_stopped
 from accelerando.report import page
 from accelerando.report.plots import plot_confusion
@@ -128,13 +128,10 @@ def load_script(path: Path) -> ModuleType:
     """The script, imported as a module.
 
     Raises:
-        UserError: it lacks what a script with folds has: ``Args`` with ``data_dir``, ``fold`` and what names a run,
-            and ``default_name``.
+        UserError: no such file, or it lacks what a script with folds has: ``Args`` with ``data_dir``, ``fold`` and what
+            names a run, and ``default_name``.
     """
-    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path.resolve())
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where the dataclass looks for its module
-    spec.loader.exec_module(module)
+    module = import_script(path)
     known = {field.name for field in dataclasses.fields(module.Args)} if hasattr(module, "Args") else set()
     missing = [name for name in ("data_dir", "fold", "output_dir", "run_name", "resume") if name not in known]
     if missing or not hasattr(module, "default_name"):

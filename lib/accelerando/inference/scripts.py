@@ -34,7 +34,7 @@ def import_script(path: Path) -> ModuleType:
         UserError: no such file, or it cannot be imported.
     """
     if not path.is_file():
-        raise UserError(f"--script {path}: no such file")
+        raise UserError(f"{path}: no such file")
     name, beside = f"script_{path.stem}", str(path.resolve().parent)
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -43,7 +43,7 @@ def import_script(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # the script may raise anything
-        raise UserError(f"--script {path}: {type(error).__name__}: {first_line(error)}") from None
+        raise UserError(f"{path}: {type(error).__name__}: {first_line(error)}") from None
     return module
 
 
