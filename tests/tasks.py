@@ -186,9 +186,9 @@ TASKS = {
         killed={
             "one": Variant(TEXT_RANDOM, kills=3),
             "two": Variant((*TEXT_RANDOM, "--batch_size", "6"), processes=2),
-            "cnn-workers": Variant((*TEXT_RANDOM, *CNN, "--num_workers", "2")),
+            "cnn-workers": Variant((*TEXT_RANDOM, *CNN, "--num_workers", "2"), kills=1),
             "lora-two": Variant((*TEXT_RANDOM, "--batch_size", "6", "--strategy", "lora", "--lora_r", "4",
-                                 "--lora_dropout", "0.2"), processes=2),
+                                 "--lora_dropout", "0.2"), processes=2, kills=1),
         },
         exact=("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0", "--lora_dropout", "0",
                "--eval_batch_size", "5"),
@@ -213,7 +213,7 @@ TASKS = {
             "one": Variant(CLIP_RANDOM), "two": Variant(CLIP_RANDOM, processes=2),
             # The image tower's features come from the cache, which the first start makes.
             "locked": Variant((*CLIP_RANDOM, "--scenario", "full", "--lock_image_tower", "--augmentation", "none",
-                               "--text_lr", "1e-3", "--layer_decay", "0.8")),
+                               "--text_lr", "1e-3", "--layer_decay", "0.8"), kills=1),
         },
         exact=("--lora_dropout", "0", "--lr", "3e-4", "--epochs", "1", "--class_field", "kind", "--wise_ft", "0.5",
                "--ema_decay", "0.9", "--eval_every", "2"),
@@ -232,7 +232,7 @@ TASKS = {
         killed={
             "one": Variant((*SIGN_RANDOM, "--num_workers", "2")),
             "two": Variant(SIGN_RANDOM, processes=2),
-            "gru": Variant(SIGN_GRU),
+            "gru": Variant(SIGN_GRU, kills=1),
         },
         exact=("--dropout", "0", "--lr", "1e-3", "--eval_batch_size", "5"),
         kinds={
@@ -268,7 +268,7 @@ TASKS = {
         killed={
             "one": Variant((*HAR_RANDOM, "--num_workers", "2")),
             "two": Variant(HAR_RANDOM, processes=2),
-            "probe": Variant((*HAR_RANDOM[: HAR_RANDOM.index("--augmentation")], *HAR_PROBE)),
+            "probe": Variant((*HAR_RANDOM[: HAR_RANDOM.index("--augmentation")], *HAR_PROBE), kills=1),
         },
         exact=("--lr", "1e-3", "--eval_batch_size", "5", "--augmentation", "light", "--views", "2"),
         kinds={

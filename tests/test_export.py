@@ -128,7 +128,7 @@ def test_every_format_gives_the_outputs_of_the_model(
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("name", ["text", "gru", "image"])
+@pytest.mark.parametrize("name", ["gru", "image"])
 def test_openvino_gives_the_outputs_of_the_model(name: str, trained, request, tmp_path) -> None:
     """In a process of its own: beside all that this one has loaded, OpenVINO's threads have ended it."""
     pytest.importorskip("openvino")

@@ -206,7 +206,7 @@ def test_a_finished_run_is_resumed_to_the_same_end_and_can_be_prolonged(
 @pytest.mark.launch
 @pytest.mark.parametrize(
     ("task", "processes"),  # the lock is the same for all scripts
-    [parameters for parameters in ONE_AND_TWO if parameters.id in ("text-1", "text-2", "har-1")],
+    [parameters for parameters in ONE_AND_TWO if parameters.id in ("text-1", "text-2")],
 )
 def test_a_run_has_one_owner_at_a_time(task: Task, processes: int, request, tmp_path: Path) -> None:
     """A command that is given twice does not write into the run of the first; a killed owner holds nothing up."""
@@ -435,7 +435,7 @@ def test_the_true_launchers_give_the_same_bytes(task: Task, request, tmp_path: P
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("task", [each("real")[0], each("real")[-1]])  # the launcher is the same for all scripts
+@pytest.mark.parametrize("task", each("real")[:1])  # the launcher is the same for all scripts
 def test_with_torchrun_on_two_ranks(task: Task, request, tmp_path: Path) -> None:
     """torchrun gives what the forked ranks give."""
     args = task.args(request, *task.exact, *next(iter(task.kinds.values())), *task.parts, "--max_steps", "3")
