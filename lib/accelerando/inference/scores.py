@@ -184,7 +184,7 @@ def table_text(evaluation: Evaluation) -> str:
     metrics = list(dict.fromkeys(chain.from_iterable(columns.values())))
     lines += [evaluation.described(), "", aligned_table(metrics, columns)]
     if evaluation.comparisons:
-        rows = [("compared with run 1", "difference", "95 % interval", "only run 1", "only it")]
+        rows = [("compared with run 1", "difference", "95 % interval", "only run 1", "only this")]
         for place, metric, found in evaluation.comparisons:
             interval = f"{found.low:+.4f} to {found.high:+.4f}"
             counts = (f"{found.only_first:,}", f"{found.only_second:,}")
@@ -275,7 +275,7 @@ def write_page(path: Path, evaluation: Evaluation, command: str) -> None:
     rows = [(name, *(scores.metrics.get(name) for scores in columns.values())) for name in metrics]
     blocks = [page.headline(tiles), page.table(["metric", *columns], rows, title="Metrics")]
     if evaluation.comparisons:
-        header = ["run", "metric", "difference", "from", "to", f"only {titles[0]} is right", "only it is right"]
+        header = ["run", "metric", "difference", "from", "to", f"only {titles[0]} is right", "only this run is right"]
         differences = [
             (titles[place], metric, found.difference, found.low, found.high, found.only_first, found.only_second)
             for place, metric, found in evaluation.comparisons
