@@ -6,13 +6,13 @@ A sixth script gets all of tests/test_invariants.py and tests/torture.py with on
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from harness import CLIP, HAR, IMAGE, SIGN, TEXT, results
+from harness import CLIP, HAR, IMAGE, SIGN, TEXT, launch, results
 from safetensors.torch import load_file
 
 import accelerando.models.clip_classifier
@@ -300,3 +300,21 @@ def each(group: str) -> list:
         pytest.param(task, id=task.name, marks=pytest.mark.xdist_group(f"{task.name}-{group}"))
         for task in TASKS.values()
     ]
+
+
+def trained_once(
+    variants: Mapping[str, tuple[str, Flags]], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[pytest.FixtureRequest, str], Path]:
+    """``run(request, name)``: the run of a variant (task, flags), trained when it is first asked for."""
+    made: dict[str, Path] = {}
+
+    def run(request: pytest.FixtureRequest, name: str) -> Path:
+        if name not in made:
+            task, flags = variants[name]
+            folder = tmp_path_factory.mktemp(name)
+            script, args = TASKS[task].script, TASKS[task].args(request, *flags, "--run_name", name)
+            launch(script, *args, cwd=folder)
+            made[name] = folder / "runs" / name
+        return made[name]
+
+    return run

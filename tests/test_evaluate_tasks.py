@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from harness import ROOT, launch, results
-from tasks import TASKS
+from tasks import TASKS, trained_once
 from test_adapt import changed_script
 from tools import evaluate, export
 
@@ -38,17 +38,7 @@ SHARE = {"text": "accuracy", "sign": "gloss_accuracy", "clip": "text_to_image_r1
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``trained(request, name)``: a run of one epoch or two, made once."""
-    made: dict[str, Path] = {}
-
-    def run(request: pytest.FixtureRequest, name: str) -> Path:
-        if name not in made:
-            task, flags = TASKS[TRAINED[name][0]], TRAINED[name][1]
-            folder = tmp_path_factory.mktemp(name)
-            launch(task.script, *task.args(request, *flags, "--run_name", name), cwd=folder)
-            made[name] = folder / "runs" / name
-        return made[name]
-
-    return run
+    return trained_once(TRAINED, tmp_path_factory)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from harness import ROOT, launch, results
-from tasks import TASKS
+from tasks import TASKS, trained_once
 from tools import export, predict
 
 from accelerando.data.keypoints import NUM_POINTS, normalise_by_body
@@ -40,17 +40,7 @@ TRAINED: dict[str, tuple[str, tuple[str, ...]]] = {
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``trained(request, name)``: a run of two epochs, made once."""
-    made: dict[str, Path] = {}
-
-    def run(request: pytest.FixtureRequest, name: str) -> Path:
-        if name not in made:
-            task, flags = TASKS[TRAINED[name][0]], TRAINED[name][1]
-            folder = tmp_path_factory.mktemp(name)
-            launch(task.script, *task.args(request, *flags, "--run_name", "run"), cwd=folder)
-            made[name] = folder / "runs" / "run"
-        return made[name]
-
-    return run
+    return trained_once(TRAINED, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -298,8 +288,9 @@ def test_mistakes_have_one_line(trained, request, call_tool, tmp_path) -> None:
     assert "name a run or a model folder" in fails()
     assert "no such folder" in fails("nowhere")
     assert "holds float32, float16, int8" in fails(run, "--precision", "bfloat16")
-    assert "there is none here" in fails(run, "--export_format", "tensorrt") or "pip install" in fails(
-        run, "--export_format", "tensorrt"
+    apart = ("--output_dir", tmp_path / "tensorrt")  # not where another test of this run has exported
+    assert "there is none here" in fails(run, "--export_format", "tensorrt", *apart) or "pip install" in fails(
+        run, "--export_format", "tensorrt", *apart
     )
     shutil.copytree(run / "best", tmp_path / "alone")
     assert "belongs to no run" in fails(tmp_path / "alone")

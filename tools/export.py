@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -36,6 +36,7 @@ from accelerando.base.log import quiet_libraries
 from accelerando.base.model_folder import read_json
 from accelerando.inference.named import kind_of
 from accelerando.inference.outputs import aligned_rows, printable
+from accelerando.inference.packages import PRECISIONS, Formats, Precisions, check_precisions
 from accelerando.inference.runs import model_folder, read_results, read_settings, run_of
 from accelerando.inference.scripts import SCRIPT_OF, import_script, settings_of_run
 from accelerando.train.trackers import KEEP_FILES
@@ -52,15 +53,6 @@ if TYPE_CHECKING:
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 USAGE = Path(__file__).resolve().parent / "usage"  # an example for each task of how a program runs it
-# What each format can hold. int8: weights and activations of matrix products, scaled for each input as it comes;
-# int8_static: with scales from samples, for convolutions too.
-PRECISIONS: dict[str, tuple[str, ...]] = {
-    "onnx": ("float32", "float16", "int8", "int8_static"),
-    "torchscript": ("float32", "float16", "bfloat16"),
-    "pt2": ("float32", "float16", "bfloat16"),
-    "openvino": ("float32", "float16"),
-    "tensorrt": ("float32", "float16"),
-}
 TOKENS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}  # of tokenizers
 CROPPED = 'ImageOps.fit(image, facts["size"], facts["resample"], facts["margin"])'
 SQUEEZED = 'image.resize(facts["size"], facts["resample"])'
@@ -69,9 +61,6 @@ BESIDE = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
 ALIASES: dict[str, Alias] = {"format": "export_format", "import": "import_module"}
-
-Formats = tuple[Literal["onnx", "torchscript", "pt2", "openvino", "tensorrt"], ...]
-Precisions = tuple[Literal["float32", "float16", "bfloat16", "int8", "int8_static"], ...]
 
 
 @dataclass
@@ -641,8 +630,7 @@ def check(args: Args) -> None:
     if any(size < 1 for size in args.batch_sizes):
         raise UserError("--batch_sizes: use numbers of at least 1")
     for kind in args.export_format:
-        if not set(args.precision) & set(PRECISIONS[kind]):
-            raise UserError(f"--export_format {kind} holds {', '.join(PRECISIONS[kind])}, not {args.precision[0]}")
+        check_precisions(kind, args.precision)
 
 
 def records_of(run: Path | None) -> dict[str, str]:

@@ -51,7 +51,7 @@ from accelerando.data.sources import Sources, digest_of, digest_of_path, resolve
 from accelerando.inference import runs
 from accelerando.inference.hub import check_push
 from accelerando.inference.outputs import aligned_rows
-from accelerando.inference.packages import check_installed
+from accelerando.inference.packages import Formats, Precisions, check_installed, check_precisions
 from accelerando.inference.scripts import SCRIPT_OF, import_script
 from accelerando.launch import (
     Signals,
@@ -65,6 +65,7 @@ from accelerando.launch import (
     was_stopped,
 )
 from accelerando.report.pipeline import summary_text, write_page
+from accelerando.train.trackers import PACKAGES
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -81,10 +82,8 @@ IGNORED = ("num_workers", "pin_memory", "cache_dir", "dataset_version")
 OURS = ("output_dir", "run_name", "overwrite", "resume", "push_to_hub", "hub_repo_id", "dataset_version")
 CHANGED = {"data": "the data", "script": "the script", "launch": "the launch", "weights": "the weights",
            "settings": "the settings", "run": "the run", "repository": "the repository"}  # fmt: skip
+NAMED_EXPERIMENTS = set(PACKAGES) - {"tensorboard", "wandb"}  # trackers that --experiment_name is for
 FOLLOW = 0.2  # seconds between looks at a log that is shown
-
-Formats = tuple[Literal["onnx", "torchscript", "pt2", "openvino", "tensorrt"], ...]
-Precisions = tuple[Literal["float32", "float16", "bfloat16", "int8", "int8_static"], ...]
 
 
 @dataclass
@@ -111,7 +110,7 @@ class Args:
     hub_private: bool = True  # make the repository private
     # -- output --
     output_dir: str = "pipeline"  # folder of runs, results and report
-    experiment_name: str | None = None  # title of the report; mlflow: experiment
+    experiment_name: str | None = None  # title of the report, and experiment of the trackers
     dry_run: bool = False  # print the plan alone
 
 
@@ -327,7 +326,7 @@ def make_job(args: Args) -> Job:
     data = resolve(settings, args.dataset_version, args.data_repo, cache, output)
     for name, place in data.places.items():
         flags = [*flags, f"--{name}", place]
-    if args.experiment_name and "mlflow" in settings.report_to:
+    if args.experiment_name and set(settings.report_to) & NAMED_EXPERIMENTS:
         flags = [*flags, "--experiment_name", args.experiment_name]
     _, settings = read_settings(script, flags)
     return Job(args, output, script, settings, flags, data, cache, launcher_of(args))
@@ -335,10 +334,8 @@ def make_job(args: Args) -> Job:
 
 def check_formats(args: Args) -> None:
     """UserError for a format of export that holds none of the precisions."""
-    held = import_script(TOOLS / "export.py").PRECISIONS
     for kind in args.export_format if args.export else ():
-        if not set(args.precision) & set(held[kind]):
-            raise UserError(f"--export_format {kind} holds {', '.join(held[kind])}, not {' '.join(args.precision)}")
+        check_precisions(kind, args.precision)
 
 
 def data_step(job: Job) -> Step:

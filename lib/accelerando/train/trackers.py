@@ -76,11 +76,11 @@ class Tracker:
         self._do(job)
         try:
             return result.result(timeout=START_LIMIT)
-        except TimeoutError:
-            leave_without_waiting()
-            message = f"--report_to {self.name}: no answer within {START_LIMIT:.0f} s; drop it, or try later"
-            raise UserError(message) from None
         except (Exception, SystemExit) as error:
+            if not result.done():  # the time is over
+                leave_without_waiting()
+                message = f"--report_to {self.name}: no answer within {START_LIMIT:.0f} s; drop it, or try later"
+                raise UserError(message) from None
             raise UserError(f"--report_to {self.name}: {first_line(error)}") from error
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -118,7 +118,7 @@ class Tracker:
         if self._thread.is_alive():
             leave_without_waiting()  # its package would wait longer when the process ends
         if (missing := self._given - self._sent) > 0:
-            log.warning("%s: %d records were not sent; metrics.jsonl has all of them", self.name, missing)
+            log.warning("%s: %d of %d records were not sent", self.name, missing, self._given)
         return missing
 
     def _do(self, job: Callable[[], object]) -> None:
