@@ -30,6 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "launch: starts training processes; the rest is the fast suite (-m 'not launch')"
     )
+    config.addinivalue_line(
+        "markers", "exhaustive: shows once more what another test shows; left to make test-all (-m 'not exhaustive')"
+    )
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job, whose children inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -37,6 +37,11 @@ TRAINED: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+def models(*names: str) -> list:
+    """pytest parameters; two further models of text and signs are left to the exhaustive suite."""
+    return [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in ("cnn", "gru"))) for name in names]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``trained(request, name)``: a run of two epochs, made once."""
@@ -69,7 +74,7 @@ def inputs_of(task: str, request: pytest.FixtureRequest) -> list[str]:
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("name", TRAINED)
+@pytest.mark.parametrize("name", models(*TRAINED))
 def test_every_format_gives_the_outputs_of_the_model(
     name: str, trained, only_numpy, request, call_tool, tmp_path
 ) -> None:
@@ -118,7 +123,7 @@ def test_every_format_gives_the_outputs_of_the_model(
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("name", ["gru", "image"])
+@pytest.mark.parametrize("name", models("gru", "image"))
 def test_openvino_gives_the_outputs_of_the_model(name: str, trained, request, tmp_path) -> None:
     """In a process of its own: beside all that this one has loaded, OpenVINO's threads have ended it."""
     pytest.importorskip("openvino")
@@ -166,7 +171,7 @@ def test_the_towers_of_a_clip_compare_images_and_texts(trained, only_numpy, requ
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("name", ["text", "image", "gru"])
+@pytest.mark.parametrize("name", models("text", "image", "gru"))
 def test_other_precisions_and_the_benchmark(name: str, trained, request, call_tool, tmp_path) -> None:
     """float16 and bfloat16 are smaller, int8 changes few predictions; every file is timed beside PyTorch."""
     run, target = trained(request, name), tmp_path / "export"

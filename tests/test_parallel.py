@@ -44,6 +44,7 @@ def test_eight_bit_optimizers_are_refused_under_fsdp(text_args, tmp_path: Path) 
 
 
 @pytest.mark.launch
+@pytest.mark.exhaustive
 def test_compiled_and_sharded(text_args, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile wraps the sharded root: saving, evaluating and resuming still find the plain model."""
     monkeypatch.setitem(ENVIRONMENT, "TEST_COMPILE_BACKEND", "eager")

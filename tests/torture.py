@@ -82,7 +82,7 @@ REFERENCE: list[dict] = []
 def test_a_hundred_kills(task: Task, name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """Byte-identical best/ and last/, equal numbers, after every kill."""
     variant, count = task.killed[name], KILLS[task.name][name]
-    epochs = 5 * int(variant.flags[variant.flags.index("--epochs") + 1])
+    epochs = 8 * int(variant.flags[variant.flags.index("--epochs") + 1])
     args = task.args(request, *variant.flags, "--epochs", str(epochs), "--run_name", "run")
     whole = tmp_path / "whole"
     whole.mkdir()
