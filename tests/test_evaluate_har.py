@@ -80,18 +80,23 @@ def table_of(media_set: Path, path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind", ["held_out", "novel", "table", "frames", "lora", "linear"])
+@pytest.mark.parametrize("kind", ["held_out", "novel", "table", "dataset", "shards", "frames", "lora", "linear"])
 def test_a_split_is_made_as_in_training(kind: str, train, media_set: Path, call, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     shutil.copytree(media_set / "train", plain)
     columns = ("--file_column", "clip", "--label_column", "action", "--media_folder", str(media_set))
     if kind == "frames":
         make_frame_folders(tmp_path / "frames")
+    if kind in ("dataset", "shards"):
+        pack(media_set, tmp_path / kind, kind)
     flags = {
         "held_out": ("--data_dir", str(plain), "--test_fraction", "0.2", "--shots", "9", "--report_on_train"),
         "novel": ("--novel_classes", "red chair"),
         "table": ("--data_dir", "None", "--train_file", str(table_of(media_set, tmp_path / "all.csv")), *columns,
                   "--test_fraction", "0.2"),
+        "dataset": ("--data_dir", "None", "--train_file", str(tmp_path / "dataset"), "--test_fraction", "0.3"),
+        "shards": ("--data_dir", "None", "--train_file", str(tmp_path / "shards" / "train.tar"),
+                   "--test_file", str(tmp_path / "shards" / "test.tar")),
         "frames": ("--data_dir", str(tmp_path / "frames"), "--frame_folders", "--test_fraction", "0.3"),
         "lora": ("--strategy", "lora", "--lora_r", "2"),
         "linear": ("--strategy", "linear_probe", "--augmentation", "none", "--head_lr", "3e-2", "--views", "2"),
@@ -100,6 +105,26 @@ def test_a_split_is_made_as_in_training(kind: str, train, media_set: Path, call,
     for split in {"held_out": ("test", "validation", "train"), "novel": ("test", "novel")}.get(kind, ("test",)):
         found = assert_its_own_numbers(run, split, call)
         assert ("accuracy_among_all" in found) == (kind == "novel")
+
+
+def pack(media_set: Path, folder: Path, kind: str) -> None:
+    """The images of train/ and test/ as a data set of `datasets` (train alone), or as one shard each."""
+    import datasets
+    import webdataset
+
+    folder.mkdir()
+    files = {split: sorted((media_set / split).rglob("*.png")) for split in ("train", "test")}
+    if kind == "dataset":
+        columns = {"image": [str(file) for file in files["train"]],
+                   "label": [NAMES.index(file.parent.name) for file in files["train"]]}  # fmt: skip
+        rows = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+        rows = rows.cast_column("label", datasets.ClassLabel(names=NAMES))
+        datasets.DatasetDict({"train": rows}).save_to_disk(folder)
+        return
+    for split, paths in files.items():
+        with webdataset.TarWriter(str(folder / f"{split}.tar")) as tar:
+            for number, file in enumerate(paths):
+                tar.write({"__key__": f"{number:03}", "png": file.read_bytes(), "cls": file.parent.name.encode()})
 
 
 def make_frame_folders(folder: Path) -> None:

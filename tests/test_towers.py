@@ -215,18 +215,33 @@ def test_with_cached_features_the_same_is_learnt(towers_here) -> None:
 
 @pytest.mark.launch
 def test_two_processes_learn_what_one_does(clip_args, tiny_bert: Path, net_weights: Path, tmp_path: Path) -> None:
+    """With DDP and with FSDP2; killed and resumed, the sharded run ends with the same bytes, which open."""
     still = json.loads((tiny_bert / "config.json").read_text())
     still |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     bert = shutil.copytree(tiny_bert, tmp_path / "bert")
     (bert / "config.json").write_text(json.dumps(still))
     flags = (*clip_args[:2], *clip_args[4:], "--image_model", NET, "--image_weights", net_weights, "--text_model", bert,
-             *LOCKED, "--projection_dim", "16", "--max_steps", "4", "--lr", "3e-4")  # fmt: skip
-    for processes, size in ((1, 8), (2, 7)):
-        name = ("--run_name", str(processes), "--micro_batch_size", str(size))
-        launch(CLIP, *flags, *name, "--cache_dir", tmp_path / f"c{processes}", cwd=tmp_path, processes=processes)
-    one, two = (load_file(tmp_path / "runs" / name / "last" / "model.safetensors") for name in "12")
-    for name, tensor in one.items():
-        assert torch.allclose(tensor, two[name], atol=1e-4), (name, (tensor - two[name]).abs().max())
+             *LOCKED, "--projection_dim", "16", "--max_steps", "4", "--lr", "3e-4", "--save_every", "2")  # fmt: skip
+    for name, size, options in (
+        ("one", 8, {}),
+        ("ddp", 7, {"processes": 2}),
+        ("fsdp", 7, {"processes": 2, "fsdp": True}),
+    ):
+        own = ("--run_name", name, "--micro_batch_size", size, "--cache_dir", tmp_path / f"cache_{name}")
+        launch(CLIP, *flags, *own, cwd=tmp_path, **options)
+    runs = {name: tmp_path / "runs" / name for name in ("one", "ddp", "fsdp")}
+    one = load_file(runs["one"] / "last" / "model.safetensors")
+    for way in ("ddp", "fsdp"):
+        other = load_file(runs[way] / "last" / "model.safetensors")
+        assert one.keys() == other.keys()
+        for name, tensor in one.items():
+            assert torch.allclose(tensor, other[name], atol=1e-4), (way, name, (tensor - other[name]).abs().max())
+    kept = weights(runs["fsdp"] / "last")
+    rest = ("--run_name", "fsdp", "--micro_batch_size", 7, "--cache_dir", tmp_path / "cache_fsdp")
+    again = ("--resume", runs["fsdp"] / "checkpoints" / "step_000002")
+    launch(CLIP, *flags, *rest, *again, cwd=tmp_path, processes=2, fsdp=True)
+    assert weights(runs["fsdp"] / "last") == kept
+    AutoModel.from_pretrained(runs["fsdp"] / "best")
 
 
 @pytest.mark.parametrize(
