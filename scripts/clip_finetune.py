@@ -72,6 +72,7 @@ from accelerando.train.averages import Ema, averaged, mix_weights, trained_weigh
 from accelerando.train.batches import TrainBatches, first_batch, report_unreadable
 from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.features import weights_digest
+from accelerando.train.gradients import step_is_repeated
 from accelerando.train.layerwise import below_last, part_factors, train_mode
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
 from accelerando.train.lora import attach_lora, is_lora
@@ -149,7 +150,9 @@ class Args:
     lora_r: int = 16  # lora: rank
     lora_alpha: float = 32.0  # lora: the adapters' scale is lora_alpha / lora_r
     lora_dropout: float = 0.05  # lora: dropout before the adapters
-    lora_targets: tuple[str, ...] = ()  # lora: layers with an adapter (default: query and value projections)
+    lora_targets: tuple[str, ...] = ()  # lora: layers with an adapter, or all-linear (default: query and value)
+    lora_rank_stabilised: bool = False  # lora: the scale is lora_alpha / sqrt(lora_r) (rsLoRA)
+    lora_dora: bool = False  # lora: lengths of the weights' rows are learnt apart (DoRA)
     lock_image_tower: bool = False  # full: the image tower is frozen (LiT)
     lock_text_tower: bool = False  # full: the text tower is frozen
     image_blocks: int | None = None  # full: only the last blocks of the image tower are trained: 2, say
@@ -183,6 +186,9 @@ class Args:
     scheduler_factor: float = 0.5  # plateau, step: factor of each drop of the learning rate
     warmup_steps: float = 100.0  # optimizer steps of warm-up; below 1, a share of all steps
     grad_clip: float | None = 1.0  # largest gradient norm; None: not clipped
+    max_bad_steps: int = 5  # steps in a row without a finite gradient before the run ends
+    overfit_batches: int | None = None  # for finding mistakes: train on these first batches alone, in each epoch
+    inspect: bool = False  # log a table of the layers, and record the gradient norm of each
     ema_decay: float | None = None  # moving average of the weights, which is evaluated instead: 0.999, say
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 where fast (default: launch's)
     compile_model: bool = False  # torch.compile
@@ -234,6 +240,7 @@ ALIASES = {
     "strategy": "scenario",
 }
 
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rank_stabilised", "lora_dora")
 # Settings that matter only together with another one.
 ONLY_WITH = {
     "from_scratch": ("image_size", "patch_size", "vision_width", "vision_layers", "text_width", "text_layers",
@@ -242,7 +249,7 @@ ONLY_WITH = {
     "image_model": ("image_weights", "text_pooling", "projection"),
     "not image_model": ("model_name", "adapter"),
     "scenario full": ("lock_image_tower", "lock_text_tower", "image_blocks", "text_blocks"),
-    "scenario dual_lora vision_lora text_lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"),
+    "scenario dual_lora vision_lora text_lora": LORA,
     "loss siglip": ("logit_bias_init",),
     "class_field": ("class_names", "class_templates"),
     "s3_bucket": ("s3_prefix", "s3_validation_prefix", "s3_checkpoint_prefix"),
@@ -377,6 +384,7 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         model.activation_checkpointing_enable()
     clip.embed_in_forward(model)
     lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
+    lora = (*lora, args.lora_rank_stabilised, args.lora_dora)
     if args.scenario == "dual_lora":
         projections = [name for name in PROJECTIONS if hasattr(model, name)]
         model = attach_lora(model, *lora, modules_to_save=projections, within=("vision_model", "text_model"))
@@ -822,6 +830,8 @@ def main() -> None:
             )  # fmt: skip
             window.add_mean_loss(loss)
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
+            if step_is_repeated(run, window, grad_norm):
+                continue  # without the samples whose gradient is infinite or NaN
             optimizer.step()
             schedule.step(skipped=accelerator.optimizer_step_was_skipped)
             optimizer.zero_grad()

@@ -68,6 +68,7 @@ from accelerando.train.averages import Ema, averaged, mix_weights, trained_weigh
 from accelerando.train.batches import TrainBatches, first_batch
 from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.features import cached_features, weights_digest
+from accelerando.train.gradients import step_is_repeated
 from accelerando.train.layerwise import below_last, train_mode
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
 from accelerando.train.lora import attach_lora
@@ -137,7 +138,9 @@ class Args:
     lora_r: int = 16  # lora: rank
     lora_alpha: float = 32.0  # lora: the adapters' scale is lora_alpha / lora_r
     lora_dropout: float = 0.05  # lora: dropout before the adapters
-    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # lora: layers with an adapter
+    lora_targets: tuple[str, ...] = ("q_proj", "v_proj")  # lora: layers with an adapter, or all-linear
+    lora_rank_stabilised: bool = False  # lora: the scale is lora_alpha / sqrt(lora_r) (rsLoRA)
+    lora_dora: bool = False  # lora: lengths of the weights' rows are learnt apart (DoRA)
     zero_shot: bool = False  # classify by the prompts alone; goes with evaluate_only
     evaluate_only: bool = False  # train nothing: score the model, or with zero_shot its prompts
     # -- loss --
@@ -163,6 +166,9 @@ class Args:
     scheduler_factor: float = 0.5  # plateau, step: factor of each drop of the learning rate
     warmup_steps: float = 0.1  # optimizer steps of linear warm-up; below 1, a share of all steps
     grad_clip: float | None = 1.0  # largest gradient norm; None: not clipped
+    max_bad_steps: int = 5  # steps in a row without a finite gradient before the run ends
+    overfit_batches: int | None = None  # for finding mistakes: train on these first batches alone, in each epoch
+    inspect: bool = False  # log a table of the layers, and record the gradient norm of each
     ema_decay: float | None = None  # moving average of the weights, which is evaluated instead: 0.999, say
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 where fast (default: launch's)
     compile_model: bool = False  # torch.compile
@@ -218,12 +224,13 @@ ALIASES = {
     "num_frames": "frames",
 }
 
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rank_stabilised", "lora_dora")
 # Settings that matter only together with another one.
 ONLY_WITH = {
     "head linear": ("head_init", "head_features", "head_lr"),
     "head text": ("train_logit_scale",),
     "strategy visual full": ("keep_statistics",),
-    "strategy lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"),
+    "strategy lora": LORA,
     "use_action_specific_augmentation": ("no_flip_classes", "no_crop_classes"),
     "data_dir": ("frame_folders", "fold"),
     "train_file": ("media_folder", "file_column", "label_column", "cache_gb"),
@@ -434,6 +441,7 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         tower.activation_checkpointing_enable()
     if args.strategy == "lora":
         lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
+        lora = (*lora, args.lora_rank_stabilised, args.lora_dora)
         within = ("clip.vision_model", *(["clip.text_model"] if args.head == "text" else []))
         model = attach_lora(model, *lora, modules_to_save=model.head_names(), within=within)
     frozen = below_last(model, "vision_model", args.image_blocks) if args.image_blocks else set()
@@ -865,6 +873,8 @@ def main() -> None:
                         losses, _ = compute_loss(model, batch, data, args)
                         window.backward(losses, batch["weight"])
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
+            if step_is_repeated(run, window, grad_norm):
+                continue  # without the samples whose gradient is infinite or NaN
             optimizer.step()
             schedule.step(skipped=accelerator.optimizer_step_was_skipped)
             optimizer.zero_grad()

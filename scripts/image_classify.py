@@ -53,10 +53,13 @@ from accelerando.train.accelerator import (
     unwrapped,
 )
 from accelerando.train.averages import Ema, averaged
-from accelerando.train.batches import TrainBatches, check_no_batch_of_one
+from accelerando.train.batches import TrainBatches, check_no_batch_of_one, first_batch
+from accelerando.train.class_losses import class_losses, inverse_frequency, log_frequency
 from accelerando.train.evaluation import EvaluationRows, check_validation
+from accelerando.train.gradients import step_is_repeated
 from accelerando.train.layerwise import layers_of, train_from, train_mode
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
+from accelerando.train.lora import attach_lora
 from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer, make_scheduler
 from accelerando.train.privacy import (
     check_budget,
@@ -106,12 +109,20 @@ class Args:
     model_name: str | None = None  # instead of architecture: folder or Hub name of a classifier of transformers
     trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
     num_classes: int | None = None  # checked against the data
-    strategy: Literal["full", "head", "gradual"] = "full"  # what is trained: all, the head, or the head and then more
+    strategy: Literal["full", "head", "gradual", "lora"] = "full"  # all, the head, the head and then more, LoRA
     unfreeze_every: int = 1  # gradual: epochs until the next layer below is trained too
     layer_decay: float = 1.0  # learning rate of a layer relative to the next one above: 0.75, say
+    lora_r: int = 16  # lora: rank
+    lora_alpha: float = 32.0  # lora: the adapters' scale is lora_alpha / lora_r
+    lora_dropout: float = 0.05  # lora: dropout before the adapters
+    lora_targets: tuple[str, ...] = ()  # lora: layers with an adapter, or all-linear (default: query and value)
+    lora_rank_stabilised: bool = False  # lora: the scale is lora_alpha / sqrt(lora_r) (rsLoRA)
+    lora_dora: bool = False  # lora: lengths of the weights' rows are learnt apart (DoRA)
     # -- loss --
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
     class_weights: bool = False  # weight each class by the inverse of its frequency
+    focal_gamma: float = 0.0  # how strongly confident answers are discounted (focal loss): 2, say
+    logit_adjustment: float = 0.0  # rare classes: how strongly frequent ones are handicapped in training: 1, say
     tta: bool = False  # evaluation averages an image and its mirror image
     # -- training --
     trainer_type: Literal["standard", "accelerate", "mixed_precision", "dp"] = "standard"  # dp: private (Opacus)
@@ -133,6 +144,9 @@ class Args:
     scheduler_factor: float = 0.5  # plateau, step: factor of each drop of the learning rate
     warmup_steps: float = 0.0  # optimizer steps of linear warm-up; below 1, a share of all steps
     grad_clip: float | None = None  # largest gradient norm, with dp of each image; None: not clipped (dp: 1)
+    max_bad_steps: int = 5  # steps in a row without a finite gradient before the run ends
+    overfit_batches: int | None = None  # for finding mistakes: train on these first batches alone, in each epoch
+    inspect: bool = False  # log a table of the layers, and record the gradient norm of each
     noise_multiplier: float | None = None  # dp: noise standard deviation over grad_clip (default: from target_epsilon)
     target_epsilon: float | None = None  # dp: privacy budget, at which training stops: 3, say
     target_delta: float = 1e-5  # dp: probability that the budget does not hold, less than 1 over the training images
@@ -183,10 +197,12 @@ ALIASES = {
     "amp_dtype": ("amp", {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}),
 }
 
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rank_stabilised", "lora_dora")
 # Settings that matter only together with another one.
 ONLY_WITH = {
     "cache": ("cache_side", "cache_dir"),
     "strategy gradual": ("unfreeze_every",),
+    "strategy lora": LORA,
     "trainer_type dp": ("noise_multiplier", "target_epsilon", "target_delta", "noise_seed"),
     "not model_name": ("architecture", "weights"),
     "model_name": ("trust_remote_code",),
@@ -210,14 +226,13 @@ class Data:
 
     splits: dict[str, ImageFiles]  # train, and validation and test if there are any
     label_names: list[str]
-    class_weights: torch.Tensor  # n / (C n_c) for each class, float32 [C]: 1 on average over the training images
+    class_counts: torch.Tensor  # training images of each class, int64 [C]
     mean: tuple[float, ...]  # of each colour, 0 to 1
     std: tuple[float, ...]
     collate: ImageCollate
 
 
 def load_data(args: Args, accelerator: Accelerator) -> Data:
-    import numpy as np
     import torch
 
     folder = Path(args.data_dir)
@@ -241,15 +256,14 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         images = splits.pop("train")
         kept, held_out = stratified_split(images.classes, args.validation_fraction, args.seed)
         splits = {"train": images.take(kept), "validation": images.take(held_out), **splits}
-    names, counts = list(classes), ", ".join(f"{split} {len(found):,}" for split, found in splits.items())
-    log.info("Images: %s; %d classes: %s", counts, len(names), ", ".join(names[:12]) + " ..." * (len(names) > 12))
+    names, sizes = list(classes), ", ".join(f"{split} {len(found):,}" for split, found in splits.items())
+    log.info("Images: %s; %d classes: %s", sizes, len(names), ", ".join(names[:12]) + " ..." * (len(names) > 12))
     if args.cache:
         side = args.cache_side or evaluation_side(args.image_size)
         splits = cached_images(splits, side, cache_folder(args.cache_dir), args.num_workers)
-    counts = np.bincount(splits["train"].classes, minlength=len(names))
-    weights = torch.from_numpy(counts.sum() / (len(counts) * np.maximum(counts, 1))).float()
+    counts = torch.bincount(torch.as_tensor(splits["train"].classes), minlength=len(names))
     mean, std = colour_statistics(args.model_name, args.architecture, args.trust_remote_code)
-    return Data(splits, names, weights, mean, std, ImageCollate())
+    return Data(splits, names, counts, mean, std, ImageCollate())
 
 
 def training_images(args: Args, data: Data) -> TrainingImages:
@@ -280,8 +294,18 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         if args.weights and args.weights.lower() != "none":
             log.info("%s", load_pretrained(model, args.weights))
     head = head_names(model)
+    if args.strategy == "lora":
+        lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
+        lora = (*lora, args.lora_rank_stabilised, args.lora_dora)
+        model = attach_lora(model, *lora, modules_to_save=[name.rstrip(".") for name in head])
+
+    def is_trained(name: str) -> bool:
+        if args.strategy == "lora":
+            return ".lora_" in name or ".modules_to_save." in name
+        return args.strategy != "head" or name.startswith(head)
+
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = args.strategy != "head" or name.startswith(head)
+        parameter.requires_grad = is_trained(name)
     if try_image_sizes(model, (*args.progressive_sizes, args.image_size)):
         batches = (args.batch_size, args.gradient_accumulation_steps, accelerator.num_processes)
         check_no_batch_of_one(len(data.splits["train"]), *batches)
@@ -317,12 +341,11 @@ def compute_loss(
     logits = model(pixel_values=pixels).logits.float()
     if args.tta and not model.training:
         logits = (logits + model(pixel_values=pixels.flip(-1)).logits.float()) / 2
-    weight = data.class_weights.to(logits) if args.class_weights else None
+    weight = inverse_frequency(data.class_counts).to(logits) if args.class_weights else None
+    prior = args.logit_adjustment * log_frequency(data.class_counts).to(logits) if args.logit_adjustment else None
 
     def loss(labels: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(
-            logits, labels, weight, reduction="none", label_smoothing=args.label_smoothing
-        )
+        return class_losses(logits, labels, weight, args.label_smoothing, args.focal_gamma, prior)
 
     share = batch["share"]
     return share * loss(batch["labels"]) + (1 - share) * loss(batch["other_labels"]), logits
@@ -420,13 +443,14 @@ def check_args(args: Args) -> None:
     check_ranges(
         args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9), fold=(0, 9999), image_size=(8, 4096),
         crop_scale=(0.001, 1), flip=(0, 1), erasing=(0, 1), cache_side=(8, 16384), mixup=(0, 100), cutmix=(0, 100),
-        label_smoothing=(0, 0.999), num_classes=(2, 2**20), unfreeze_every=(1, 2**20), layer_decay=(0.001, 1),
+        label_smoothing=(0, 0.999), focal_gamma=(0, 100), logit_adjustment=(0, 100), num_classes=(2, 2**20),
+        unfreeze_every=(1, 2**20), layer_decay=(0.001, 1),
         noise_multiplier=(0, 1000), target_epsilon=(1e-6, 1e6), target_delta=(1e-30, 0.999), noise_seed=(0, 2**62),
     )  # fmt: skip
     if args.model_name and args.weights:
         raise UserError("--weights are those of --architecture; --model_name brings its own: drop one")
-    if args.layer_decay < 1 and args.strategy == "head":
-        raise UserError("--layer_decay: --strategy head trains one layer alone: full or gradual train more")
+    if args.layer_decay < 1 and args.strategy in ("head", "lora"):
+        raise UserError(f"--layer_decay: --strategy {args.strategy} trains no layers as a whole: full or gradual do")
     if args.trainer_type == "mixed_precision":
         if args.amp == "no":
             raise UserError("--trainer_type mixed_precision and --amp no contradict each other: drop one")
@@ -441,7 +465,10 @@ def check_private(args: Args) -> None:
     others = {
         "mixup and --cutmix": (args.mixup or args.cutmix, "an image would be in the gradient of others too"),
         "balanced": (args.balanced, "the accounting needs each image drawn with the same probability"),
+        "overfit_batches": (args.overfit_batches, "the accounting needs each image drawn with the same probability"),
         "class_weights": (args.class_weights, "they tell the numbers of images without noise"),
+        "logit_adjustment": (args.logit_adjustment, "it tells the numbers of images without noise"),
+        "strategy lora": (args.strategy == "lora", "adapters have not been tried with it: full or head"),
         "strategy gradual": (args.strategy == "gradual", "what is trained has to stay the same: full or head"),
         "amp": (args.amp not in (None, "no"), "gradients of single images are computed in float32"),
         "compile_model": (args.compile_model, "the hooks for gradients of single images are not compiled"),
@@ -538,8 +565,9 @@ def main() -> None:
 
     def save_weights(name: str) -> None:
         save_model_folder(
-            accelerator, model, directory / name, lambda folder: write_beside_weights(folder, run, data, args)
-        )
+            accelerator, model, directory / name, lambda folder: write_beside_weights(folder, run, data, args),
+            outputs=lambda saved: compute_loss(saved, first_batch(batches.dataset, data.collate), data, args)[1],
+        )  # fmt: skip
 
     def checkpoint() -> Path:
         hub.push_soon()
@@ -573,6 +601,8 @@ def main() -> None:
                 if private:
                     clip_and_add(privacy, last=window.at_last)
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_norm)
+            if not private and step_is_repeated(run, window, grad_norm):
+                continue  # without the samples whose gradient is infinite or NaN
             optimizer.step()
             schedule.step(skipped=accelerator.optimizer_step_was_skipped)
             optimizer.zero_grad()

@@ -47,6 +47,7 @@ from accelerando.train.autotune import choose_num_workers, find_micro_batch_size
 from accelerando.train.averages import Ema, averaged
 from accelerando.train.batches import TrainBatches
 from accelerando.train.evaluation import EvaluationRows, check_validation
+from accelerando.train.gradients import step_is_repeated
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
 from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer, make_scheduler
 from accelerando.train.run import choose_directory, default_run_name, finish_run, keep_choice, restore, save, start_run
@@ -139,6 +140,9 @@ class Args:
     scheduler_factor: float = 0.5  # plateau, step: factor of each drop of the learning rate
     warmup_steps: float = 0.0  # optimizer steps of linear warm-up; below 1, a share of all steps
     grad_clip: float | None = None  # largest gradient norm; None: not clipped
+    max_bad_steps: int = 5  # steps in a row without a finite gradient before the run ends
+    overfit_batches: int | None = None  # for finding mistakes: train on these first batches alone, in each epoch
+    inspect: bool = False  # log a table of the layers, and record the gradient norm of each
     ema_decay: float | None = None  # moving average of the weights, which is evaluated instead: 0.999, say
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 where fast (default: launch's)
     compile_model: bool = False  # torch.compile
@@ -586,6 +590,8 @@ def main() -> None:
                     losses, _ = compute_loss(model, batch, data, args, run.state.step / run.total_steps)
                     window.backward(losses, batch["weight"])
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
+            if step_is_repeated(run, window, grad_norm):
+                continue  # without the samples whose gradient is infinite or NaN
             optimizer.step()
             schedule.step(skipped=accelerator.optimizer_step_was_skipped)
             optimizer.zero_grad()

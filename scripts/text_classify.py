@@ -24,10 +24,11 @@ from accelerando.base.files import cache_folder
 from accelerando.base.log import log
 from accelerando.base.processes import main_process_first
 from accelerando.data.collate import TextCollate
+from accelerando.data.curriculum import Curriculum, losses_of_predictions, rarity
 from accelerando.data.splits import stratified_split
 from accelerando.data.tables import TextTable, encode_labels, label_names, read_text_table
 from accelerando.data.tokenizer import open_tokenizer, train_tokenizer
-from accelerando.data.tokens import TokenTable, tokenize_table
+from accelerando.data.tokens import TokenTable, tokenize_table, warn_of_cut_texts
 from accelerando.inference.hub import Hub, check_push
 from accelerando.models.cpu import attention_for_cpu, speed_up_dropout
 from accelerando.models.overrides import override_config
@@ -46,8 +47,11 @@ from accelerando.report.model_card import write_model_card
 from accelerando.report.predictions import worst_mistakes
 from accelerando.train.accelerator import is_sharded, log_trained, make_accelerator, prepare
 from accelerando.train.averages import Ema, averaged
-from accelerando.train.batches import TrainBatches, first_batch
+from accelerando.train.batches import Rows, TrainBatches, first_batch
+from accelerando.train.class_losses import class_losses, disagreement, inverse_frequency, log_frequency, twice
 from accelerando.train.evaluation import EvaluationRows, check_validation
+from accelerando.train.gradients import step_is_repeated
+from accelerando.train.layerwise import layers_of, reinitialise, train_from
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
 from accelerando.train.lora import attach_lora
 from accelerando.train.optim import OptimizerName, SchedulerName, make_optimizer, make_scheduler
@@ -76,6 +80,11 @@ class Args:
     label_column: str = "label"  # column of the label: names or whole numbers
     max_length: int = 128  # tokens kept of each text
     length_buckets: bool = True  # texts of similar length share a batch: little padding
+    balanced: bool = False  # every class is sampled equally often
+    curriculum: str | None = None  # easy rows first: length, rarity, or by loss: a predictions.csv of tools/evaluate.py
+    initial_difficulty: float = 0.3  # curriculum: share of the rows, the easiest ones, in the first epoch
+    final_difficulty: float = 1.0  # curriculum: share of the rows at its end
+    curriculum_epochs: int | None = None  # curriculum: epochs until its end (default: all)
     cache_dir: str | None = None  # where tokenized text is kept (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
     dataset_version: str | None = None  # tag or revision of the data, kept with the results: v1.2, say
     # -- model --
@@ -85,11 +94,16 @@ class Args:
     tokenizer_name: str | None = None  # folder or Hub name (default: model_name's; the cnn trains one)
     trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
     tokenizer_type: Literal["wordpiece", "bpe"] = "wordpiece"  # what to train where there is no tokenizer
-    strategy: Literal["full", "head", "lora"] = "full"  # what is trained: all, the head alone, LoRA and the head
+    strategy: Literal["full", "head", "gradual", "lora"] = "full"  # all, the head, the head and then more, LoRA
+    unfreeze_every: int = 1  # gradual: epochs until the next layer below is trained too
+    layer_decay: float = 1.0  # learning rate of a layer relative to the next one above: 0.75, say
+    reinit_layers: int = 0  # transformer: last layers below the head that begin with random weights
     lora_r: int = 16  # lora: rank
     lora_alpha: float = 32.0  # lora: the adapters' scale is lora_alpha / lora_r
     lora_dropout: float = 0.05  # lora: dropout before the adapters
-    lora_targets: tuple[str, ...] = ()  # lora: layers with an adapter (default: query and value projections)
+    lora_targets: tuple[str, ...] = ()  # lora: layers with an adapter, or all-linear (default: query and value)
+    lora_rank_stabilised: bool = False  # lora: the scale is lora_alpha / sqrt(lora_r) (rsLoRA)
+    lora_dora: bool = False  # lora: lengths of the weights' rows are learnt apart (DoRA)
     num_labels: int | None = None  # checked against the data
     hidden_size: int | None = None  # transformer from scratch: width
     num_layers: int | None = None  # transformer from scratch: layers
@@ -103,6 +117,12 @@ class Args:
     num_filters: int = 100  # cnn: filters of each size
     filter_sizes: tuple[int, ...] = (3, 4, 5)  # cnn: filter widths in tokens
     dropout_prob: float = 0.5  # cnn: dropout before the head
+    # -- loss --
+    label_smoothing: float = 0.0  # share of the target that is spread over all classes
+    class_weights: bool = False  # weight each class by the inverse of its frequency
+    focal_gamma: float = 0.0  # how strongly confident answers are discounted (focal loss): 2, say
+    logit_adjustment: float = 0.0  # rare classes: how strongly frequent ones are handicapped in training: 1, say
+    r_drop: float = 0.0  # weight of the difference between two dropout masks: 1 to 5, say; twice the time
     # -- training --
     epochs: int = 3  # passes over the training rows
     max_steps: int | None = None  # stop after this many optimizer steps, even if epochs are left
@@ -122,6 +142,9 @@ class Args:
     scheduler_factor: float = 0.5  # plateau, step: factor of each drop of the learning rate
     warmup_steps: float = 0.0  # optimizer steps of linear warm-up; below 1, a share of all steps
     grad_clip: float | None = 1.0  # largest gradient norm; None: not clipped
+    max_bad_steps: int = 5  # steps in a row without a finite gradient before the run ends
+    overfit_batches: int | None = None  # for finding mistakes: train on these first batches alone, in each epoch
+    inspect: bool = False  # log a table of the layers, and record the gradient norm of each
     ema_decay: float | None = None  # moving average of the weights, which is evaluated instead: 0.999, say
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 where fast (default: launch's)
     compile_model: bool = False  # torch.compile
@@ -167,15 +190,18 @@ ALIASES = {
     "dropout": "hidden_dropout_prob",
 }
 
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rank_stabilised", "lora_dora")
 # Settings that matter only together with another one.
 ONLY_WITH = {
     "architecture transformer": (
         "model_name", "from_scratch", "trust_remote_code", "hidden_dropout_prob", "attention_probs_dropout_prob",
-        "classifier_dropout",
+        "classifier_dropout", "reinit_layers",
     ),
     "from_scratch": ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size"),
     "architecture cnn": ("vocab_size", "embed_size", "num_filters", "filter_sizes", "dropout_prob"),
-    "strategy lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"),
+    "curriculum": ("initial_difficulty", "final_difficulty", "curriculum_epochs"),
+    "strategy gradual": ("unfreeze_every",),
+    "strategy lora": LORA,
     "GPU": ("deterministic", "pin_memory"),
 }  # fmt: skip
 
@@ -197,11 +223,14 @@ class Data:
     splits: dict[str, TokenTable]  # train, and validation and test if there are any
     tables: dict[str, TextTable]
     label_names: list[str]
+    class_counts: torch.Tensor  # training rows of each class, int64 [C]
     tokenizer: PreTrainedTokenizerBase
     collate: TextCollate
 
 
 def load_data(args: Args, accelerator: Accelerator) -> Data:
+    import torch
+
     if not args.train_file:
         raise UserError("--train_file is missing: a .json, .jsonl, .csv or .parquet file, or a `datasets` name")
     columns = {name: getattr(args, name) for name in ("text_column", "text_pair_column", "label_column")}
@@ -232,10 +261,29 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
             split: tokenize_table(table, tokenizer, args.max_length, labels[split], cache)
             for split, table in tables.items()
         }
-    counts = ", ".join(f"{split} {len(table):,}" for split, table in splits.items())
-    log.info("Rows: %s; %d labels: %s", counts, len(names), ", ".join(names[:12]) + (" ..." * (len(names) > 12)))
+    warn_of_cut_texts(splits, args.max_length)
+    sizes = ", ".join(f"{split} {len(table):,}" for split, table in splits.items())
+    log.info("Rows: %s; %d labels: %s", sizes, len(names), ", ".join(names[:12]) + (" ..." * (len(names) > 12)))
     collate = TextCollate(tokenizer.pad_token_id or 0, multiple_of=8 if args.compile_model else 1)
-    return Data(splits, tables, names, tokenizer, collate)
+    counts = torch.bincount(torch.as_tensor(labels["train"]), minlength=len(names))
+    return Data(splits, tables, names, counts, tokenizer, collate)
+
+
+def training_rows(args: Args, data: Data) -> Rows:
+    """The training rows in the order of each epoch."""
+    rows = data.splits["train"]
+    curriculum = None
+    if args.curriculum:
+        if args.curriculum == "length":
+            difficulty = rows.lengths
+        elif args.curriculum == "rarity":
+            difficulty = rarity(rows)
+        else:
+            difficulty = losses_of_predictions(args.curriculum, [data.label_names[label] for label in rows.labels])
+        epochs = args.curriculum_epochs or args.epochs
+        curriculum = Curriculum(difficulty, args.initial_difficulty, args.final_difficulty, epochs)
+    lengths = rows.lengths if args.length_buckets else None
+    return Rows(rows, lengths, rows.labels if args.balanced else None, curriculum)
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -251,12 +299,14 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> torch.nn.Mo
     head = head_names(model)
     if args.strategy == "lora":
         kept = [name.rstrip(".") for name in head]
-        model = attach_lora(model, args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets, kept)
+        lora = (args.lora_r, args.lora_alpha, args.lora_dropout, args.lora_targets)
+        lora = (*lora, args.lora_rank_stabilised, args.lora_dora)
+        model = attach_lora(model, *lora, modules_to_save=kept)
 
     def is_trained(name: str) -> bool:
         if args.strategy == "lora":
             return ".lora_" in name or ".modules_to_save." in name
-        return args.strategy == "full" or name.startswith(head)
+        return args.strategy != "head" or name.startswith(head)
 
     for name, parameter in model.named_parameters():
         parameter.requires_grad = is_trained(name)
@@ -278,12 +328,22 @@ def build_transformer(args: Args, data: Data, labels: dict, on_cpu: bool) -> Pre
         AutoModelForSequenceClassification, args.model_name, config, args.from_scratch,
         trust_remote_code=args.trust_remote_code, **attention_for_cpu(config, on_cpu),
     )  # fmt: skip
+    if args.reinit_layers:
+        reinitialise(model, head_names(model), args.reinit_layers)
     match_tokenizer(model, data.tokenizer, args.model_name)
     data.collate.pad_token_id, data.collate.left = data.tokenizer.pad_token_id, pads_left(config)
     limit = most_tokens(model)
     if limit and args.max_length > limit:
         raise UserError(f"--max_length {args.max_length} exceeds the {limit} positions of {args.model_name}")
     return model
+
+
+def unfreeze(model: PreTrainedModel, args: Args, epoch: int) -> None:
+    """Strategy gradual: trains one layer more, counted from the head, every ``unfreeze_every`` epochs."""
+    layers = layers_of(model, head_names(model))
+    count = min(len(layers), 1 + epoch // args.unfreeze_every)
+    train_from(model, layers, count)
+    log_trained(model, f"Strategy gradual, the last {count} of {len(layers)} layers")
 
 
 def build_cnn(args: Args, data: Data, labels: dict) -> PreTrainedModel:
@@ -307,12 +367,20 @@ def build_cnn(args: Args, data: Data, labels: dict) -> PreTrainedModel:
 def compute_loss(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], data: Data, args: Args
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of each row, [B], and the logits, [B, C]."""
-    import torch
-
+    """The loss of each row, [B], and the logits, [B, C]."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
-    logits = model(**inputs).logits.float()
-    return torch.nn.functional.cross_entropy(logits, batch["labels"], reduction="none"), logits
+    two_passes = args.r_drop > 0 and model.training
+    logits = model(**(twice(inputs) if two_passes else inputs)).logits.float()
+    weight = inverse_frequency(data.class_counts).to(logits) if args.class_weights else None
+    prior = args.logit_adjustment * log_frequency(data.class_counts).to(logits) if args.logit_adjustment else None
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return class_losses(logits, batch["labels"], weight, args.label_smoothing, args.focal_gamma, prior)
+
+    if not two_passes:
+        return loss(logits), logits
+    one, two = logits.chunk(2)
+    return (loss(one) + loss(two)) / 2 + args.r_drop * disagreement(logits), one
 
 
 def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
@@ -394,7 +462,16 @@ def check_args(args: Args) -> None:
     check_push(args.push_to_hub, args.hub_repo_id)
     if args.architecture == "cnn" and args.strategy == "lora":
         raise UserError("--strategy lora: --architecture cnn has no attention layers; use full or head")
-    check_ranges(args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9))
+    check_ranges(
+        args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9), label_smoothing=(0, 0.999), focal_gamma=(0, 100),
+        logit_adjustment=(0, 100), r_drop=(0, 1000), unfreeze_every=(1, 2**20), layer_decay=(0.001, 1),
+        reinit_layers=(0, 4096), initial_difficulty=(0.001, 1), final_difficulty=(0.001, 1),
+        curriculum_epochs=(1, 2**30),
+    )  # fmt: skip
+    if args.balanced and args.curriculum:
+        raise UserError("--balanced and --curriculum both choose the rows of an epoch: drop one")
+    if args.layer_decay < 1 and args.strategy in ("head", "lora"):
+        raise UserError(f"--layer_decay: --strategy {args.strategy} trains no layers as a whole: full or gradual do")
 
 
 def data_title(args: Args) -> str:
@@ -421,7 +498,8 @@ def main() -> None:
     directory = choose_directory(args, default_name(args))
 
     # Data, model and the run's folder.
-    accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
+    changing = args.strategy == "gradual"  # which parameters are trained changes with the epochs
+    accelerator = make_accelerator(args.seed, args.amp, args.deterministic, changing)
     data = load_data(args, accelerator)
     model = build_model(args, data, accelerator)
     run = start_run(accelerator, args, directory, METRICS, model_title(args), data.splits, {"label": data.label_names})
@@ -429,32 +507,34 @@ def main() -> None:
         log.warning("%s", line)
 
     # What an optimizer step trains on: the same samples on any number of processes.
-    train_data = data.splits["train"]
     batches = TrainBatches(
-        train_data, data.collate, args.batch_size, args.gradient_accumulation_steps, args.seed,
-        lengths=train_data.lengths if args.length_buckets else None, num_workers=args.num_workers,
-        accelerator=accelerator, pin_memory=args.pin_memory,
+        training_rows(args, data), data.collate, args.batch_size, args.gradient_accumulation_steps, args.seed,
+        num_workers=args.num_workers, accelerator=accelerator, pin_memory=args.pin_memory,
     )  # fmt: skip
     plan_steps(run, batches)
 
     # Optimizer, schedule, averages; then back to where a resumed run was.
+    layers = layers_of(model, head_names(model)) if args.layer_decay < 1 else ()
     optimizer = make_optimizer(
         model, args.optimizer, args.lr, args.weight_decay, (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
-        args.momentum, sharded=is_sharded(accelerator),
+        args.momentum, is_sharded(accelerator), layers, args.layer_decay,
     )  # fmt: skip
+    plain = model
     model, optimizer = prepare(accelerator, model, optimizer, args.compile_model)
     schedule = make_scheduler(
         optimizer.optimizer, args.scheduler, run.total_steps, args.warmup_steps, args.scheduler_factor,
         args.scheduler_patience, run.higher_is_better, args.scheduler_step_size * batches.num_windows(),
     )  # fmt: skip
     ema = Ema(optimizer, args.ema_decay)
+    if changing and run.resumed:  # an optimizer state belongs to parameters that are trained
+        unfreeze(plain, args, run.state.epoch)
     restore(run, model, optimizer, schedule, ema)
     hub = Hub(run, args)
 
     def save_weights(name: str) -> None:
         save_model_folder(
             accelerator, model, directory / name, lambda folder: write_beside_weights(folder, run, data, args),
-            outputs=lambda saved: compute_loss(saved, first_batch(train_data, data.collate), data, args)[1],
+            outputs=lambda saved: compute_loss(saved, first_batch(data.splits["train"], data.collate), data, args)[1],
         )  # fmt: skip
 
     def checkpoint() -> Path:
@@ -478,12 +558,16 @@ def main() -> None:
             if run.is_over:
                 checkpoint()
         for window in training_steps(run, batches):
+            if changing and window.starts_epoch:
+                unfreeze(plain, args, run.state.epoch)
             model.train()
             for batch in window:  # the micro-batches of one optimizer step
                 with window.sync(model):
                     losses, _ = compute_loss(model, batch, data, args)
                     window.backward(losses, batch["weight"])
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.grad_clip or float("inf"))
+            if step_is_repeated(run, window, grad_norm):
+                continue  # without the samples whose gradient is infinite or NaN
             optimizer.step()
             schedule.step(skipped=accelerator.optimizer_step_was_skipped)
             optimizer.zero_grad()

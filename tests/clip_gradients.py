@@ -38,7 +38,9 @@ def tiny_clip(dtype: torch.dtype, scenario: str, dropout: float = 0.0) -> torch.
     make_trainable_scale(model, None, -10.0 if scenario == "siglip" else None)
     embed_in_forward(model)
     if scenario == "lora":
-        model = attach_lora(model, 4, 8, dropout, ("q_proj", "v_proj"), ("visual_projection", "text_projection"))
+        model = attach_lora(
+            model, 4, 8, dropout, ("q_proj", "v_proj"), modules_to_save=("visual_projection", "text_projection")
+        )
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # not nought, so that its gradient reaches A
                 torch.nn.init.normal_(parameter, std=0.1)

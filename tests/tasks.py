@@ -294,8 +294,9 @@ TASKS = {
 
 # Left to `make test-all`: a further model or strategy of a script, where another one shows the same in `make test`.
 EXHAUSTIVE = {
-    "text-cnn-workers", "text-lora-two", "text-cnn", "clip-locked", "clip-linear_probe", "sign-gru", "sign-iv3_gru",
-    "har-probe", "image-sharded", "har-sharded", "sign-2", "image-2", "har-2",
+    "text-cnn-workers", "text-lora-two", "text-cnn", "clip-locked", "clip-linear_probe", "clip-dual_lora", "sign-gru",
+    "sign-iv3_gru", "har-flyp", "har-two", "har-probe", "image-sharded", "har-sharded", "sign-2", "image-2", "har-2",
+    "image-launchers", "har-launchers",
 }  # fmt: skip
 
 
@@ -314,10 +315,10 @@ def over(what: str, group: str) -> list:
     ]
 
 
-def each(group: str) -> list:
-    """pytest parameters over the tasks."""
+def each(label: str, group: str | None = None) -> list:
+    """pytest parameters over the tasks; ``group``: the tests that one worker runs, if not those of ``label``."""
     return [
-        pytest.param(task, id=task.name, marks=place(f"{task.name}-{group}", f"{task.name}-{group}"))
+        pytest.param(task, id=task.name, marks=place(f"{task.name}-{label}", f"{task.name}-{group or label}"))
         for task in TASKS.values()
     ]
 

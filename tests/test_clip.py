@@ -316,6 +316,7 @@ def test_a_micro_batch_size_is_found(clip_here, baseline: bytes, monkeypatch) ->
         clip_here("--micro_batch_size", "0", name="none")
 
 
+@pytest.mark.exhaustive
 def test_compiled_runs_save_under_plain_names(clip_here, quick_compile) -> None:
     run = clip_here("--scenario", "text_lora", "--max_steps", "1", "--compile_model", "--effective_batch_size", "8")
     assert not [name for name in load_file(run / "last" / "model.safetensors") if "_orig_mod" in name]

@@ -271,7 +271,7 @@ def test_the_readmes_commands_run(workshop, tiny_bert: Path, monkeypatch: pytest
     assert tried >= 12
     assert (folder / "embeddings.parquet").is_file()
     assert (folder / "answers.csv").is_file()
-    assert (folder / "runs" / "cv_cv_folds_0_1" / "report.html").is_file()
+    assert (folder / "runs" / "cv_cv_folds_0" / "report.html").is_file()
     assert (folder / "data" / "processed" / "train.json").is_file()
 
 

@@ -273,7 +273,9 @@ def save_adapter(folder: Path, base: str) -> Any:
     from transformers import CLIPModel
 
     torch.manual_seed(3)
-    tuned = attach_lora(CLIPModel.from_pretrained(base), 4, 8, 0.0, ("q_proj", "v_proj"), ("text_projection",))
+    tuned = attach_lora(
+        CLIPModel.from_pretrained(base), 4, 8, 0.0, ("q_proj", "v_proj"), modules_to_save=("text_projection",)
+    )
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
             torch.nn.init.normal_(parameter, std=0.3)

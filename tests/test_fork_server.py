@@ -155,6 +155,7 @@ def test_what_is_read_at_import_is_launched_for_real() -> None:
     assert not server.takes({**server.environment, "PYTHONHASHSEED": "0"})
 
 
+@pytest.mark.exhaustive
 def test_a_server_that_has_ended_is_replaced(run) -> None:
     before = fork_server()
     before.process.kill()

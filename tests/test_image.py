@@ -225,7 +225,7 @@ def test_folders_that_come_split_need_no_index(image_here, image_set: Path, tmp_
         (("--model_name", "None", "--weights", "nowhere.pth"), "no such file"),
         (("--progressive_sizes", "64"), "up to --image_size 32"),
         (("--crop_scale", "0"), "--crop_scale"),
-        (("--strategy", "head", "--layer_decay", "0.5"), "trains one layer alone"),
+        (("--strategy", "head", "--layer_decay", "0.5"), "trains no layers as a whole"),
         (("--trainer_type", "mixed_precision", "--amp", "no"), "contradict each other"),
     ],
 )

@@ -208,7 +208,10 @@ def test_a_finished_run_is_resumed_to_the_same_end_and_can_be_prolonged(
 @pytest.mark.launch
 @pytest.mark.parametrize(
     ("task", "processes"),  # the lock is the same for all scripts
-    [parameters for parameters in ONE_AND_TWO if parameters.id in ("text-1", "text-2")],
+    [
+        pytest.param(TASKS["text"], 1, id="text-1"),
+        pytest.param(TASKS["text"], 2, id="text-2", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_a_run_has_one_owner_at_a_time(task: Task, processes: int, request, tmp_path: Path) -> None:
     """A command that is given twice does not write into the run of the first; a killed owner holds nothing up."""
@@ -414,7 +417,7 @@ def test_bad_input_ends_with_one_line(task: Task, processes: int, request, tmp_p
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("task", each("resume"))
+@pytest.mark.parametrize("task", each("launchers", "resume"))
 def test_the_true_launchers_give_the_same_bytes(task: Task, unbroken, request, tmp_path: Path) -> None:
     """Begun with plain python (text alone), killed, resumed with `accelerate launch`: it ends as a forked run does.
 
@@ -434,6 +437,7 @@ def test_the_true_launchers_give_the_same_bytes(task: Task, unbroken, request, t
 
 
 @pytest.mark.launch
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("task", each("real")[:1])  # the launcher is the same for all scripts
 def test_with_torchrun_on_two_ranks(task: Task, request, tmp_path: Path) -> None:
     """torchrun gives what the forked ranks give."""

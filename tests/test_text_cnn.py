@@ -186,7 +186,7 @@ for model in (ddp, sharded):
     for parameter, expected in zip(model.parameters(), plain.parameters(), strict=True):
         gradient = parameter.grad.full_tensor() if hasattr(parameter.grad, "full_tensor") else parameter.grad
         torch.testing.assert_close(gradient, expected.grad)
-print("same")
+print("same", flush=True, end=" ")  # a line end is another write, which may come after the other rank's word
 dist.destroy_process_group()
 """
 

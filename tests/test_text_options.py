@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,17 @@ def baseline(text_args, tmp_path_factory):
         ("--strategy", "lora", "--lora_alpha", "1"),
         ("--strategy", "lora", "--lora_dropout", "0.9"),
         ("--strategy", "lora", "--lora_targets", "dense"),
+        ("--strategy", "lora", "--lora_rank_stabilised"),
+        ("--strategy", "lora", "--lora_dora"),
+        ("--strategy", "gradual"),
+        ("--layer_decay", "0.5"),
+        ("--reinit_layers", "1"),
+        ("--label_smoothing", "0.2"),
+        ("--class_weights",),
+        ("--focal_gamma", "2"),
+        ("--logit_adjustment", "1"),
+        ("--r_drop", "1"),
+        ("--balanced",),
         ("--from_scratch",),
         ("--from_scratch", "--num_layers", "1"),
         ("--from_scratch", "--hidden_size", "16"),
@@ -345,8 +357,12 @@ def test_checkpoints_on_disk_are_plain_files(train_here) -> None:
 
 
 @pytest.mark.figures
-def test_a_loss_that_is_nan_is_said_and_the_run_still_ends_with_a_model(train_here, capsys) -> None:
-    run = train_here("--lr", "1e30", "--grad_clip", "None", "--best_metric", "loss", "--log_every", "1", name="nan")
+def test_a_loss_that_is_nan_is_said_and_ends_the_run(train_here, capsys) -> None:
+    """After five steps; if that is not wanted, with a model and a report all the same."""
+    flags = ("--lr", "1e30", "--grad_clip", "None", "--best_metric", "loss", "--log_every", "1")
+    with pytest.raises(UserError, match=r"5 steps in a row \(--max_bad_steps\).* with a lower --lr or --grad_clip"):
+        train_here(*flags, name="ended")
+    run = train_here(*flags, "--max_bad_steps", "1000", name="nan")
     assert "The loss is nan: lower --lr" in (run / "logs" / "train.log").read_text()
     assert (run / "best" / "model.safetensors").is_file()
     assert (run / "report.html").is_file()
@@ -409,3 +425,28 @@ def test_roberta_counts_positions_from_behind_the_padding(train_here, tiny_bert:
     train_here("--model_name", folder, "--max_length", longest, "--max_steps", "2", name="fits")
     with pytest.raises(UserError, match=f"exceeds the {longest} positions"):
         train_here("--model_name", folder, "--max_length", longest + 1, name="too_long")
+
+
+def test_what_max_length_cuts_off_is_said(train_here, text_set: Path, tmp_path: Path) -> None:
+    """The share of the tokens that the model never sees, for single texts and pairs, from the cache too."""
+    from transformers import AutoTokenizer
+
+    rows = json.loads((text_set / "train.json").read_text())
+    for row in rows:
+        row["second"] = " ".join(row["text"].split()[:3])
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    for number, pair in enumerate(((), ("--text_pair_column", "second"))):
+        flags = ("--max_length", "12", "--validation_file", "None", "--test_file", "None", "--validation_fraction", "0",
+                 "--report_on_train")  # fmt: skip
+        for name in (f"first{number}", f"cached{number}"):
+            run = train_here("--train_file", tmp_path / "pairs.json", *pair, *flags, "--max_steps", "1", name=name)
+            log = (run / "logs" / "train.log").read_text()
+            found = re.search(
+                r"--max_length 12 cuts off ([\d.]+) % of the tokens of train, in ([\d.]+) % of its rows", log
+            )
+            tokenizer = AutoTokenizer.from_pretrained(run / "best")
+            texts = ([row["text"] for row in rows], [row["second"] for row in rows] if pair else None)
+            whole = [len(ids) for ids in tokenizer(*texts, truncation=False)["input_ids"]]
+            kept = [len(ids) for ids in tokenizer(*texts, truncation=True, max_length=12)["input_ids"]]
+            assert float(found[1]) == pytest.approx(100 * (1 - sum(kept) / sum(whole)), abs=0.06)
+            assert float(found[2]) == pytest.approx(100 * np.mean(np.array(whole) > np.array(kept)), abs=0.06)

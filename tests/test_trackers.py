@@ -62,6 +62,7 @@ def test_tensorboard_goes_on_without_a_second_copy_of_a_step(text_args, tmp_path
     assert steps == list(range(1, 43))
 
 
+@pytest.mark.exhaustive
 def test_mlflow_and_wandb_together_and_the_same_run_after_a_resume(train_here, tmp_path: Path, monkeypatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     database = f"sqlite:///{tmp_path}/mlflow.db"

@@ -249,10 +249,12 @@ RANGES: dict[str, tuple[float, float]] = {
     "lora_dropout": (0, 0.999999),
     "lora_r": (1, 2**20),
     "lr": (0, math.inf),
+    "max_bad_steps": (1, 2**20),
     "max_length": (3, 2**20),
     "max_steps": (1, 2**40),
     "momentum": (0, 0.999999),
     "num_workers": (0, 1024),
+    "overfit_batches": (1, 2**20),
     "save_every": (0, 2**40),
     "scheduler_factor": (0, 0.999999),
     "scheduler_step_size": (1, 2**30),
@@ -545,6 +547,7 @@ def _sets_trackers(key: str, table: dict[str, Alias]) -> bool:
     return _target(table.get(name, name)) == "report_to"
 
 
+@functools.cache
 def _with_sections(cls: type) -> tuple[type, dict[str, str]]:
     """A nested copy of ``cls`` (one inner dataclass per section), from which tyro makes its groups and help."""
     import tyro
@@ -574,7 +577,9 @@ def _run_parser(cls: type[T], argv: list[str]) -> tuple[T | None, str | None]:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            parsed = tyro.cli(nested, args=argv, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True)
+            # Its own search for help in the source takes a third of the time.
+            config = (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff)
+            parsed = tyro.cli(nested, args=argv, config=config, use_underscores=True)
     except SystemExit:
         return None, _one_line(printed.getvalue())
     return cls(**{name: getattr(getattr(parsed, key), name) for name, key in home.items()}), None

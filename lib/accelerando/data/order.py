@@ -49,11 +49,19 @@ def balanced_rows(classes: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     return np.stack([np.resize(rows, turns) for rows in members], axis=1).reshape(-1)[: len(classes)]
 
 
-def order_of_classes(classes: np.ndarray, balanced: bool, seed: int, epoch: int) -> np.ndarray:
-    """The order of rows in an epoch, int64 [n]; ``balanced``: every class equally often."""
-    rows = balanced_rows(classes, seed, epoch) if balanced else np.arange(len(classes))
-    order = rows[epoch_order(len(rows), seed, epoch)]
-    return number_repeats(order, len(classes)) if balanced else order
+def order_of_classes(
+    classes: np.ndarray, balanced: bool, seed: int, epoch: int, lengths: np.ndarray | None = None
+) -> np.ndarray:
+    """The order of rows in an epoch, int64 [n]; ``balanced``: every class equally often; ``lengths``: as above."""
+    if not balanced:
+        return epoch_order(len(classes), seed, epoch, lengths)
+    return order_of_rows(balanced_rows(classes, seed, epoch), seed, epoch, lengths)
+
+
+def order_of_rows(rows: np.ndarray, seed: int, epoch: int, lengths: np.ndarray | None = None) -> np.ndarray:
+    """``rows`` [n] of n samples, some of them repeated, in the order of an epoch, with repeats numbered."""
+    order = rows[epoch_order(len(rows), seed, epoch, None if lengths is None else np.asarray(lengths)[rows])]
+    return number_repeats(order, len(rows))
 
 
 def poisson_rows(num_samples: int, rate: float, seed: int, epoch: int, position: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from accelerando.base.files import cache_folder, derived, whole_folder
-from accelerando.base.log import progress_bar
+from accelerando.base.log import log, progress_bar
 from accelerando.data.digest import digest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
     from accelerando.data.tables import TextTable
 
@@ -37,6 +37,7 @@ class TokenTable:
     types: np.ndarray | None = None
     labels: np.ndarray | None = None
     columns: dict[str, np.ndarray] = field(default_factory=dict)
+    cut: tuple[int, int] = (0, 0)  # tokens beyond the longest length, and texts that have such
     unit: ClassVar[str] = "rows"
 
     def __len__(self) -> int:
@@ -76,13 +77,14 @@ def tokenize_table(
     """
 
     def read(folder: Path) -> TokenTable:
-        types = folder / "types.npy"
+        types, cut = folder / "types.npy", folder / "cut.npy"
         found = TokenTable(
             ids=np.load(folder / "ids.npy", mmap_mode="r", allow_pickle=False),
             offsets=np.load(folder / "offsets.npy", allow_pickle=False),
             types=np.load(types, mmap_mode="r", allow_pickle=False) if types.is_file() else None,
             labels=labels,
             columns=table.columns,
+            cut=tuple(np.load(cut, allow_pickle=False).tolist()) if cut.is_file() else (0, 0),
         )
         if len(found) != len(table) or len(found.ids) != found.offsets[-1]:
             raise ValueError("ids.npy and offsets.npy do not agree")
@@ -90,6 +92,17 @@ def tokenize_table(
 
     target = (cache or cache_folder()) / "tokens" / _fingerprint(table, tokenizer, max_length)
     return derived(target, read, lambda target: _write(target, table, tokenizer, max_length))
+
+
+def warn_of_cut_texts(tables: Mapping[str, TokenTable], max_length: int) -> None:
+    """Says which share of the tokens of each split is not seen, where it is at least one in a thousand."""
+    for split, table in tables.items():
+        tokens, texts = table.cut
+        share = tokens / max(1, tokens + len(table.ids))
+        if share >= 0.001:
+            rows = 100 * texts / len(table)
+            log.warning("--max_length %d cuts off %.1f %% of the tokens of %s, in %.1f %% of its rows", max_length,
+                        100 * share, split, rows)  # fmt: skip
 
 
 def _fingerprint(table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
@@ -110,6 +123,7 @@ def _fingerprint(table: TextTable, tokenizer: PreTrainedTokenizerBase, max_lengt
 
 def _write(target: Path, table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
     lengths: list[np.ndarray] = []
+    cut = np.zeros(2, np.int64)
     typed = False  # most tokenizers give single texts the type 0 alone
     with whole_folder(target) as draft:
         draft.mkdir()
@@ -118,6 +132,7 @@ def _write(target: Path, table: TextTable, tokenizer: PreTrainedTokenizerBase, m
             progress = progress_bar(len(table), 0, " texts", "tokenizing")
             for texts, pairs in _chunks(table):
                 encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
+                cut += _cut_off(encoded)
                 lengths.append(np.array([len(row) for row in encoded["input_ids"]], dtype=np.int64))
                 np.concatenate([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]).tofile(ids_file)
                 if "token_type_ids" in encoded:
@@ -132,6 +147,21 @@ def _write(target: Path, table: TextTable, tokenizer: PreTrainedTokenizerBase, m
             file.unlink()
         offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))]).astype(np.int64)
         np.save(draft / "offsets.npy", offsets, allow_pickle=False)
+        np.save(draft / "cut.npy", cut, allow_pickle=False)
+
+
+def _cut_off(encoded: BatchEncoding) -> tuple[int, int]:
+    """Tokens beyond the longest length, and texts that have such; 0 for a tokenizer that is written in Python."""
+    cut = [row for row in encoded.encodings or [] if row.overflowing]
+    tokens = 0
+    for row in cut:
+        if row.n_sequences == 1:
+            tokens += sum(len(part.ids) - sum(part.special_tokens_mask) for part in row.overflowing)
+        else:  # the rest of one text comes again with each part of the other
+            kept = set(zip(row.sequence_ids, row.offsets, strict=True))
+            rest = {place for part in row.overflowing for place in zip(part.sequence_ids, part.offsets, strict=True)}
+            tokens += sum(sequence is not None for sequence, _ in rest - kept)
+    return tokens, len(cut)
 
 
 def _chunks(table: TextTable) -> Iterator[tuple[list[str], list[str] | None]]:

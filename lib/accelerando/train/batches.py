@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -22,13 +22,16 @@ import numpy as np
 from accelerando.base.errors import UserError
 from accelerando.base.log import log
 from accelerando.base.processes import gather_objects, signal_when_parent_dies
-from accelerando.data.order import deal, epoch_order, poisson_rows
+from accelerando.data.order import deal, epoch_order, order_of_classes, order_of_rows, poisson_rows
 from accelerando.train.shared_memory import slots_for
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+    from accelerando.data.curriculum import Curriculum
+    from accelerando.data.order import Share
+    from accelerando.train.guard import Watch
     from accelerando.train.shared_memory import InSlot, Slots
 
 
@@ -58,10 +61,15 @@ class TrainingData(Protocol):
 
 @dataclass
 class Rows:
-    """A sequence of samples as :class:`TrainingData`: shuffled, with ``lengths`` [n] in runs of similar length."""
+    """A sequence of samples as :class:`TrainingData`: shuffled, with ``lengths`` [n] in runs of similar length.
+
+    With ``classes`` int64 [n] every class is sampled equally often; a ``curriculum`` begins with the easy samples.
+    """
 
     samples: Sequence[Any]
     lengths: np.ndarray | None = None
+    classes: np.ndarray | None = None
+    curriculum: Curriculum | None = None
 
     @property
     def unit(self) -> str:
@@ -77,6 +85,11 @@ class Rows:
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """The order of an epoch; see :func:`data.order.epoch_order`."""
+        if self.curriculum is not None:
+            log.info("Curriculum: the easiest %.0f %% of the %s", 100 * self.curriculum.share(epoch), self.unit)
+            return order_of_rows(self.curriculum.rows(seed, epoch), seed, epoch, self.lengths)
+        if self.classes is not None:
+            return order_of_classes(self.classes, True, seed, epoch, self.lengths)
         return epoch_order(len(self.samples), seed, epoch, self.lengths)
 
     def prefetch(self, rows: np.ndarray) -> None:
@@ -114,8 +127,14 @@ class Window:
     num_micro_batches: int
     batches: TrainBatches
     starts_epoch: bool
+    rows: np.ndarray  # of all processes, as in :meth:`TrainingData.epoch_order`
+    _share: Share
+    _epoch: int
     _fetch: Callable[[], dict[str, torch.Tensor]]
     _fetched: int = 0
+    is_repeated: bool = False  # the loop is to compute it again
+    watch: Watch | None = None  # looks for the module and the samples whose output is not finite
+    left_out: set[int] = field(default_factory=set)  # samples whose gradient is not finite
 
     def __post_init__(self) -> None:
         import torch
@@ -129,7 +148,25 @@ class Window:
         for _ in range(self.num_micro_batches):
             batch = self._fetch()
             self._fetched += 1
+            if self.watch is not None:
+                self.watch.begin(batch["index"])
             yield batch
+        if self.watch is not None:  # a second pass of a contrastive loss would find them again
+            self.watch.end()
+
+    def again(self, watch: Watch | None, left_out: Collection[int] = ()) -> None:
+        """Prepares the window to be computed once more: with ``watch``, or without the samples ``left_out``."""
+        self.watch, self.left_out, self.is_repeated = watch, set(left_out), True
+        self.num_samples -= int(np.isin(self.rows % len(self.batches.dataset), list(left_out)).sum())
+        self.loss_sum.zero_()
+        self._fetched = 0
+        batches = self.batches.read_again(self._share, self._epoch, self.rows, self.left_out)
+        self._fetch = lambda: next(batches)
+
+    def count_nothing(self) -> None:
+        """The window's samples and losses are not counted."""
+        self.num_samples = 0
+        self.loss_sum.zero_()
 
     @property
     def at_last(self) -> bool:
@@ -146,6 +183,8 @@ class Window:
         ``losses`` and ``weight`` [B]. With ``mean=False``, the gradient of the sum over this process's samples.
         """
         accelerator = self.batches.accelerator
+        if self.watch is not None:
+            self.watch.look(losses, lambda: "the loss")
         loss = (losses * weight).sum()
         # DDP and FSDP average over processes, which the factor compensates.
         accelerator.backward(loss * accelerator.num_processes / self.num_samples if mean else loss)
@@ -181,6 +220,7 @@ class TrainBatches:
     effective_batch_size: int | None = None
     pin_memory: bool = True  # page-locked batches on a GPU
     poisson_seed: int | None = None
+    overfit_batches: int | None = None  # every epoch has these first windows of epoch 0 alone, as augmented there
     accelerator: Accelerator | None = None  # sets num_processes, process_index and device
     seconds_waited: float = 0.0  # for data
     unreadable: set[int] = field(default_factory=set, repr=False)
@@ -208,13 +248,20 @@ class TrainBatches:
         rows, self.unreadable = self.unreadable, set()
         return rows
 
+    @property
+    def num_samples(self) -> int:
+        """Samples of an epoch."""
+        total = len(self.dataset)
+        return total if self.overfit_batches is None else min(total, self.overfit_batches * self.window_size)
+
     def num_windows(self, position: int = 0) -> int:
         """Optimizer steps from ``position`` (in samples) to the end of an epoch."""
-        return -(-(len(self.dataset) - position) // self.window_size)
+        return -(-(self.num_samples - position) // self.window_size)
 
     def windows(self, epoch: int, position: int = 0) -> Iterator[Window]:
         """The windows of ``epoch`` from ``position`` (samples of it already used) on."""
-        starts = range(position, len(self.dataset), self.window_size)
+        epoch = epoch if self.overfit_batches is None else 0
+        starts = range(position, self.num_samples, self.window_size)
         order = None if self.poisson_seed is not None else self.dataset.epoch_order(self.seed, epoch)
         rows = [self._rows_of(order, epoch, start) for start in starts]
         shares = [deal(part, self.batch_size, self.num_processes, self.process_index) for part in rows]
@@ -226,19 +273,41 @@ class TrainBatches:
             pending = iter(share.counts)
             yield Window(
                 num_samples=len(part),
-                position=min(start + self.window_size, len(self.dataset)),
+                position=min(start + self.window_size, self.num_samples),
                 num_micro_batches=len(share.counts),
                 batches=self,
                 starts_epoch=start == 0,
+                rows=part,
+                _share=share,
+                _epoch=epoch,
                 _fetch=lambda pending=pending: self._next(batches, next(pending)),
             )
 
     def _rows_of(self, order: np.ndarray | None, epoch: int, start: int) -> np.ndarray:
         """The rows of the window that begins at position ``start``."""
         if order is not None:
-            return order[start : start + self.window_size]
+            return order[start : min(start + self.window_size, self.num_samples)]
         total = len(self.dataset)
         return poisson_rows(total, self.window_size / total, self.poisson_seed, epoch, start)
+
+    def read_again(
+        self, share: Share, epoch: int, rows: np.ndarray, left_out: Collection[int]
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """The micro-batches ``share`` of the window ``rows`` once more, without the samples ``left_out``.
+
+        A micro-batch that would be empty has another sample of the window, of weight 0.
+        """
+        total, collate = len(self.dataset), _CollateIndexed(self.collate, None)
+        filler = [row for row in rows.tolist() if row % total not in left_out][:1]
+        for micro_batch, counts in zip(share.micro_batches, share.counts, strict=True):
+            kept = [row for row in micro_batch.tolist() if row % total not in left_out]
+            batch = collate(
+                [(row % total, self.dataset.at(row % total, epoch, row // total)) for row in kept or filler]
+            )
+            batch["weight"] = _weights(batch, counts and bool(kept))
+            if "valid" in batch:
+                batch["weight"] *= batch["valid"]
+            yield to_device(batch, self.device)
 
     def _make_loader(self) -> torch.utils.data.DataLoader:
         if self._loader is None:

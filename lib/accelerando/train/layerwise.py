@@ -9,6 +9,7 @@ from accelerando.base.errors import UserError
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedModel
 
 
 def layers_of(model: torch.nn.Module, head: tuple[str, ...]) -> list[list[str]]:
@@ -62,6 +63,29 @@ def train_from(model: torch.nn.Module, layers: Sequence[Sequence[str]], count: i
     chosen = {name for layer in layers[max(0, len(layers) - count) :] for name in layer}
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
+
+
+def reinitialise(model: PreTrainedModel, head: tuple[str, ...], count: int) -> None:
+    """Gives the last ``count`` layers below the head new random weights (Zhang et al. 2020, arXiv:2006.05987).
+
+    Raises:
+        UserError: there are no more layers than that.
+    """
+    import torch
+
+    body = [layer for layer in layers_of(model, head)[:-1] if layer]
+    if count >= len(body):
+        raise UserError(f"--reinit_layers {count}: the model has {len(body)} layers below its head")
+    chosen = {name for layer in body[len(body) - count :] for name in layer}
+    with torch.no_grad():
+        for prefix, module in model.named_modules():
+            own = {
+                f"{prefix}.{name}" if prefix else name: each for name, each in module.named_parameters(recurse=False)
+            }
+            if own.keys() & chosen:
+                for parameter in own.values():
+                    parameter._is_hf_initialized = False  # transformers' initialisation leaves loaded weights alone
+                model._init_weights(module)
 
 
 def decay_factors(layers: Sequence[Sequence[str]], decay: float) -> dict[str, float]:

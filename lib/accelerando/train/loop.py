@@ -3,7 +3,8 @@
 A loop has three calls::
 
     for window in training_steps(run, batches):
-        ...                                            # forward, backward, optimizer, schedule
+        ...                                            # forward, backward, clipping; see train.gradients
+        ...                                            # optimizer, schedule
         step = finish_step(run, window, grad_norm, lr)
         if step.evaluates:
             ...                                        # record_evaluation(run, metrics, schedule)
@@ -29,11 +30,17 @@ if TYPE_CHECKING:
 
     from accelerando.train.optim import Schedule
 
+LEARNT = 0.1  # share of the first loss at which a few batches count as learnt by heart
+
 
 def plan_steps(run: Run, batches: TrainBatches) -> None:
-    """Sets ``run.total_steps``: the steps taken plus the remaining steps of ``epochs``, at most ``max_steps``."""
+    """Sets ``run.total_steps``: the steps taken plus the remaining steps of ``epochs``, at most ``max_steps``.
+
+    With ``overfit_batches``, an epoch is that many steps.
+    """
     state, args = run.state, run.args
-    state.epoch_size = len(batches.dataset)
+    batches.overfit_batches = args.overfit_batches
+    state.epoch_size = batches.num_samples
     if 0 < state.epoch_size <= state.position:  # resumed with less data
         state.epoch, state.position = state.epoch + 1, 0
     left = sum(
@@ -56,7 +63,12 @@ def training_steps(run: Run, batches: TrainBatches) -> Iterator[Window]:
             run.step_started = time.perf_counter()
             for window in batches.windows(state.epoch, state.position):
                 before = state.step
+                if run.guard is not None:
+                    run.guard.remember()
                 yield window
+                while window.is_repeated:
+                    window.is_repeated = False
+                    yield window
                 if state.step == before:
                     raise RuntimeError("finish_step was not called for the last window")
                 if run.is_over:
@@ -65,11 +77,13 @@ def training_steps(run: Run, batches: TrainBatches) -> Iterator[Window]:
             if state.step == first:
                 raise UserError(
                     f"no sample is left after {state.position:,} of epoch {state.epoch + 1}: the training data has "
-                    f"{len(batches.dataset):,} samples now, but had {state.epoch_size:,} when training began"
+                    f"{batches.num_samples:,} samples now, but had {state.epoch_size:,} when training began"
                 )
     report_unreadable(
         run.accelerator, batches.dataset, "training", batches.take_unreadable()
     )  # of a last, partial epoch
+    if run.losses:
+        _log_overfitting(run)
     if run.out_of_patience:
         log.info("Stopped early: no better %s in %d evaluations", run.args.best_metric, run.args.early_stop)
 
@@ -84,8 +98,12 @@ class Step:
 
     @property
     def saves(self) -> bool:
-        """True if a checkpoint is due, also after an evaluation that ends the run."""
-        return self.save_is_due or self.run.is_over
+        """True if a checkpoint is due, also after an evaluation that ends the run.
+
+        Not among steps without a finite gradient: their weights may be the cause, and older checkpoints would go.
+        """
+        bad = self.run.guard is not None and self.run.guard.in_a_row > 0
+        return (self.save_is_due and not bad) or self.run.is_over
 
 
 def finish_step(run: Run, window: Window, grad_norm: torch.Tensor | float, lr: float) -> Step:
@@ -109,6 +127,8 @@ def finish_step(run: Run, window: Window, grad_norm: torch.Tensor | float, lr: f
     state.loss_count += window.num_samples
     state.log_loss_sum += loss
     state.log_loss_count += window.num_samples
+    if args.overfit_batches:
+        run.losses.append(loss / max(1, window.num_samples))
     state.seconds += time.perf_counter() - run.step_started
     state.wait_seconds += window.batches.take_seconds_waited()
     run.bar.update()
@@ -117,6 +137,7 @@ def finish_step(run: Run, window: Window, grad_norm: torch.Tensor | float, lr: f
     ends_epoch, last = state.position == state.epoch_size, state.step >= run.total_steps
     if ends_epoch:
         state.epoch, state.position = state.epoch + 1, 0
+        ends_epoch = not args.overfit_batches  # whose epochs are a step or a few
     if ends_epoch or stop:
         report_unreadable(run.accelerator, window.batches.dataset, "training", window.batches.take_unreadable())
     if stop:
@@ -125,9 +146,22 @@ def finish_step(run: Run, window: Window, grad_norm: torch.Tensor | float, lr: f
     return Step(run, evaluates, saves)
 
 
+def _log_overfitting(run: Run) -> None:
+    """Says whether a few batches were learnt by heart, which any model that is trained rightly can do."""
+    count = run.args.overfit_batches
+    first, last = (sum(losses) / len(losses) for losses in (run.losses[:count], run.losses[-count:]))
+    batches = f"{count} batches" if count > 1 else "one batch"
+    change = f"the loss of {batches} went from {first:.4g} to {last:.4g} in {len(run.losses)} steps"
+    if last < LEARNT * first:
+        success("Learnt by heart: %s", change)
+        return
+    log.warning("Not learnt by heart: %s", change)
+    log.warning("  Try more --epochs, another --lr, no dropout and no augmentation; then look at labels and loss")
+
+
 def _log_step(run: Run, lr: float, grad_norm: float) -> None:
     state = run.state
-    loss = state.log_loss_sum / max(1, state.log_loss_count)
+    loss = state.log_loss_sum / state.log_loss_count if state.log_loss_count else float("nan")
     state.log_loss_sum, state.log_loss_count = 0.0, 0
     record(run, "train", {"loss": loss, "lr": lr, "grad_norm": grad_norm})
     if loss != loss:

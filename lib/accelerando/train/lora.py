@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 MERGED = ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d")  # PEFT's layers, Linear also for GPT-2's Conv1D
+ALL_LINEAR = "all-linear"
 TOLERANCE = 1e-3  # of merged logits, relative to the largest one: above float32's error in deep models
 
 # The attention projections of each model type in transformers 5; PEFT has no default for most of these.
@@ -68,12 +69,18 @@ def attach_lora(
     alpha: float,
     dropout: float,
     targets: Iterable[str] = (),
+    rank_stabilised: bool = False,
+    dora: bool = False,
     modules_to_save: Iterable[str] = (),
     within: Sequence[str] = (),
 ) -> torch.nn.Module:
     """``model`` with adapters; all other parameters are frozen except ``modules_to_save`` (such as a new head).
 
+    ``targets``: last parts of names of layers, or ``all-linear``: every linear layer but those of ``modules_to_save``.
     ``within``: the parts of the model that get adapters, such as ``vision_model``; by default the whole model.
+    ``rank_stabilised``: the adapters' scale is alpha / sqrt(rank), not alpha / rank (Kalajdzievski 2023,
+    arXiv:2312.03732). ``dora``: the lengths of the rows of a weight are learnt apart from their directions (Liu et al.
+    2024, arXiv:2402.09353).
 
     Raises:
         UserError: a target is not in the model, or adapters for its kind of layer cannot be merged.
@@ -86,12 +93,16 @@ def attach_lora(
         raise UserError(f"LoRA: a {model.config.model_type} has no {lacking[0]}")
     parts = [model.get_submodule(name) for name in within] or [model]
     targets = list(targets) or list(dict.fromkeys(name for part in parts for name in lora_targets(part)))
+    everything = targets == [ALL_LINEAR]
     names = "|".join(re.escape(target) for target in targets)
+    chosen = rf"({'|'.join(map(re.escape, within))})\.(.*\.)?({names})" if within else targets
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=rf"({'|'.join(map(re.escape, within))})\.(.*\.)?({names})" if within else targets,
+        target_modules=_all_linear(model, tuple(modules_to_save), within) if everything else chosen,
+        use_rslora=rank_stabilised,
+        use_dora=dora,
         modules_to_save=list(modules_to_save) or None,
         bias="none",
     )
@@ -100,7 +111,8 @@ def attach_lora(
     except ValueError as error:
         raise UserError(f"--lora_targets {' '.join(targets)}: {str(error).splitlines()[0]}") from None
     for name, layer in adapted.named_modules():
-        if isinstance(layer, LoraLayer) and type(layer).__name__ not in MERGED:
+        known = MERGED[:1] if dora else MERGED
+        if isinstance(layer, LoraLayer) and type(layer).__name__ not in known:
             raise UserError(f"--lora_targets {' '.join(targets)}: no adapter for {plain_name(name)}, which is a "
                             f"{type(layer.get_base_layer()).__name__}")  # fmt: skip
     for name in within:
@@ -110,6 +122,17 @@ def attach_lora(
             log.warning("--lora_targets %s: %s has none of them and gets no adapter; its layers are %s",
                         " ".join(targets), name, there)  # fmt: skip
     return adapted
+
+
+def _all_linear(model: torch.nn.Module, kept: Sequence[str], within: Sequence[str]) -> list[str]:
+    """The full names of the linear layers in the parts ``within``, except those of the modules ``kept``."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    names = [name for name, layer in model.named_modules() if isinstance(layer, (torch.nn.Linear, Conv1D))]
+    in_head = {each for each in names for name in kept if each == name or each.startswith(f"{name}.")}
+    in_parts = [name for name in names if not within or name.startswith(tuple(f"{part}." for part in within))]
+    return [name for name in in_parts if name not in in_head]
 
 
 def _with_adapters(model: torch.nn.Module, config: LoraConfig) -> PeftModel:
@@ -140,7 +163,12 @@ def merged_state_dict(model: PeftModel, state: dict[str, torch.Tensor]) -> dict[
             own = {f"layer.{key.removeprefix(f'{name}.')}": state[key] for key in state if f"{name}.lora_" in key}
             added = functional_call(_delta_class()(layer), own, ())
             plain = f"{plain_name(name)}.weight"
-            merged[plain] = (merged[plain].float() + added.float()).to(merged[plain].dtype)
+            weight = merged[plain].float() + added.float()
+            length = state.get(f"{name}.lora_magnitude_vector.default.weight")
+            if length is not None:  # DoRA: rows (of GPT-2's Conv1D, columns) of this length
+                dim = 0 if layer.fan_in_fan_out else 1
+                weight = weight * (length.float() / weight.norm(dim=dim)).unsqueeze(dim)
+            merged[plain] = weight.to(merged[plain].dtype)
     return merged
 
 
@@ -204,6 +232,8 @@ def plain_name(name: str) -> str | None:
 
 def adapter_name(name: str) -> str | None:
     """The name of a tensor in PEFT's adapter file; None: the file does not contain it."""
+    if ".lora_magnitude_vector." in name:
+        return name.replace(".default.weight", "")
     if ".lora_" in name:
         return re.sub(r"\.(lora_\w+)\.default\b", r".\1", name)
     if ".modules_to_save." in name:

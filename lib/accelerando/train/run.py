@@ -26,6 +26,7 @@ from accelerando.train.checkpoint import (
     save_checkpoint,
     step_folders,
 )
+from accelerando.train.guard import Guard
 from accelerando.train.state import Metric, Run, RunArgs, TrainState
 from accelerando.train.stop import listen_for_signals
 from accelerando.train.tracking import read_history, start_trackers, write_history
@@ -281,6 +282,7 @@ def save(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, sch
 
 def restore(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, ema: Ema) -> None:
     """Loads the checkpoint that :func:`start_run` found; in a new run, only seeds each process differently."""
+    run.guard = Guard(model, optimizer, run.accelerator.device)
     seed_each_process(run.args.seed, run.accelerator)
     ema.steps = run.state.step
     if run.resumed is None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from accelerando.train.checkpoint import Checkpoint
+    from accelerando.train.guard import Guard
     from accelerando.train.trackers import Tracker
 
 
@@ -28,6 +29,9 @@ class RunArgs(Protocol):
     seed: int
     epochs: int
     max_steps: int | None
+    max_bad_steps: int
+    overfit_batches: int | None
+    inspect: bool
     scheduler: str
     best_metric: str
     early_stop: int | None
@@ -128,6 +132,9 @@ class Run:
     remote: str | None = None  # URL to which checkpoints are uploaded
     trackers: list[Tracker] = field(default_factory=list)
     bar: tqdm | None = None  # the progress bar during training
+    guard: Guard | None = None  # against gradients that are not finite
+    inspected: bool = False  # the table of layers has been logged
+    losses: list[float] = field(default_factory=list)  # of each step, with overfit_batches
     step_started: float = 0.0  # time.perf_counter() when the current step began
 
     @property

@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 
     from accelerando.train.state import Run
 
+EVERY_FEW_STEPS = ("train", "gradients")  # kinds of rows that metrics.csv leaves out
+
 
 def record(run: Run, kind: str, values: dict[str, Any]) -> None:
     """Adds a line to ``metrics.jsonl`` and sends the numbers to the trackers as ``kind/name``.
 
-    ``kind`` is "train" (every ``log_every`` steps), "validation" (every evaluation) or "test"; ``metrics.csv`` has all
-    but "train".
+    ``kind`` is "train" or "gradients" (every ``log_every`` steps), "validation" (every evaluation) or "test";
+    ``metrics.csv`` has the last two.
     """
     row = {"kind": kind, "step": run.state.step, "epoch": round(run.state.epochs_done, 4), **values}
     run.history.append(row)
@@ -34,7 +36,7 @@ def record(run: Run, kind: str, values: dict[str, Any]) -> None:
         return
     with open(run.directory / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    if kind != "train":
+    if kind not in EVERY_FEW_STEPS:
         _write_csv(run)
     group = f"{kind}_{values['split']}" if "split" in values else kind
     numbers = {f"{group}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
@@ -83,7 +85,7 @@ def _write_csv(run: Run) -> None:
     import csv
     import io
 
-    rows = [row for row in run.history if row["kind"] != "train"]
+    rows = [row for row in run.history if row["kind"] not in EVERY_FEW_STEPS]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns or ["kind", "step", "epoch"], restval="", lineterminator="\n")

@@ -1,0 +1,103 @@
+"""What is needed to compute a step again and to find out why its gradient is not finite: see train.gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from accelerando.base.rng import random_state, set_random_state
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass
+class Guard:
+    """What is needed to compute a window again: the model's running statistics and the random state before it."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+    in_a_row: int = 0  # steps without a gradient that could be used
+    statistics: list[torch.Tensor] = field(default_factory=list)  # running means and variances before the window
+    random: list[torch.Tensor] = field(default_factory=list)
+
+    def remember(self) -> None:
+        """Keeps what the forward passes of a window change."""
+        import torch
+
+        running = self._running()
+        if running and not self.statistics:
+            self.statistics = [buffer.clone() for buffer in running]
+        elif running:
+            torch._foreach_copy_(self.statistics, running)
+        self.random = random_state(self.device)
+
+    def go_back(self) -> None:
+        """Drops the gradients and restores what :meth:`remember` kept."""
+        for buffer, kept in zip(self._running(), self.statistics, strict=True):
+            buffer.copy_(kept)
+        set_random_state(self.device, self.random)
+        self.optimizer.zero_grad()
+
+    def _running(self) -> list[torch.Tensor]:
+        """The running means and variances of batch norms."""
+        buffers = self.model.named_buffers()
+        return [buffer for name, buffer in buffers if name.rpartition(".")[2].startswith("running_")]
+
+
+class Watch:
+    """Hooks on every module: they find the first output that is not finite, and the samples for which it is not."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.cause: str | None = None  # the module, with its weights that are not finite
+        self.rows: set[int] = set()
+        self._batch: torch.Tensor | None = None  # row numbers of the current micro-batch
+        self._found = False  # in this micro-batch
+        leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
+        self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in leaves]
+
+    def begin(self, index: torch.Tensor) -> None:
+        """The next outputs are those of the samples ``index`` [B]."""
+        self._batch, self._found = index, False
+
+    def end(self) -> None:
+        """Further outputs are not looked at."""
+        self._found = True
+
+    def look(self, value: torch.Tensor, cause: Callable[[], str]) -> None:
+        """Notes the samples of ``value`` [B, ...] that are not finite, the first time there are any in a batch."""
+        import torch
+
+        finite = torch.isfinite(value.detach())
+        if self._found or bool(finite.all()):
+            return
+        self._found = True
+        self.cause = self.cause or cause()
+        if self._batch is not None and finite.ndim and len(finite) == len(self._batch):
+            self.rows |= set(self._batch[~finite.reshape(len(finite), -1).all(dim=1)].tolist())
+
+    def stop(self) -> None:
+        """Removes the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def look(module: torch.nn.Module, _: object, output: object) -> None:
+            import torch
+
+            if isinstance(output, torch.Tensor) and output.is_floating_point():
+                self.look(output, lambda: _describe(name, module))
+
+        return look
+
+
+def _describe(name: str, module: torch.nn.Module) -> str:
+    """The module's name and which of its weights are not finite."""
+    import torch
+
+    parameters = module.named_parameters(recurse=False)
+    spoilt = [each for each, value in parameters if not bool(torch.isfinite(value.detach()).all())]
+    name = name.removeprefix("module.").replace("_orig_mod.", "")
+    return f"the output of {name}" + (f", whose {' and '.join(spoilt)} has infinite or NaN values" if spoilt else "")
