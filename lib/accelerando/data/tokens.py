@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -92,16 +92,26 @@ def tokenize_table(
     return derived(target, read, lambda target: _write(target, table, tokenizer, max_length))
 
 
-def _fingerprint(table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    digest = hashlib.sha256()
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None = None, *, max_length: int
+) -> Mapping[str, list[list[int]]]:
+    """``input_ids`` (and ``token_type_ids``) of each text, or pair of texts, as a :class:`TokenTable` has them."""
+    return tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
+
+
+def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A text that is the same for tokenizers that do the same: for the keys of caches."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        rules = json.loads(backend.to_str())
-        # These are settings of the last call, not of the tokenizer.
-        rules["truncation"] = rules["padding"] = None
-        digest.update(json.dumps(rules).encode())
-    else:
-        digest.update(repr(tokenizer).encode())
+    if backend is None:
+        return repr(tokenizer)
+    rules = json.loads(backend.to_str())
+    # These are settings of the last call, not of the tokenizer.
+    rules["truncation"] = rules["padding"] = None
+    return json.dumps(rules)
+
+
+def _fingerprint(table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+    digest = hashlib.sha256(tokenizer_rules(tokenizer).encode())
     digest.update(json.dumps([max_length, tokenizer.model_input_names, table.pairs is not None]).encode())
     for texts, pairs in _chunks(table):
         digest.update(json.dumps([texts, pairs], ensure_ascii=False).encode())
@@ -117,7 +127,7 @@ def _write(target: Path, table: TextTable, tokenizer: PreTrainedTokenizerBase, m
         with open(files["ids"], "wb") as ids_file, open(files["types"], "wb") as types_file:
             progress = progress_bar(len(table), 0, " texts", "tokenizing")
             for texts, pairs in _chunks(table):
-                encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
+                encoded = encode_texts(tokenizer, texts, pairs, max_length=max_length)
                 lengths.append(np.array([len(row) for row in encoded["input_ids"]], dtype=np.int64))
                 np.concatenate([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]).tofile(ids_file)
                 if "token_type_ids" in encoded:
