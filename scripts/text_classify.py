@@ -23,6 +23,7 @@ from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import cache_folder
 from accelerando.base.log import log
 from accelerando.base.processes import main_process_first
+from accelerando.data.augment import NEED_SYNONYMS, AugmentedTexts, Technique, TextAugmentation
 from accelerando.data.collate import TextCollate
 from accelerando.data.splits import stratified_split
 from accelerando.data.tables import TextTable, encode_labels, label_names, read_text_table
@@ -30,6 +31,7 @@ from accelerando.data.tokenizer import open_tokenizer, train_tokenizer
 from accelerando.data.tokens import TokenTable, tokenize_table
 from accelerando.inference.hub import Hub, check_push
 from accelerando.models.cpu import attention_for_cpu, speed_up_dropout
+from accelerando.models.neighbours import synonyms_of_texts
 from accelerando.models.overrides import override_config
 from accelerando.models.pretrained import (
     class_labels,
@@ -76,6 +78,10 @@ class Args:
     label_column: str = "label"  # column of the label: names or whole numbers
     max_length: int = 128  # tokens kept of each text
     length_buckets: bool = True  # texts of similar length share a batch: little padding
+    augment: tuple[Technique, ...] = ()  # training texts change in each epoch: synonym, insert, swap, delete
+    augment_rate: float = 0.1  # augment: share of a text's words that are changed
+    augment_share: float = 0.5  # augment: share of the training rows that are changed
+    synonyms: str | None = None  # augment: table or WordNet folder (default: neighbours in model_name's embedding)
     cache_dir: str | None = None  # where tokenized text is kept (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
     dataset_version: str | None = None  # tag or revision of the data, kept with the results: v1.2, say
     # -- model --
@@ -132,7 +138,7 @@ class Args:
     eval_every: int = 0  # optimizer steps between evaluations; 0: every epoch
     num_workers: int = 0  # processes that prepare batches
     pin_memory: bool = True  # GPU: page-locked batches, which are copied faster
-    seed: int = 42  # of weights, order and dropout
+    seed: int = 42  # of weights, order, augmentation and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
     run_name: str | None = None  # name of this one (default: data set, model, and what is not left at its default)
@@ -175,6 +181,8 @@ ONLY_WITH = {
     ),
     "from_scratch": ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size"),
     "architecture cnn": ("vocab_size", "embed_size", "num_filters", "filter_sizes", "dropout_prob"),
+    "augment": ("augment_rate", "augment_share"),
+    "augment synonym insert": ("synonyms",),
     "strategy lora": ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"),
     "GPU": ("deterministic", "pin_memory"),
 }  # fmt: skip
@@ -215,6 +223,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         raise UserError(f"--num_labels {args.num_labels}, but {args.train_file} has {len(names)} labels")
     labels = {split: encode_labels(table, names) for split, table in tables.items()}
     if "validation" not in tables and args.validation_fraction:
+        tables["train"].check_no_copies("split")
         kept, held_out = stratified_split(labels["train"], args.validation_fraction, args.seed)
         rows, codes = tables.pop("train"), labels.pop("train")
         tables = {"train": rows.take(kept), "validation": rows.take(held_out), **tables}
@@ -236,6 +245,22 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     log.info("Rows: %s; %d labels: %s", counts, len(names), ", ".join(names[:12]) + (" ..." * (len(names) > 12)))
     collate = TextCollate(tokenizer.pad_token_id or 0, multiple_of=8 if args.compile_model else 1)
     return Data(splits, tables, names, tokenizer, collate)
+
+
+def training_rows(args: Args, data: Data, accelerator: Accelerator) -> TokenTable | AugmentedTexts:
+    """What is trained on: with ``augment`` a share of the rows changes in each epoch. What is scored never does."""
+    table, tokens = data.tables["train"], data.splits["train"]
+    if not args.augment:
+        return tokens
+    with main_process_first(accelerator):
+        synonyms = synonyms_of_texts(
+            table, args.augment, args.synonyms, args.model_name, cache=cache_folder(args.cache_dir),
+            trust_remote_code=args.trust_remote_code,
+        )  # fmt: skip
+    change = TextAugmentation(args.augment, args.augment_rate, synonyms, args.seed)
+    return AugmentedTexts(
+        table, tokens, data.tokenizer, args.max_length, change, args.augment_share, args.length_buckets
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -394,7 +419,12 @@ def check_args(args: Args) -> None:
     check_push(args.push_to_hub, args.hub_repo_id)
     if args.architecture == "cnn" and args.strategy == "lora":
         raise UserError("--strategy lora: --architecture cnn has no attention layers; use full or head")
-    check_ranges(args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9))
+    pretrained = args.architecture == "transformer" and not args.from_scratch
+    if {*args.augment} & {*NEED_SYNONYMS} and not (args.synonyms or pretrained):
+        raise UserError(f"--augment {' '.join(args.augment)}: without pretrained weights, name a table with --synonyms")
+    check_ranges(
+        args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9), augment_rate=(1e-6, 1), augment_share=(0, 1)
+    )
 
 
 def data_title(args: Args) -> str:
@@ -423,13 +453,16 @@ def main() -> None:
     # Data, model and the run's folder.
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic)
     data = load_data(args, accelerator)
+    train_data = training_rows(args, data, accelerator)
     model = build_model(args, data, accelerator)
-    run = start_run(accelerator, args, directory, METRICS, model_title(args), data.splits, {"label": data.label_names})
+    run = start_run(
+        accelerator, args, directory, METRICS, model_title(args), {**data.splits, "train": train_data},
+        {"label": data.label_names},
+    )  # fmt: skip
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda"):
         log.warning("%s", line)
 
     # What an optimizer step trains on: the same samples on any number of processes.
-    train_data = data.splits["train"]
     batches = TrainBatches(
         train_data, data.collate, args.batch_size, args.gradient_accumulation_steps, args.seed,
         lengths=train_data.lengths if args.length_buckets else None, num_workers=args.num_workers,

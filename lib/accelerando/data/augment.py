@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from accelerando.data.tables import TextTable
 
 Technique = Literal["synonym", "insert", "swap", "delete"]
+TECHNIQUES: tuple[Technique, ...] = get_args(Technique)
 NEED_SYNONYMS = ("synonym", "insert")
 
 
@@ -55,19 +56,19 @@ class TextAugmentation:
         UserError: no technique, or an unknown one; ``rate`` is not in (0, 1].
     """
 
-    techniques: tuple[Technique, ...] = ("synonym", "insert", "swap", "delete")
+    techniques: tuple[Technique, ...] = TECHNIQUES
     rate: float = 0.1
     synonyms: Mapping[str, Sequence[str]] = field(default_factory=dict, repr=False)
     seed: int = 0
     keep: Collection[str] = ()
 
     def __post_init__(self) -> None:
-        if unknown := [name for name in self.techniques if name not in get_args(Technique)]:
-            raise UserError(f"technique {unknown[0]!r} of augmentation: choose from {', '.join(get_args(Technique))}")
+        if unknown := [name for name in self.techniques if name not in TECHNIQUES]:
+            raise UserError(f"technique {unknown[0]!r} of augmentation: choose from {', '.join(TECHNIQUES)}")
         if not self.techniques:
-            raise UserError(f"no technique of augmentation: choose from {', '.join(get_args(Technique))}")
+            raise UserError(f"no technique of augmentation: choose from {', '.join(TECHNIQUES)}")
         if not 0 < self.rate <= 1:
-            raise UserError(f"a rate of augmentation of {self.rate}: the share of words to change is above 0, at most 1")
+            raise UserError(f"a rate of augmentation of {self.rate}: a share of the words, above 0 and at most 1")
 
     def __call__(self, text: str, *key: int) -> str:
         """``text`` as changed for ``key``; the text itself if no technique can change it."""

@@ -111,7 +111,7 @@ def _wordnet(folder: Path) -> Iterator[tuple[str, list[str]]]:
     place = next((place for place in (folder, folder / "dict") if (place / "data.noun").is_file()), folder)
     parts = [part for part in PARTS if (place / f"data.{part}").is_file()]
     if not parts:
-        raise UserError(f"--synonyms {folder}: not a folder of WordNet: it has no data.noun; its dict/ is what is needed")
+        raise UserError(f"--synonyms {folder}: no data.noun in it; of WordNet, name the folder dict/")
     for part in parts:
         sets = dict(_synsets(place / f"data.{part}"))
         path = place / f"index.{part}"

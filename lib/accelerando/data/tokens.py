@@ -99,19 +99,16 @@ def encode_texts(
     return tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
 
 
-def tokenizer_rules(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A text that is the same for tokenizers that do the same: for the keys of caches."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return repr(tokenizer)
-    rules = json.loads(backend.to_str())
-    # These are settings of the last call, not of the tokenizer.
-    rules["truncation"] = rules["padding"] = None
-    return json.dumps(rules)
-
-
 def _fingerprint(table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
-    digest = hashlib.sha256(tokenizer_rules(tokenizer).encode())
+    digest = hashlib.sha256()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        # These are settings of the last call, not of the tokenizer.
+        rules["truncation"] = rules["padding"] = None
+        digest.update(json.dumps(rules).encode())
+    else:
+        digest.update(repr(tokenizer).encode())
     digest.update(json.dumps([max_length, tokenizer.model_input_names, table.pairs is not None]).encode())
     for texts, pairs in _chunks(table):
         digest.update(json.dumps([texts, pairs], ensure_ascii=False).encode())

@@ -14,24 +14,24 @@ if TYPE_CHECKING:
 CHUNK = 65_536  # texts split at a time
 
 # English words of grammar, negations and modal verbs among them, without which a sentence says something else.
-STOP_WORDS = frozenset(
-    """
-    a about above after again against ain't all also am an and any are aren't as at be because been before being below
-    between both but by can can't cannot could couldn't did didn't do does doesn't doing don't down during each either
-    else ever every few for from further had hadn't has hasn't have haven't having he he'd he'll he's her here hers
-    herself him himself his how i i'd i'll i'm i've if in into is isn't it it'd it'll it's its itself just less let's
-    may me might mightn't more most must mustn't my myself needn't neither never no nobody none nor not nothing nowhere
-    of off on once only or other ought our ours ourselves out over own same shall shan't she she'd she'll she's should
-    shouldn't so some such than that that's the their theirs them themselves then there there's these they they'd
-    they'll they're they've this those through to too under until unless up upon us very was wasn't we we'd we'll we're
-    we've were weren't what what's when where which while who who's whom whose why will with within without won't would
-    wouldn't yet you you'd you'll you're you've your yours yourself yourselves
-    """.split()
-)
+_ENGLISH = """
+a about above after again against ain't all also am an and any are aren't as at be because been before being below
+between both but by can can't cannot could couldn't did didn't do does doesn't doing don't down during each either else
+ever every few for from further had hadn't has hasn't have haven't having he he'd he'll he's her here hers herself him
+himself his how i i'd i'll i'm i've if in into is isn't it it'd it'll it's its itself just less let's may me might
+mightn't more most must mustn't my myself needn't neither never no nobody none nor not nothing nowhere of off on once
+only or other ought our ours ourselves out over own same shall shan't she she'd she'll she's should shouldn't so some
+such than that that's the their theirs them themselves then there there's these they they'd they'll they're they've this
+those through to too under until unless up upon us very was wasn't we we'd we'll we're we've were weren't what what's
+when where which while who who's whom whose why will with within without won't would wouldn't yet you you'd you'll
+you're you've your yours yourself yourselves
+"""
+STOP_WORDS = frozenset(_ENGLISH.split())
 
 # Placeholders in brackets ([FIRST NAME], <url>, {x}) may contain spaces; what else stands between spaces is one piece.
 _PIECE = re.compile(r"\[[^\[\]\n]{1,60}\]|<[^<>\n]{1,200}>|\{[^{}\n]{1,60}\}|[^\s\[<{]+|[\[<{]")
-_KEPT = re.compile(r"[@#$%&\\/~]|.*[\d_@/\\=]|www\.", re.IGNORECASE | re.DOTALL)
+# What begins a name of a user or a variable; what is in addresses and numbers.
+_KEPT = re.compile(r"[@#$%&~]|.*[\d_@/\\=]")
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Words:
         self.gaps.insert(place + 1, " ")
 
     def delete(self, place: int) -> None:
-        """Leaves out the token at ``place``, with the space or comma next to it; ``words`` no longer holds afterwards."""
+        """Leaves out the token at ``place`` and a space or comma next to it; ``words`` no longer holds afterwards."""
         del self.tokens[place]
         before, after = self.gaps[place], self.gaps.pop(place + 1)
         if not before.strip() and place == 0:
@@ -80,7 +80,9 @@ def split_words(text: str) -> Words:
             left, right = 0, len(piece)
         elif left == right:  # punctuation
             continue
-        elif _KEPT.match(piece[left - 1 if left else 0 :]) or _KEPT.match(piece, left) or not _is_word(piece[left:right]):
+        elif (
+            _KEPT.match(piece[left - 1 if left else 0 :]) or _KEPT.match(piece, left) or not _is_word(piece[left:right])
+        ):
             left, right = 0, len(piece)
         else:
             words.append(len(tokens))

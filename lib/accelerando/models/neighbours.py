@@ -12,17 +12,19 @@ import numpy as np
 
 from accelerando.base.errors import UserError
 from accelerando.base.files import cache_folder, derived, open_whole
-from accelerando.base.log import progress_bar
-from accelerando.base.model_folder import opening
+from accelerando.base.log import log, progress_bar
+from accelerando.data.augment import NEED_SYNONYMS
 from accelerando.data.digest import file_stamps
-from accelerando.data.tokens import tokenizer_rules
-from accelerando.data.words import STOP_WORDS
-from accelerando.models.pretrained import open_config
+from accelerando.data.synonyms import read_synonyms
+from accelerando.data.tokenizer import open_tokenizer
+from accelerando.data.words import STOP_WORDS, distinct_words
+from accelerando.models.pretrained import open_config, open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from accelerando.data.synonyms import Synonyms
+    from accelerando.data.tables import TextTable
 
 BLOCK = 512  # words whose neighbours are computed at a time
 NUM_NEIGHBOURS = 8
@@ -30,33 +32,66 @@ NUM_NEIGHBOURS = 8
 MIN_COSINE = 0.5
 
 
+def synonyms_of_texts(
+    table: TextTable,
+    techniques: Collection[str],
+    source: str | None,
+    model: str | None,
+    min_cosine: float = MIN_COSINE,
+    cache: Path | None = None,
+    trust_remote_code: bool = False,
+) -> Synonyms:
+    """The synonyms that ``techniques`` of augmentation need, of those words that ``table`` has.
+
+    They come from ``source``, a table or a folder of WordNet, or else from the embedding of ``model``.
+
+    Raises:
+        UserError: there is no such source or model, or no technique can be used for want of synonyms.
+    """
+    needing = [name for name in techniques if name in NEED_SYNONYMS]
+    if not needing:
+        return {}
+    words = distinct_words(table.texts, table.pairs)
+    if source:
+        found = read_synonyms(source)
+    elif model:
+        found = embedding_neighbours(model, words, NUM_NEIGHBOURS, min_cosine, cache, trust_remote_code)
+    else:
+        raise UserError(f"{' and '.join(needing)}: no synonyms; name a table or WordNet's folder with --synonyms")
+    found = {word: found[word] for word in sorted(words) if word in found}
+    origin = source or f"neighbours in the embedding of {model}"
+    log.info("Synonyms: %s; %s of %s words have one", origin, f"{len(found):,}", f"{len(words):,}")
+    if not found:
+        message = f"{table.source}: no word of the texts has a synonym ({origin})"
+        if len(needing) == len(techniques):
+            raise UserError(f"{message}: name another source with --synonyms, or other techniques")
+        log.warning("%s: %s without effect", message, " and ".join(needing))
+    return found
+
+
 def embedding_neighbours(
-    model: str | np.ndarray,
-    tokenizer: PreTrainedTokenizerBase,
+    model: str,
     words: Collection[str],
     num: int = NUM_NEIGHBOURS,
     min_cosine: float = MIN_COSINE,
     cache: Path | None = None,
     trust_remote_code: bool = False,
 ) -> Synonyms:
-    """The ``num`` nearest neighbours, nearest first, of those ``words`` that are single tokens.
+    """The ``num`` nearest neighbours, nearest first, of those ``words`` (casefolded) that are single tokens.
 
-    ``model``: a folder or a name on the Hub, whose neighbours are kept in ``cache``; or the embedding, [V, D].
-    Neighbours are other whole words of the vocabulary (see :func:`whole_words`) with a cosine of at least
-    ``min_cosine``; how frequent they are does not matter.
+    ``model`` is a folder or a name on the Hub; what is found is kept in ``cache``. See :func:`neighbours_in`.
 
     Raises:
         UserError: the model cannot be opened, has no embedding of tokens, or its tokens are no words.
     """
-    if isinstance(model, np.ndarray):
-        return neighbours_in(model, tokenizer, words, num, min_cosine)
-    settings = [_stamp(model, trust_remote_code), tokenizer_rules(tokenizer), num, min_cosine, sorted(words)]
+    settings = [_stamp(model, trust_remote_code), num, min_cosine, sorted(words)]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
 
     def read(path: Path) -> Synonyms:
         return {word: tuple(others) for word, others in json.loads(path.read_text(encoding="utf-8")).items()}
 
     def make(path: Path) -> None:
+        tokenizer = open_tokenizer(model, trust_remote_code)
         found = neighbours_in(input_embedding(model, trust_remote_code), tokenizer, words, num, min_cosine)
         with open_whole(path) as file:
             json.dump(found, file, ensure_ascii=False)
@@ -70,14 +105,10 @@ def input_embedding(name: str, trust_remote_code: bool = False) -> np.ndarray:
     Raises:
         UserError: the model cannot be opened, or has none.
     """
-    import torch
     from transformers import AutoModel
 
-    config = open_config(name, trust_remote_code)
-    with opening(name, "model"):
-        model = AutoModel.from_pretrained(
-            name, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
+    config, settings = open_config(name, trust_remote_code), {"trust_remote_code": trust_remote_code}
+    model = open_model(AutoModel, name, config, new_head=False, new_pooler=True, **settings)
     try:
         weight = model.get_input_embeddings().weight
     except (NotImplementedError, AttributeError):
@@ -90,7 +121,11 @@ def input_embedding(name: str, trust_remote_code: bool = False) -> np.ndarray:
 def neighbours_in(
     embedding: np.ndarray, tokenizer: PreTrainedTokenizerBase, words: Collection[str], num: int, min_cosine: float
 ) -> Synonyms:
-    """See :func:`embedding_neighbours`; ``embedding`` [V, D]."""
+    """The ``num`` nearest neighbours of each of ``words`` in ``embedding`` [V, D], by cosine, at least ``min_cosine``.
+
+    Neighbours are other whole words of the vocabulary, see :func:`whole_words`, however rare. Words that are no single
+    token, or have no such neighbour, are left out.
+    """
     ids, names = whole_words(tokenizer, len(embedding))
     vectors = embedding[ids].astype(np.float32)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -148,7 +183,7 @@ def whole_words(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> tupl
         if len(text) > 1 and text.isalpha() and text.casefold() not in STOP_WORDS
     )
     if not found:
-        raise UserError("the tokenizer's vocabulary has no whole words to find similar ones of: name a table, --synonyms")
+        raise UserError("the tokens are no whole words, of which similar ones could be found: name a table, --synonyms")
     return np.array([number for number, _ in found], np.int64), [text for _, text in found]
 
 
@@ -156,7 +191,7 @@ def _stamp(name: str, trust_remote_code: bool) -> str:
     """What changes with a model: the sizes and times of its files, or its revision on the Hub."""
     folder = Path(name)
     if folder.is_dir():
-        kinds = (".safetensors", ".bin", ".json")
+        kinds = (".safetensors", ".bin", ".json", ".txt", ".model")
         files = sorted(path.name for path in folder.iterdir() if path.suffix in kinds and path.is_file())
         return f"{folder.resolve()} {file_stamps(folder, files)}"
     return f"{name} {open_config(name, trust_remote_code)._commit_hash}"
