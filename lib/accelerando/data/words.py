@@ -30,7 +30,7 @@ STOP_WORDS = frozenset(_ENGLISH.split())
 
 # Placeholders in brackets ([FIRST NAME], <url>, {x}) may contain spaces; what else stands between spaces is one piece.
 _PIECE = re.compile(r"\[[^\[\]\n]{1,60}\]|<[^<>\n]{1,200}>|\{[^{}\n]{1,60}\}|[^\s\[<{]+|[\[<{]")
-# What begins a name of a user or a variable; what is in addresses and numbers.
+# What begins the name of a user or a variable; what addresses and numbers have in them.
 _KEPT = re.compile(r"[@#$%&~]|.*[\d_@/\\=]")
 
 
@@ -73,19 +73,14 @@ def split_words(text: str) -> Words:
     gaps, tokens, words, end = [], [], [], 0
     for found in _PIECE.finditer(text):
         piece, start = found[0], found.start()
-        left, right = _core(piece)
-        if piece[0] in "[<{":
-            if len(piece) == 1:  # a bracket that is not closed
-                continue
-            left, right = 0, len(piece)
-        elif left == right:  # punctuation
+        left, right = (0, len(piece)) if piece.isalpha() else _core(piece)
+        if left == right or piece in "[<{":  # punctuation, a bracket that is not closed
             continue
-        elif (
-            _KEPT.match(piece[left - 1 if left else 0 :]) or _KEPT.match(piece, left) or not _is_word(piece[left:right])
-        ):
-            left, right = 0, len(piece)
-        else:
+        is_plain = piece[0] not in "[<{" and not _KEPT.match(piece, max(0, left - 1))
+        if piece.isalpha() or (is_plain and _is_word(piece[left:right])):
             words.append(len(tokens))
+        else:
+            left, right = 0, len(piece)
         gaps.append(text[end : start + left])
         tokens.append(piece[left:right])
         end = start + right
