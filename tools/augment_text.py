@@ -191,6 +191,10 @@ def main() -> None:
     table = read_text_table(str(path), **options, require_labels=False)  # which checks every row
     if table.augmented:
         raise UserError(f"--input_file {path}: has a column {AUGMENTED!r}, so it was augmented before; give its source")
+    if args.model_name and not args.synonyms:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # those of loading weights
     cache = cache_folder(args.cache_dir)
     synonyms = synonyms_of_texts(
         table, args.techniques, args.synonyms, args.model_name, args.min_cosine, cache, args.trust_remote_code
