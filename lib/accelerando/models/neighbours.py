@@ -167,14 +167,11 @@ def whole_words(tokenizer: PreTrainedTokenizerBase, num_embeddings: int) -> tupl
         for token, number in tokenizer.get_vocab().items()
         if token not in added and number < num_embeddings
     }
-    spaces = {sign: sum(token.startswith(sign) for token in vocabulary) for sign in ("Ġ", "▁")}
-    sign = max(spaces, key=lambda sign: spaces[sign])
-    if spaces[sign]:
-        tokens = [token for token in vocabulary if token.startswith(sign)]
-    elif any(token.startswith("##") for token in vocabulary):
-        sign, tokens = "", [token for token in vocabulary if not token.startswith("##")]
-    else:
-        tokens = []
+    # Ġ is a letter, too, and ## a sign of comments: the most frequent one counts.
+    counts = {sign: sum(token.startswith(sign) for token in vocabulary) for sign in ("##", "Ġ", "▁")}
+    sign = max(counts, key=lambda sign: counts[sign])
+    tokens = [token for token in vocabulary if token.startswith(sign) != (sign == "##")] if counts[sign] else []
+    sign = "" if sign == "##" else sign
     # The tokens of byte-level BPE are bytes, written as letters.
     texts = [tokenizer.convert_tokens_to_string([one]).strip() if sign == "Ġ" else one[len(sign) :] for one in tokens]
     found = sorted(
