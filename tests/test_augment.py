@@ -546,11 +546,11 @@ def test_options_of_augmentation_have_an_effect(train_here, synonym_table: Path)
         ("--augment", "synonym", "--synonyms", str(synonym_table)),
         ("--augment", "insert", "--synonyms", str(synonym_table)),
     ):
-        found[flags] = weights(train_here(*flags, "--epochs", "1", "--overwrite", name="run") / "last")
+        found[flags] = weights(train_here(*flags, "--max_steps", "3", "--overwrite", name="run") / "last")
     assert len({*found.values()}) == len(found)
-    plain = train_here("--epochs", "1", "--augment_share", "0", "--augment", "swap", name="none")
+    plain = train_here("--max_steps", "3", "--augment_share", "0", "--augment", "swap", name="none")
     assert weights(plain / "last") == found[()]
-    workers = train_here("--epochs", "1", "--augment", "swap", "--num_workers", "2", name="workers")
+    workers = train_here("--max_steps", "3", "--augment", "swap", "--num_workers", "2", name="workers")
     assert weights(workers / "last") == found["--augment", "swap"]
 
 
