@@ -23,6 +23,7 @@ from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import cache_folder
 from accelerando.base.log import log
 from accelerando.base.processes import main_process_first
+from accelerando.data.augment import NEED_SYNONYMS, AugmentedTexts, Technique, TextAugmentation
 from accelerando.data.collate import TextCollate
 from accelerando.data.curriculum import Curriculum, losses_of_predictions, rarity
 from accelerando.data.splits import stratified_split
@@ -31,6 +32,7 @@ from accelerando.data.tokenizer import open_tokenizer, train_tokenizer
 from accelerando.data.tokens import TokenTable, tokenize_table, warn_of_cut_texts
 from accelerando.inference.hub import Hub, check_push
 from accelerando.models.cpu import attention_for_cpu, speed_up_dropout
+from accelerando.models.neighbours import synonyms_of_texts
 from accelerando.models.overrides import override_config
 from accelerando.models.pretrained import (
     class_labels,
@@ -85,6 +87,10 @@ class Args:
     initial_difficulty: float = 0.3  # curriculum: share of the rows, the easiest ones, in the first epoch
     final_difficulty: float = 1.0  # curriculum: share of the rows at its end
     curriculum_epochs: int | None = None  # curriculum: epochs until its end (default: all)
+    augment: tuple[Technique, ...] = ()  # training texts change in each epoch: synonym, insert, swap, delete
+    augment_rate: float = 0.1  # augment: share of a text's words that are changed
+    augment_share: float = 0.5  # augment: share of the training rows that are changed
+    synonyms: str | None = None  # augment: table or WordNet folder (default: neighbours in model_name's embedding)
     cache_dir: str | None = None  # where tokenized text is kept (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
     dataset_version: str | None = None  # tag or revision of the data, kept with the results: v1.2, say
     # -- model --
@@ -155,7 +161,7 @@ class Args:
     eval_every: int = 0  # optimizer steps between evaluations; 0: every epoch
     num_workers: int = 0  # processes that prepare batches
     pin_memory: bool = True  # GPU: page-locked batches, which are copied faster
-    seed: int = 42  # of weights, order and dropout
+    seed: int = 42  # of weights, order, augmentation and dropout
     # -- output --
     output_dir: str = "runs"  # folder of the run directories
     run_name: str | None = None  # name of this one (default: data set, model, and what is not left at its default)
@@ -199,6 +205,8 @@ ONLY_WITH = {
     ),
     "from_scratch": ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size"),
     "architecture cnn": ("vocab_size", "embed_size", "num_filters", "filter_sizes", "dropout_prob"),
+    "augment": ("augment_rate", "augment_share"),
+    "augment synonym insert": ("synonyms",),
     "curriculum": ("initial_difficulty", "final_difficulty", "curriculum_epochs"),
     "strategy gradual": ("unfreeze_every",),
     "strategy lora": LORA,
@@ -244,6 +252,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         raise UserError(f"--num_labels {args.num_labels}, but {args.train_file} has {len(names)} labels")
     labels = {split: encode_labels(table, names) for split, table in tables.items()}
     if "validation" not in tables and args.validation_fraction:
+        tables["train"].check_no_copies("split")
         kept, held_out = stratified_split(labels["train"], args.validation_fraction, args.seed)
         rows, codes = tables.pop("train"), labels.pop("train")
         tables = {"train": rows.take(kept), "validation": rows.take(held_out), **tables}
@@ -269,9 +278,10 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     return Data(splits, tables, names, counts, tokenizer, collate)
 
 
-def training_rows(args: Args, data: Data) -> Rows:
-    """The training rows in the order of each epoch."""
-    rows = data.splits["train"]
+def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
+    """The training rows in the order of each epoch, and with ``augment`` a share of them changed."""
+    table, rows = data.tables["train"], data.splits["train"]
+    lengths, classes = rows.lengths if args.length_buckets else None, rows.labels if args.balanced else None
     curriculum = None
     if args.curriculum:
         if args.curriculum == "length":
@@ -282,8 +292,15 @@ def training_rows(args: Args, data: Data) -> Rows:
             difficulty = losses_of_predictions(args.curriculum, [data.label_names[label] for label in rows.labels])
         epochs = args.curriculum_epochs or args.epochs
         curriculum = Curriculum(difficulty, args.initial_difficulty, args.final_difficulty, epochs)
-    lengths = rows.lengths if args.length_buckets else None
-    return Rows(rows, lengths, rows.labels if args.balanced else None, curriculum)
+    if args.augment:
+        with main_process_first(accelerator):
+            synonyms = synonyms_of_texts(
+                table, args.augment, args.synonyms, args.model_name, cache=cache_folder(args.cache_dir),
+                trust_remote_code=args.trust_remote_code,
+            )  # fmt: skip
+        change = TextAugmentation(args.augment, args.augment_rate, synonyms, args.seed)
+        rows = AugmentedTexts(table, rows, data.tokenizer, args.max_length, change, args.augment_share)
+    return Rows(rows, lengths, classes, curriculum)
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -462,11 +479,14 @@ def check_args(args: Args) -> None:
     check_push(args.push_to_hub, args.hub_repo_id)
     if args.architecture == "cnn" and args.strategy == "lora":
         raise UserError("--strategy lora: --architecture cnn has no attention layers; use full or head")
+    pretrained = args.architecture == "transformer" and not args.from_scratch
+    if {*args.augment} & {*NEED_SYNONYMS} and not (args.synonyms or pretrained):
+        raise UserError(f"--augment {' '.join(args.augment)}: without pretrained weights, name a table with --synonyms")
     check_ranges(
         args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9), label_smoothing=(0, 0.999), focal_gamma=(0, 100),
         logit_adjustment=(0, 100), r_drop=(0, 1000), unfreeze_every=(1, 2**20), layer_decay=(0.001, 1),
         reinit_layers=(0, 4096), initial_difficulty=(0.001, 1), final_difficulty=(0.001, 1),
-        curriculum_epochs=(1, 2**30),
+        curriculum_epochs=(1, 2**30), augment_rate=(1e-6, 1), augment_share=(0, 1),
     )  # fmt: skip
     if args.balanced and args.curriculum:
         raise UserError("--balanced and --curriculum both choose the rows of an epoch: drop one")
@@ -501,14 +521,16 @@ def main() -> None:
     changing = args.strategy == "gradual"  # which parameters are trained changes with the epochs
     accelerator = make_accelerator(args.seed, args.amp, args.deterministic, changing)
     data = load_data(args, accelerator)
+    rows = training_rows(args, data, accelerator)
     model = build_model(args, data, accelerator)
-    run = start_run(accelerator, args, directory, METRICS, model_title(args), data.splits, {"label": data.label_names})
+    sources = {**data.splits, "train": rows.samples}
+    run = start_run(accelerator, args, directory, METRICS, model_title(args), sources, {"label": data.label_names})
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda"):
         log.warning("%s", line)
 
     # What an optimizer step trains on: the same samples on any number of processes.
     batches = TrainBatches(
-        training_rows(args, data), data.collate, args.batch_size, args.gradient_accumulation_steps, args.seed,
+        rows, data.collate, args.batch_size, args.gradient_accumulation_steps, args.seed,
         num_workers=args.num_workers, accelerator=accelerator, pin_memory=args.pin_memory,
     )  # fmt: skip
     plan_steps(run, batches)

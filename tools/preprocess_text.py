@@ -87,6 +87,7 @@ def read_folder(args: Args, dropped: Counter) -> dict[str, list[Row]]:
     for path in files:
         columns = {"text_column": args.text_column, "label_column": args.label_column}
         table = read_text_table(str(path), **columns, allow_blank=True)
+        table.check_no_copies("split")
         kept = rows.setdefault(SPLITS.get(re.split(r"[-_.]", path.stem.lower())[0], ""), [])
         for text, label in tqdm(
             zip(table.texts, table.labels, strict=True),

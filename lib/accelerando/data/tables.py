@@ -6,6 +6,7 @@ An error in a row is reported in one line with the file and the row number.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import unicodedata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 CHUNK = 65_536  # rows held as Python objects at a time
+AUGMENTED = "augmented_from"  # the column by which tools/augment_text.py marks changed copies of rows
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class TextTable:
     source: str
     others: pa.Table | None = None  # the other columns, if requested
     columns: dict[str, np.ndarray] = field(default_factory=dict)  # encoded columns, [n] each: see encode_column
+    augmented: bool = False  # changed copies of rows may be among them
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -43,6 +46,12 @@ class TextTable:
         first = self.texts[row].as_py()
         return first if self.pairs is None else f"{first} / {self.pairs[row].as_py()}"
 
+    def check_no_copies(self, use: str) -> None:
+        """UserError if there are changed copies of rows, which are not to be ``use``: scores would be too good."""
+        if self.augmented:
+            hint = "split first (tools/preprocess_text.py), augment the training rows alone, and name --validation_file"
+            raise UserError(f"{self.source}: has copies of rows (column {AUGMENTED!r}), not to be {use}; {hint}")
+
     def take(self, rows: np.ndarray) -> TextTable:
         """The given rows, in the given order."""
         import pyarrow as pa
@@ -50,7 +59,8 @@ class TextTable:
         index = pa.array(rows)
         columns = [None if column is None else column.take(index) for column in (self.texts, self.pairs, self.labels)]
         others = None if self.others is None else self.others.take(index)
-        return TextTable(*columns, self.source, others, {name: values[rows] for name, values in self.columns.items()})
+        encoded = {name: values[rows] for name, values in self.columns.items()}
+        return TextTable(*columns, self.source, others, encoded, self.augmented)
 
 
 def read_text_table(
@@ -84,12 +94,19 @@ def read_text_table(
     if suffix:
         check_table(path)
     if suffix == ".parquet":
-        table = _select(read_parquet(path), columns, source, other_columns)
+        table = read_parquet(path)
+        augmented = AUGMENTED in table.column_names
+        table = _select(table, columns, source, other_columns)
     elif suffix:
         records = table_records(path, columns)
+        first = [*itertools.islice(records, 1)]
+        augmented = any(isinstance(record, dict) and AUGMENTED in record for _, record in first)
+        records = itertools.chain(first, records)
         table = _pack(records, columns, label_column if require_labels else None, source, other_columns)
     else:
-        table = _select(read_datasets(source, split), columns, source, other_columns)
+        table = read_datasets(source, split)
+        augmented = AUGMENTED in table.column_names
+        table = _select(table, columns, source, other_columns)
     if table.num_rows == 0:
         raise UserError(f"{source}: no rows in it")
     texts = _check_texts(table[text_column], text_column, source, allow_blank)
@@ -98,7 +115,10 @@ def read_text_table(
     if require_labels:
         labels = _check_labels(table[label_column], label_column, source, all_text=suffix in (".csv", ".tsv"))
     others = table.drop_columns(columns) if other_columns else None
-    return TextTable(texts, pairs, labels, source, others)
+    found = TextTable(texts, pairs, labels, source, others, augmented=augmented)
+    if split in ("validation", "test"):
+        found.check_no_copies("scored")
+    return found
 
 
 def label_names(table: TextTable) -> list[str]:

@@ -105,6 +105,13 @@ def warn_of_cut_texts(tables: Mapping[str, TokenTable], max_length: int) -> None
                         100 * share, split, rows)  # fmt: skip
 
 
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None = None, *, max_length: int
+) -> Mapping[str, list[list[int]]]:
+    """``input_ids`` (and ``token_type_ids``) of each text, or pair of texts, as a :class:`TokenTable` has them."""
+    return tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
+
+
 def _fingerprint(table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -131,7 +138,7 @@ def _write(target: Path, table: TextTable, tokenizer: PreTrainedTokenizerBase, m
         with open(files["ids"], "wb") as ids_file, open(files["types"], "wb") as types_file:
             progress = progress_bar(len(table), 0, " texts", "tokenizing")
             for texts, pairs in _chunks(table):
-                encoded = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
+                encoded = encode_texts(tokenizer, texts, pairs, max_length=max_length)
                 cut += _cut_off(encoded)
                 lengths.append(np.array([len(row) for row in encoded["input_ids"]], dtype=np.int64))
                 np.concatenate([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]).tofile(ids_file)

@@ -63,6 +63,7 @@ class TrainingData(Protocol):
 class Rows:
     """A sequence of samples as :class:`TrainingData`: shuffled, with ``lengths`` [n] in runs of similar length.
 
+    Samples that differ from epoch to epoch come from the sequence's own ``at(row, epoch, draw)``, if it has one.
     With ``classes`` int64 [n] every class is sampled equally often; a ``curriculum`` begins with the easy samples.
     """
 
@@ -80,8 +81,8 @@ class Rows:
         return len(self.samples)
 
     def at(self, row: int, epoch: int, draw: int = 0) -> Any:
-        """The sample ``row``, the same in each epoch."""
-        return self.samples[row]
+        """The sample ``row`` in ``epoch``."""
+        return self.samples.at(row, epoch, draw) if hasattr(self.samples, "at") else self.samples[row]
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
         """The order of an epoch; see :func:`data.order.epoch_order`."""
