@@ -435,7 +435,7 @@ def show_labels(run: Run, data: Data, found: Found, last: str) -> Shown:
 def show_numbers(run: Run, data: Data, found: Found, last: str) -> Shown:
     """Of numbers: plots of all splits; of ``last`` predicted over true ones, and the highest losses."""
     plots = target_reports.write_number_plots(run, found, data.label_names)
-    blocks = target_reports.number_blocks(found[last], plots[last], data.label_names, last)
+    blocks = target_reports.number_blocks(found[last], plots[last].read_bytes(), data.label_names, last)
     return {"label_names": data.label_names}, blocks, target_reports.worst_numbers(found[last], data.label_names)
 
 

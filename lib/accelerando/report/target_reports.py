@@ -70,9 +70,9 @@ def write_number_plots(run: Run, found: Found, names: Sequence[str]) -> dict[str
     return paths
 
 
-def number_blocks(rows: Mapping[str, np.ndarray], plot: Path, names: Sequence[str], what: str) -> list[str]:
-    """Blocks of ``report.html``: the ``plot`` and, of several numbers, how well each is predicted."""
-    blocks = [page.picture(plot.read_bytes(), "predicted over true numbers", f"Predicted and true, {what}")]
+def number_blocks(rows: Mapping[str, np.ndarray], plot: bytes, names: Sequence[str], what: str) -> list[str]:
+    """Blocks of ``report.html``: the ``plot`` as PNG and, of several numbers, how well each is predicted."""
+    blocks = [page.picture(plot, "predicted over true numbers", f"Predicted and true, {what}")]
     if len(names) > 1:
         measured = [
             regression_metrics(rows["labels"][:, [number]], rows["logits"][:, [number]], rows["losses"])
