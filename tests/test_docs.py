@@ -236,7 +236,8 @@ def test_the_readmes_commands_run(workshop, tiny_bert: Path, monkeypatch: pytest
         if re.search("text_classify.py|my_experiment.py", command) and "pipeline.py" not in command:
             own = re.search(r"data/train_(topics|pairs)", command)  # rows of its own, which SMALL would replace
             small = SMALL.partition(" --train_file")[0] + " --model_name bert-base-uncased" if own else SMALL
-            command += f" {small} --run_name {own[1] if own else f'run{tried}'}" if not command.startswith("cp") else ""
+            command += f" {small}" if not command.startswith("cp") else ""
+            command += f" --run_name run{tried}" if not command.startswith("cp") and "--run_name" not in command else ""
         if "clip_lit.yaml" in command:  # whose photos and towers are downloaded
             command += (
                 " --train_data data/captions.csv --validation_data None --image_folder data/photos --image_weights None"
