@@ -320,6 +320,7 @@ def build_transformer(args: Args, data: Data, labels: dict, on_cpu: bool) -> Pre
     from transformers import AutoModelForSequenceClassification
 
     config = open_config(args.model_name, args.trust_remote_code, **labels)
+    vars(config).pop("thresholds", None)  # of the labels that model_name was trained on
     override_config(config, args, has_weights=not args.from_scratch)
     if args.from_scratch:
         config.vocab_size = max(len(data.tokenizer), 1)
@@ -402,12 +403,16 @@ from transformers import pipeline
 classify = pipeline("text-classification", model="{folder}", top_k=None)
 print(classify("some text"))
 """
+MEANING = {
+    "multi_label": "# A score is the probability of its label, which counts from classify.model.config.thresholds on.\n",
+    "regression": "# The scores are the numbers themselves.\n",
+}
 
 
 def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None:
     """What stands beside the saved weights: tokenizer and model card."""
     data.tokenizer.save_pretrained(folder)
-    usage = USAGE.format(folder=run.directory / "best")
+    usage = USAGE.format(folder=run.directory / "best") + MEANING.get(data.problem_type, "")
     if args.architecture == "cnn":
         usage = "import accelerando.models.text_cnn  # makes transformers know this model\n" + usage.lstrip()
     source = None if args.from_scratch or args.architecture == "cnn" else args.model_name

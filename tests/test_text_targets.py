@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +15,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from harness import TEXT, history, kill_and_resume, launch, results, run_in_this_process, script_module, weights
 from made_data import COMMON, WORDS, write_json
 from tools import evaluate, export, predict
@@ -65,10 +67,15 @@ def make_numbers(count: int, seed: int) -> list[dict]:
 
 def write_csv(path: Path, rows: list[dict]) -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, rows[0], delimiter="\t" if path.suffix == ".tsv" else ",")
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def as_texts(rows: list[dict]) -> list[dict]:
@@ -114,6 +121,7 @@ def flags(made: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory)
     numbers = [*files(made, "numbers", "csv"), *cache]
     bert = ("--model_name", str(tiny_bert), "--max_length", "48", "--lr", "3e-3", "--report_to", "none")
     return {
+        "cache": list(cache),
         "topics": [*topics, *CNN, "--epochs", "8"],
         "numbers": [*numbers, *CNN, "--label_column", "score", "--epochs", "25"],
         "several": [*numbers, *CNN, "--label_columns", "score", "negative", "--epochs", "3"],
@@ -198,22 +206,13 @@ def test_the_loss_of_several_labels_is_the_mean_over_them(trained) -> None:
 
 
 def test_every_form_of_labels_trains_the_same(made: Path, train, flags) -> None:
-    rows = {split: json.loads((made / f"topics_{split}.json").read_text()) for split in ("train", "validation", "test")}
-    forms = {"list": (".jsonl", list), "text": (".csv", as_texts), "columns": (".tsv", as_columns)}
-    for split, own in rows.items():
-        for name, (suffix, form) in forms.items():
-            if suffix == ".jsonl":
-                lines = "\n".join(map(json.dumps, form(own)))
-                (made / f"{name}_{split}{suffix}").write_text(lines + "\n")
-            else:
-                write_csv(made / f"{name}_{split}{suffix}", form(own))
+    for split in ("train", "validation", "test"):
+        own = json.loads((made / f"topics_{split}.json").read_text())
+        (made / f"list_{split}.jsonl").write_text("\n".join(map(json.dumps, own)) + "\n")
+        write_csv(made / f"text_{split}.csv", as_texts(own))
+        write_csv(made / f"columns_{split}.tsv", as_columns(own))
         pq.write_table(pa.Table.from_pylist(own), made / f"parquet_{split}.parquet")
-    text = (made / "columns_train.tsv").read_text().replace(",", "\t")
-    for split in rows:
-        path = made / f"columns_{split}.tsv"
-        path.write_text(path.read_text().replace(",", "\t"))
-    assert "\t" in text
-    common = [*CNN, *flags["topics"][-2:], "--max_steps", "6", "--cache_dir", flags["topics"][9]]
+    common = [*CNN, *flags["cache"], "--max_steps", "6"]
     runs = {
         "list": train(*files(made, "list", "jsonl"), "--label_column", "labels", *common, name="list"),
         "text": train(
@@ -327,9 +326,11 @@ def test_pipeline_predict_and_script_agree(name: str, trained, made: Path, call_
     """transformers' own pipeline on the saved folder, as its user would call it."""
     from transformers import pipeline
 
+    import accelerando.models.text_cnn  # noqa: F401  (makes transformers know the net)
+
     run = trained(name)
     kind = "topics_test.json" if name in ("topics", "bert") else "numbers_test.csv"
-    rows = json.loads((made / kind).read_text()) if kind.endswith("json") else list(csv.DictReader(open(made / kind)))
+    rows = json.loads((made / kind).read_text()) if kind.endswith("json") else read_csv(made / kind)
     found = found_by_script(run)
     classify = pipeline("text-classification", model=str(run / "best"), top_k=None, device="cpu")
     given = [
@@ -374,8 +375,7 @@ def test_evaluate_gives_the_numbers_of_the_run(name: str, trained, made: Path, c
     assert found == pytest.approx(results(run)["validation"], abs=1e-4)
     page = (target / "report.html").read_text()
     assert "Highest losses" in page and ("Per label" in page or 'class="plot"' in page)
-    with open(target / "predictions.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_csv(target / "predictions.csv")
     assert (
         len(rows) == 83
         and {"topics": "predicted", "numbers": "predicted_score", "several": "negative"}[name] in rows[0]
@@ -399,11 +399,8 @@ def test_evaluate_compares_runs_and_takes_a_column_of_another_name(
 
 @pytest.mark.parametrize("name", ["topics", "several"])
 def test_export_keeps_outputs_and_predictions(name: str, trained, call_tool, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     run, target = trained(name), tmp_path / "export"
-    code, out, err = call_tool(
+    code, _, err = call_tool(
         export, run, "--samples", "24", "--tolerance", "1e-4", "--precision", "float32", "int8", "--output_dir", target,
         "--agreement", "0",
     )  # fmt: skip
@@ -484,11 +481,11 @@ def test_resume_refuses_other_label_columns(train, flags, made: Path) -> None:
     train(*common, "--label_columns", *TOPICS, name="columns3")
     train(*common, "--label_columns", *TOPICS[::-1], "--resume", name="columns3")  # the same in another order
     for columns, words in ((("money", "space"), "gone: 'sport'"), ((*TOPICS[:2], "other"), "new: 'other'")):
-        with pytest.raises(UserError, match=f"other classes .*{words}"):
+        with pytest.raises(UserError, match=rf"other classes .*{words}"):
             train(*common, "--label_columns", *columns, "--resume", name="columns3")
     numbers = [*flags["numbers"], "--max_steps", "2"]
     train(*numbers, name="column")
-    with pytest.raises(UserError, match="other classes .*new: 'negative'"):
+    with pytest.raises(UserError, match=r"other classes .*new: 'negative'"):
         train(*numbers, "--label_column", "negative", "--resume", name="column")
 
 
@@ -570,6 +567,20 @@ def test_what_is_learned_is_found_from_the_labels(
     assert read(tmp_path / name, content, **how) == expected
 
 
+def test_lists_of_classes_of_datasets_have_their_names(tmp_path: Path) -> None:
+    import datasets
+
+    kinds = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.List(datasets.ClassLabel(names=["y", "x"]))}
+    )
+    made = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [[0], [], [1, 0]]}, kinds)
+    made.save_to_disk(str(tmp_path / "saved"))
+    made.to_parquet(str(tmp_path / "a.parquet"))
+    for source in ("saved", "a.parquet"):
+        table = read_text_table(str(tmp_path / source), problem_type=None)
+        assert table.labels.to_pylist() == [["y"], [], ["x", "y"]], source
+
+
 def test_labels_of_many_rows_are_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A fraction, or the first label of a list, may stand behind the rows that were packed already."""
     monkeypatch.setattr("accelerando.data.tables.CHUNK", 2)
@@ -632,8 +643,6 @@ def test_what_the_script_refuses(train, flags, made: Path, tmp_path: Path, call_
     code, out, err = call_tool(predict, trained("numbers"), "a", "--threshold", "0.2")
     assert (code, out) == (2, "") and "--threshold 0.2" in err
     broken = tmp_path / "best"
-    import shutil
-
     shutil.copytree(trained("topics") / "best", broken)
     content = json.loads((broken / "config.json").read_text()) | {"thresholds": {"money": 7}}
     (broken / "config.json").write_text(json.dumps(content))
@@ -648,7 +657,5 @@ def test_a_copy_adds_a_metric_in_one_line() -> None:
     assert source.count(line) == 1
     module = script_module(TEXT)
     assert {name for names in module.BEST_METRICS.values() for name in names} == set(module.BestMetric.__args__)
-    assert {"loss"} < {metric.name for metric in module.METRICS}
     listed = [metric.name for metric in module.METRICS]
     assert len(set(listed)) == len(listed) and set(module.BestMetric.__args__) <= set(listed)
-    assert torch.is_tensor(torch.zeros(1))

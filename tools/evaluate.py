@@ -313,7 +313,7 @@ def load_data(module: ModuleType, settings: Any, model: Named, names: dict[str, 
             return load_data(module, changed(settings, class_field=None), model, names, args)
         hint = "" if args.data else f"; these are the data of {model.name}: score others with --data"
         raise UserError(f"{error}{hint}") from None
-    if hasattr(data, "thresholds"):
+    if getattr(data, "problem_type", None) == "multi_label":
         data.thresholds = label_thresholds(model.config, data.label_names)
     if model.task == "sign":
         data.names = names
