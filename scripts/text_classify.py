@@ -404,7 +404,7 @@ classify = pipeline("text-classification", model="{folder}", top_k=None)
 print(classify("some text"))
 """
 MEANING = {
-    "multi_label": "# A score is the probability of its label, which counts from classify.model.config.thresholds on.\n",
+    "multi_label": "# A score is the probability of a label, which counts from classify.model.config.thresholds on.\n",
     "regression": "# The scores are the numbers themselves.\n",
 }
 

@@ -329,7 +329,7 @@ def names_for(names: list[str], table: Any = None) -> list[str]:
     """The names of a model's classes as they stand in a table: numbers, if the model calls its classes LABEL_0 and so
     on, as transformers does with classes that have no names."""
     numbers = [f"LABEL_{number}" for number in range(len(names))] == names
-    if numbers and (table is None or not str(table.labels.type).endswith("string")):
+    if numbers and (table is None or "string" not in str(table.labels.type)):
         return [str(number) for number in range(len(names))]
     return names
 
