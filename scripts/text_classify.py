@@ -5,7 +5,8 @@
 """Fine-tune a text classifier: a transformer (all of it, its head, or LoRA) or a convolutional net.
 
 Rows of text and label come from a JSON list, JSON lines, CSV, Parquet or a `datasets` name; see data/README.md.
-Trained with cross-entropy; the weights that are best on the validation rows are scored on the test rows.
+Trained with cross-entropy, or on several labels or numbers a row; the weights that are best on the validation rows are
+scored on the test rows.
 
   accelerate launch --config_file accelerate_configs/cpu.yaml scripts/text_classify.py --config configs/text_trec.yaml
   ... the same with accelerate_configs/multi_gpu.yaml (DDP) or accelerate_configs/fsdp.yaml (FSDP2)
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from accelerando.base.config import check_ranges, parse_args, without_effect
+from accelerando.base.config import check_ranges, parse_args, was_given, without_effect
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import cache_folder
 from accelerando.base.log import log
@@ -27,7 +28,8 @@ from accelerando.data.augment import NEED_SYNONYMS, AugmentedTexts, Technique, T
 from accelerando.data.collate import TextCollate
 from accelerando.data.curriculum import Curriculum, losses_of_predictions, rarity
 from accelerando.data.splits import stratified_split
-from accelerando.data.tables import TextTable, encode_labels, label_names, read_text_table
+from accelerando.data.tables import ProblemType, TextTable, encode_labels, label_names, read_text_table
+from accelerando.data.targets import PROBLEM_TYPES, as_targets, strata
 from accelerando.data.tokenizer import open_tokenizer, train_tokenizer
 from accelerando.data.tokens import TokenTable, tokenize_table, warn_of_cut_texts
 from accelerando.inference.hub import Hub, check_push
@@ -43,10 +45,16 @@ from accelerando.models.pretrained import (
     open_model,
     pads_left,
 )
-from accelerando.report import page, results
+from accelerando.report import page, results, target_reports
 from accelerando.report.metrics import classification_metrics
 from accelerando.report.model_card import write_model_card
 from accelerando.report.predictions import worst_mistakes
+from accelerando.report.target_metrics import (
+    best_thresholds,
+    multi_label_metrics,
+    regression_metrics,
+    tuned_metrics,
+)
 from accelerando.train.accelerator import is_sharded, log_trained, make_accelerator, prepare
 from accelerando.train.averages import Ema, averaged
 from accelerando.train.batches import Rows, TrainBatches, first_batch
@@ -69,6 +77,15 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    Found = dict[str, dict[str, np.ndarray]]  # by split: what `evaluate` found
+    Shown = tuple[dict[str, object], list[str], list[dict]]  # entries of results.json, blocks of the report, worst rows
+
+
+BestMetric = Literal[
+    "accuracy", "f1_macro", "f1_weighted", "loss", "f1_micro", "mAP", "subset_accuracy", "pearson", "spearman",
+    "mse", "mae",
+]  # fmt: skip
+
 
 @dataclass
 class Args:
@@ -79,7 +96,10 @@ class Args:
     validation_fraction: float = 0.1  # share of train_file held out, stratified, without validation_file; 0: none
     text_column: str = "text"  # column of the text
     text_pair_column: str | None = None  # column of a second text, for pairs
-    label_column: str = "label"  # column of the label: names or whole numbers
+    label_column: str = "label"  # column of the label: names or whole numbers; lists of them; or a number
+    label_delimiter: str | None = None  # what separates several labels of a row in label_column: "|", say
+    label_columns: tuple[str, ...] = ()  # instead of label_column: a column of 0 and 1 for each label, or of numbers
+    problem_type: ProblemType | None = None  # what is learned of each row (default: found from the training rows)
     max_length: int = 128  # tokens kept of each text
     length_buckets: bool = True  # texts of similar length share a batch: little padding
     balanced: bool = False  # every class is sampled equally often
@@ -155,7 +175,7 @@ class Args:
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 where fast (default: launch's)
     compile_model: bool = False  # torch.compile
     deterministic: bool = False  # GPU: only kernels that give the same bits each time; slows convolutions
-    best_metric: Literal["accuracy", "f1_macro", "f1_weighted", "loss"] = "accuracy"  # chooses the best weights
+    best_metric: BestMetric = "accuracy"  # chooses the best weights (of several labels f1_macro, of numbers pearson)
     early_stop: int | None = None  # evaluations without improvement before the run ends
     early_stop_min_delta: float = 0.0  # what counts as an improvement
     eval_every: int = 0  # optimizer steps between evaluations; 0: every epoch
@@ -196,6 +216,14 @@ ALIASES = {
     "dropout": "hidden_dropout_prob",
 }
 
+ONE_LABEL = (
+    "label_smoothing",
+    "class_weights",
+    "focal_gamma",
+    "logit_adjustment",
+    "r_drop",
+    "balanced",
+)  # need classes
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rank_stabilised", "lora_dora")
 # Settings that matter only together with another one.
 ONLY_WITH = {
@@ -216,9 +244,20 @@ ONLY_WITH = {
 # What is measured, in the order in which it is shown; a metric that `score` adds is shown after these.
 METRICS = (
     Metric("loss", in_log=True, higher_is_better=False),
-    *(Metric(name, in_log=True) for name in ("accuracy", "f1_macro")),
-    *map(Metric, ("f1_weighted", "precision_macro", "precision_weighted", "recall_macro", "recall_weighted")),
+    *(Metric(name, in_log=True) for name in ("accuracy", "f1_macro", "f1_micro")),
+    Metric("f1_weighted"),
+    *(Metric(name, in_log=True) for name in ("mAP", "subset_accuracy", "pearson", "spearman")),
+    *(Metric(name, in_log=True, higher_is_better=False) for name in ("mse", "mae")),
+    *map(Metric, ("precision_macro", "precision_micro", "precision_weighted")),
+    *map(Metric, ("recall_macro", "recall_micro", "recall_weighted")),
 )
+# How each kind of target is scored, and by what the best weights may be chosen; the first is the default.
+SCORES = {"single_label": classification_metrics, "multi_label": multi_label_metrics, "regression": regression_metrics}
+BEST_METRICS = {
+    "single_label": ("accuracy", "f1_macro", "f1_weighted", "loss"),
+    "multi_label": ("f1_macro", "f1_micro", "mAP", "subset_accuracy", "loss"),
+    "regression": ("pearson", "spearman", "mse", "mae", "loss"),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -226,14 +265,16 @@ METRICS = (
 
 @dataclass
 class Data:
-    """Token tables of the splits, their texts (for the report), the label names and the tokenizer."""
+    """Token tables of the splits, their texts (for the report), the names of labels or numbers, and the tokenizer."""
 
     splits: dict[str, TokenTable]  # train, and validation and test if there are any
     tables: dict[str, TextTable]
     label_names: list[str]
-    class_counts: torch.Tensor  # training rows of each class, int64 [C]
+    class_counts: torch.Tensor | None  # training rows of each class, int64 [C]; None for several labels or numbers
     tokenizer: PreTrainedTokenizerBase
     collate: TextCollate
+    problem_type: ProblemType = "single_label"
+    thresholds: np.ndarray | None = None  # several labels: of each one's probability, [C], once they are chosen
 
 
 def load_data(args: Args, accelerator: Accelerator) -> Data:
@@ -241,19 +282,26 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
 
     if not args.train_file:
         raise UserError("--train_file is missing: a .json, .jsonl, .csv or .parquet file, or a `datasets` name")
-    columns = {name: getattr(args, name) for name in ("text_column", "text_pair_column", "label_column")}
+    named = ("text_column", "text_pair_column", "label_column", "label_columns", "label_delimiter", "problem_type")
+    columns = {name: getattr(args, name) for name in named}
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
     tables = {split: read_text_table(file, split=split, **columns) for split, file in files.items() if file}
     check_validation(args, tables, args.report_on_train)
+    tables, problem_type = as_targets(tables, args.problem_type, args.label_column)
+    args.best_metric = best_metric(args, problem_type)
+    for name in ONE_LABEL if problem_type != "single_label" else ():
+        if getattr(args, name):
+            raise UserError(f"--{name} is for one label a row; these are {problem_type} targets")
     names = label_names(tables["train"])
-    if len(names) < 2:
+    if problem_type == "single_label" and len(names) < 2:
         raise UserError(f"{args.train_file}: every row has the label {names[0]!r}; a classifier needs at least two")
     if args.num_labels not in (None, len(names)):
         raise UserError(f"--num_labels {args.num_labels}, but {args.train_file} has {len(names)} labels")
     labels = {split: encode_labels(table, names) for split, table in tables.items()}
     if "validation" not in tables and args.validation_fraction:
         tables["train"].check_no_copies("split")
-        kept, held_out = stratified_split(labels["train"], args.validation_fraction, args.seed)
+        of_rows = strata(labels["train"], problem_type)
+        kept, held_out = stratified_split(of_rows, args.validation_fraction, args.seed)
         rows, codes = tables.pop("train"), labels.pop("train")
         tables = {"train": rows.take(kept), "validation": rows.take(held_out), **tables}
         labels = {"train": codes[kept], "validation": codes[held_out], **labels}
@@ -272,10 +320,25 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         }
     warn_of_cut_texts(splits, args.max_length)
     sizes = ", ".join(f"{split} {len(table):,}" for split, table in splits.items())
-    log.info("Rows: %s; %d labels: %s", sizes, len(names), ", ".join(names[:12]) + (" ..." * (len(names) > 12)))
+    what = "numbers" if problem_type == "regression" else "labels"
+    log.info("Rows: %s; %d %s: %s", sizes, len(names), what, ", ".join(names[:12]) + (" ..." * (len(names) > 12)))
+    log.info("Problem type: %s, the best weights by %s", problem_type, args.best_metric)
     collate = TextCollate(tokenizer.pad_token_id or 0, multiple_of=8 if args.compile_model else 1)
-    counts = torch.bincount(torch.as_tensor(labels["train"]), minlength=len(names))
-    return Data(splits, tables, names, counts, tokenizer, collate)
+    counts = None
+    if problem_type == "single_label":
+        counts = torch.bincount(torch.as_tensor(labels["train"]), minlength=len(names))
+    return Data(splits, tables, names, counts, tokenizer, collate, problem_type)
+
+
+def best_metric(args: Args, problem_type: ProblemType) -> str:
+    """The metric that chooses the best weights; UserError: what was asked for is none of this kind of target."""
+    fitting, known = BEST_METRICS[problem_type], {name for names in BEST_METRICS.values() for name in names}
+    if args.best_metric in fitting or args.best_metric not in known:  # a copy may have a metric of its own
+        return args.best_metric
+    if args.best_metric == Args.best_metric and not was_given("best_metric"):
+        return fitting[0]
+    what = f"--best_metric {args.best_metric} is not measured on {problem_type} targets"
+    raise UserError(f"{what}: use one of {', '.join(fitting)}")
 
 
 def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
@@ -308,7 +371,7 @@ def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
 
 def build_model(args: Args, data: Data, accelerator: Accelerator) -> torch.nn.Module:
     on_cpu = accelerator.device.type == "cpu"
-    labels = class_labels(data.label_names)
+    labels = class_labels(data.label_names) | {"problem_type": PROBLEM_TYPES[data.problem_type]}
     if args.architecture == "cnn":
         model = build_cnn(args, data, labels)
     else:
@@ -337,6 +400,7 @@ def build_transformer(args: Args, data: Data, labels: dict, on_cpu: bool) -> Pre
     from transformers import AutoModelForSequenceClassification
 
     config = open_config(args.model_name, args.trust_remote_code, **labels)
+    vars(config).pop("thresholds", None)  # of the labels that model_name was trained on
     override_config(config, args, has_weights=not args.from_scratch)
     if args.from_scratch:
         config.vocab_size = max(len(data.tokenizer), 1)
@@ -384,7 +448,9 @@ def build_cnn(args: Args, data: Data, labels: dict) -> PreTrainedModel:
 def compute_loss(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], data: Data, args: Args
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each row, [B], and the logits, [B, C]."""
+    """The loss of each row, [B], and the logits, [B, C]; of several labels or numbers the mean over them."""
+    import torch
+
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
     two_passes = args.r_drop > 0 and model.training
     logits = model(**(twice(inputs) if two_passes else inputs)).logits.float()
@@ -392,6 +458,11 @@ def compute_loss(
     prior = args.logit_adjustment * log_frequency(data.class_counts).to(logits) if args.logit_adjustment else None
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
+        if data.problem_type == "multi_label":
+            binary = torch.nn.functional.binary_cross_entropy_with_logits
+            return binary(logits, batch["labels"], reduction="none").mean(dim=1)
+        if data.problem_type == "regression":
+            return torch.nn.functional.mse_loss(logits, batch["labels"], reduction="none").mean(dim=1)
         return class_losses(logits, batch["labels"], weight, args.label_smoothing, args.focal_gamma, prior)
 
     if not two_passes:
@@ -401,7 +472,8 @@ def compute_loss(
 
 
 def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
-    """Labels [n], logits [n, C] and losses [n] of every row once, in the order of the file."""
+    """Labels [n] (of several labels or numbers [n, C]), logits [n, C] and losses [n] of every row once, in the order of
+    the file."""
     import torch
 
     dataset = data.splits[split]
@@ -419,7 +491,8 @@ def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Arg
 
 def score(found: dict[str, np.ndarray], data: Data, split: str, args: Args) -> dict[str, float]:
     """The metrics of what :func:`evaluate` found."""
-    return classification_metrics(found["labels"], found["logits"], found["losses"])
+    metrics = SCORES[data.problem_type](found["labels"], found["logits"], found["losses"])
+    return metrics | tuned_metrics(found["labels"], found["logits"], data.thresholds)
 
 
 # ----------------------------------------------------------------------------------------------------------- output
@@ -430,41 +503,71 @@ from transformers import pipeline
 classify = pipeline("text-classification", model="{folder}", top_k=None)
 print(classify("some text"))
 """
+MEANING = {
+    "multi_label": "# A score is the probability of a label, which counts from classify.model.config.thresholds on.\n",
+    "regression": "# The scores are the numbers themselves.\n",
+}
 
 
 def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None:
     """What stands beside the saved weights: tokenizer and model card."""
     data.tokenizer.save_pretrained(folder)
-    usage = USAGE.format(folder=run.directory / "best")
+    usage = USAGE.format(folder=run.directory / "best") + MEANING.get(data.problem_type, "")
     if args.architecture == "cnn":
         usage = "import accelerando.models.text_cnn  # makes transformers know this model\n" + usage.lstrip()
     source = None if args.from_scratch or args.architecture == "cnn" else args.model_name
     write_model_card(folder, run, "text-classification", source, usage, data_title(args))
 
 
-def write_report(
-    run: Run, model: torch.nn.Module, data: Data, found: dict[str, dict[str, np.ndarray]], args: Args
-) -> None:
+def show_classes(run: Run, data: Data, found: Found, last: str) -> Shown:
+    """Of one label a row: reports of all splits; of ``last`` the confusion matrix and the most confident mistakes."""
+    matrices, rows = results.write_class_reports(run, found, data.label_names), found[last]
+    details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist()}
+    blocks = results.class_blocks(matrices[last], data.label_names, last)
+    return details, blocks, worst_mistakes(rows["labels"], rows["logits"], data.label_names)
+
+
+def show_labels(run: Run, data: Data, found: Found, last: str) -> Shown:
+    """Of several labels a row: reports of all splits; of ``last`` a table of the labels and the highest losses."""
+    tables = target_reports.write_label_reports(run, found, data.label_names, data.thresholds)
+    details: dict[str, object] = {"label_names": data.label_names}
+    if data.thresholds is not None:
+        details["thresholds"] = dict(zip(data.label_names, data.thresholds.tolist(), strict=True))
+    blocks = [target_reports.label_table(tables[last], data.label_names, last)]
+    return details, blocks, target_reports.worst_labels(found[last], data.label_names, data.thresholds)
+
+
+def show_numbers(run: Run, data: Data, found: Found, last: str) -> Shown:
+    """Of numbers: plots of all splits; of ``last`` predicted over true ones, and the highest losses."""
+    plots = target_reports.write_number_plots(run, found, data.label_names)
+    blocks = target_reports.number_blocks(found[last], plots[last].read_bytes(), data.label_names, last)
+    return {"label_names": data.label_names}, blocks, target_reports.worst_numbers(found[last], data.label_names)
+
+
+# What is shown of each kind of target, beside metrics and curves.
+SHOWN = {"single_label": show_classes, "multi_label": show_labels, "regression": show_numbers}
+
+
+def write_report(run: Run, model: torch.nn.Module, data: Data, found: Found, args: Args) -> None:
     """Results and report of the best weights; ``found``: what :func:`evaluate` found in each split. Main process."""
+    if data.problem_type == "multi_label" and "validation" in found:
+        data.thresholds = best_thresholds(found["validation"]["labels"], found["validation"]["logits"])
+        target_reports.keep_thresholds(run.directory / "best", data.label_names, data.thresholds)
     metrics = {split: score(rows, data, split, args) for split, rows in found.items()}
-    matrices = results.write_class_reports(run, found, data.label_names)
     last = results.split_to_show(found)
-    worst = worst_mistakes(found[last]["labels"], found[last]["logits"], data.label_names)
+    details, blocks, worst = SHOWN[data.problem_type](run, data, found, last)
     for mistake in worst:
         mistake["text"] = data.tables[last].text(mistake["row"])
     counts = {split: len(rows["labels"]) for split, rows in found.items()}
-    details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist()}
     results.write_results(run, model, metrics, counts, details)
-    shown = args.best_metric if args.best_metric != "loss" else "accuracy"  # the loss has curves of its own
-    tiles = [
-        (f"{last} accuracy", f"{100 * metrics[last]['accuracy']:.2f} %", f"{counts[last]:,} rows"),
-        (f"{last} F1 (macro)", f"{metrics[last]['f1_macro']:.4f}", f"{len(data.label_names)} classes"),
-    ]
-    blocks = [
-        *results.class_blocks(matrices[last], data.label_names, last),
-        page.mistakes(worst, title=f"Worst mistakes, {last}"),
-    ]
-    curves = results.training_curves(shown, {f"validation/{shown}": "validation"})
+    first, second = BEST_METRICS[data.problem_type][:2]
+    shown = args.best_metric if args.best_metric != "loss" else first  # the loss has curves of its own
+    outputs = f"{len(data.label_names)} {'classes' if data.problem_type == 'single_label' else 'outputs'}"
+    notes = {first: f"{counts[last]:,} rows", second: outputs}
+    tiles = results.metric_tiles(metrics[last], notes, last)
+    blocks.append(page.mistakes(worst, title=f"Worst mistakes, {last}"))
+    best = "min" if shown in ("mse", "mae") else "max"
+    curves = results.training_curves(shown, {f"validation/{shown}": "validation"}, best)
     path = results.write_page(run, f"Text classification: {data_title(args)}", tiles, metrics, curves, blocks)
     log.info("Summary\n%s", results.write_summary(run, metrics))
     log.info("Report: %s", path)
@@ -492,6 +595,10 @@ def check_args(args: Args) -> None:
         raise UserError("--balanced and --curriculum both choose the rows of an epoch: drop one")
     if args.layer_decay < 1 and args.strategy in ("head", "lora"):
         raise UserError(f"--layer_decay: --strategy {args.strategy} trains no layers as a whole: full or gradual do")
+    if args.label_delimiter is not None and (args.label_columns or not args.label_delimiter):
+        raise UserError(
+            "--label_delimiter: the sign between labels in a cell; --label_columns has none, drop one of them"
+        )
 
 
 def data_title(args: Args) -> str:

@@ -316,19 +316,20 @@ def draw_nothing() -> None:
     import numpy as np
     from PIL import Image
 
-    from accelerando.report import results
+    from accelerando.report import results, target_reports
 
     def write_pixel(path: str | Path) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (1, 1), "white").save(path)
 
-    def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path | None = None) -> np.ndarray:
+    def plot_one(path: str | Path | None = None) -> np.ndarray:
         if path is not None:
             write_pixel(path)
         return np.full((1, 1, 3), 255, np.uint8)
 
     results.plot_curves = lambda history, series, path: write_pixel(path)
-    results.plot_confusion = plot_confusion
+    results.plot_confusion = lambda matrix, names, path=None: plot_one(path)
+    target_reports.plot_numbers = lambda true, predicted, names, path=None: plot_one(path)
 
 
 def become_ranks(request: Request) -> dict[str, str]:

@@ -148,6 +148,14 @@ def workshop(
         rows = json.loads((text_set / f"{split}.json").read_text())
         lines = ["text,label", *(f"{row['text']},{row['label']}" for row in rows)]
         (tmp_path / "data" / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    rows = json.loads((text_set / "train.json").read_text())
+    for name, head in {"topics": "text,labels", "pairs": "sentence1,sentence2,score"}.items():
+        lines = [head]
+        for number, row in enumerate(rows):
+            several = row["label"] + "|long" * (len(row["text"]) > 100)
+            cells = (row["text"], several) if name == "topics" else (row["text"], "a goal", f"{number % 11 / 2}")
+            lines.append(",".join(cells))
+        (tmp_path / "data" / f"train_{name}.csv").write_text("\n".join(lines) + "\n")
     (tmp_path / "data" / "raw").mkdir()
     shutil.copy(text_set / "train.json", tmp_path / "data" / "raw" / "train.json")
     shutil.copytree(sign_set, tmp_path / "data" / "signs")
@@ -226,7 +234,10 @@ def test_the_readmes_commands_run(workshop, tiny_bert: Path, monkeypatch: pytest
             if "launch_nodes" in command:
                 command = f"CONFIG=accelerate_configs/cpu.yaml {command}"
         if re.search("text_classify.py|my_experiment.py", command) and "pipeline.py" not in command:
-            command += f" {SMALL} --run_name run{tried}" if not command.startswith("cp") else ""
+            own = re.search(r"data/train_(topics|pairs)", command)  # rows of its own, which SMALL would replace
+            small = SMALL.partition(" --train_file")[0] + " --model_name bert-base-uncased" if own else SMALL
+            command += f" {small}" if not command.startswith("cp") else ""
+            command += f" --run_name run{tried}" if not command.startswith("cp") and "--run_name" not in command else ""
         if "clip_lit.yaml" in command:  # whose photos and towers are downloaded
             command += (
                 " --train_data data/captions.csv --validation_data None --image_folder data/photos --image_weights None"

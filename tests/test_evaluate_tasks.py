@@ -477,7 +477,7 @@ def test_mistakes_are_one_line(trained, request, call, tmp_path: Path, sign_set:
         ((sign, "--data", tmp_path), "labels.csv: no such file"),
         ((sign, "--data", wide), "a.npz: X has 10 numbers per frame, but"),
         ((clip, "--data", tmp_path / "none"), "none"),
-        ((regression, "--data", table), "its problem type is regression"),
+        ((regression, "--data", table), "row 1: label is 'space', not a number"),
         ((text, "--script", tmp_path / "gone.py"), "gone.py: no such file"),
         ((text, "--script", tmp_path / "broken.py"), "No module named 'nowhere_at_all'"),
         ((text, "--amp", "fp16"), "needs a GPU"),

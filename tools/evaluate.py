@@ -55,7 +55,7 @@ from accelerando.base.texts import one_line
 from accelerando.inference.media_scores import evaluate_media
 from accelerando.inference.named import Named, find_named, label_names, precision
 from accelerando.inference.outputs import open_output, printable
-from accelerando.inference.saved import ExportedClip, choose_device, import_user_module, open_saved
+from accelerando.inference.saved import ExportedClip, choose_device, import_user_module, label_thresholds, open_saved
 from accelerando.inference.scores import Evaluation, Head, Scores, as_results, table_text, write_files
 from accelerando.inference.scripts import SCRIPT_OF, import_script, load_weights, settings_of_run, trained_by
 from accelerando.train.weights import TORCH_MODULE
@@ -78,9 +78,13 @@ MODEL_OF = {"text": "texts", "sign": "signs", "image": "images", "har": "actions
 ONLY_FOR = {
     "data_dir": ("image", "har", "clip"), "media_folder": ("har", "clip", "sign"), "file_column": ("har", "clip"),
     "text_column": ("text", "clip"), "text_pair_column": ("text",), "label_column": ("text", "har"),
+    "label_columns": ("text",), "label_delimiter": ("text",),
     "frame_folders": ("har",), "frames": ("har",), "views": ("har",), "tta": ("image", "har"),
 }  # fmt: skip
-OF_DATA = ("media_folder", "file_column", "text_column", "text_pair_column", "label_column", "frame_folders")
+OF_DATA = ("media_folder", "file_column", "text_column", "text_pair_column", "label_column", "label_columns",
+           "label_delimiter", "frame_folders")  # fmt: skip
+# What a model's config calls the targets of text_classify; without it a row has one label.
+TARGETS = {"multi_label_classification": "multi_label", "regression": "regression"}
 
 
 @dataclass
@@ -97,6 +101,8 @@ class Args:
     text_column: str | None = None  # --data: column of the text, of clip_finetune the caption (default: as the run's)
     text_pair_column: str | None = None  # --data of text_classify: column of a second text (default: as the run's)
     label_column: str | None = None  # --data of text_classify, clip_har: column of the label (default: as the run's)
+    label_columns: tuple[str, ...] | None = None  # --data of text_classify: columns of labels or numbers (as the run's)
+    label_delimiter: str | None = None  # --data of text_classify: the sign between labels in a cell (as the run's)
     frame_folders: bool | None = None  # clip_har: folders inside class folders are videos (default: as the run's)
     frames: int | None = None  # clip_har: frames of a video (default: as the run's)
     views: int | None = None  # clip_har: the mean over so many sets of frames (default: as the run's)
@@ -159,7 +165,7 @@ def class_names(model: Named) -> dict[str, list[str]]:
 
         config = open_config(str(model.folder), local_files_only=True)
         return {"gloss": list(config.gloss_names), "cat": list(config.cat_names)}
-    return {"": label_names(model)}
+    return {"": label_names(model, one_class=model.task != "text")}
 
 
 def settings_for(module: ModuleType, model: Named, names: dict[str, list[str]], args: Args) -> Any:
@@ -185,7 +191,8 @@ def settings_for(module: ModuleType, model: Named, names: dict[str, list[str]], 
         settings = changed(settings, report_on_train=True)
     if model.task == "text":
         settings = changed(settings, tokenizer_name=folder)
-        if plain:
+        if plain:  # which of a copy's own class is not known
+            settings = changed(settings, problem_type=TARGETS.get(model.config.get("problem_type"), "single_label"))
             settings = changed(settings, model_name=folder, from_scratch=False, strategy="full", **dict.fromkeys(SHAPE))
         if model.run is None or model.exported:
             settings = changed(settings, max_length=tokens_at_most(model))
@@ -225,7 +232,12 @@ def with_other_data(settings: Any, model: Named, names: dict[str, list[str]], ar
     where, folder = str(args.data), Path(str(args.data))
     if model.task == "text":
         sides = [side for side in ("test", "validation", "train") if (folder / side / "dataset_info.json").is_file()]
-        given = {name: getattr(args, name) for name in ("text_column", "text_pair_column", "label_column")}
+        given = {name: getattr(args, name) for name in ("text_column", "text_pair_column", "label_column",
+                                                        "label_columns", "label_delimiter")}  # fmt: skip
+        if args.label_column or args.label_delimiter:
+            settings = changed(settings, label_columns=())
+        if args.label_columns:
+            settings = changed(settings, label_delimiter=None)
         settings = changed(
             settings, train_file=str(folder / sides[0]) if sides else where, validation_file=None, test_file=None,
             num_labels=None, **ALL_OF_IT, **{name: column for name, column in given.items() if column},
@@ -301,6 +313,8 @@ def load_data(module: ModuleType, settings: Any, model: Named, names: dict[str, 
             return load_data(module, changed(settings, class_field=None), model, names, args)
         hint = "" if args.data else f"; these are the data of {model.name}: score others with --data"
         raise UserError(f"{error}{hint}") from None
+    if getattr(data, "problem_type", None) == "multi_label":
+        data.thresholds = label_thresholds(model.config, data.label_names)
     if model.task == "sign":
         data.names = names
     elif "" in names and list(data.label_names) not in (names[""], names_for(names[""])):
@@ -315,7 +329,7 @@ def names_for(names: list[str], table: Any = None) -> list[str]:
     """The names of a model's classes as they stand in a table: numbers, if the model calls its classes LABEL_0 and so
     on, as transformers does with classes that have no names."""
     numbers = [f"LABEL_{number}" for number in range(len(names))] == names
-    if numbers and (table is None or not str(table.labels.type).endswith("string")):
+    if numbers and (table is None or "string" not in str(table.labels.type)):
         return [str(number) for number in range(len(names))]
     return names
 
@@ -423,6 +437,8 @@ def scores_of(part: Part) -> Scores:
     right = {head.called("accuracy"): head.logits.argmax(axis=1) == head.labels for head in heads}
     columns: dict[str, Any] = {}
     count = len(heads[0].labels) if heads else len(part.dataset)
+    if is_of_targets(part):
+        columns, right = target_columns(part)
     if part.model.task == "clip":
         gallery, readable = data.galleries[part.split], found["readable"]
         count, ranks = int(readable.sum()), pair_ranks(found, gallery)
@@ -440,9 +456,57 @@ def heads_of(part: Part) -> list[Head]:
     if isinstance(named := getattr(data, "names", None), dict):
         there = {head: names for head, names in named.items() if f"{head}_logits" in found}
         return [Head(head, names, found[head], found[f"{head}_logits"]) for head, names in there.items()]
-    if {"labels", "logits"} <= found.keys() and hasattr(data, "label_names"):
+    if {"labels", "logits"} <= found.keys() and hasattr(data, "label_names") and not is_of_targets(part):
         return [Head("", list(data.label_names), found["labels"], found["logits"])]
     return []
+
+
+def is_of_targets(part: Part) -> bool:
+    """Whether a row has several labels, or numbers, instead of one class."""
+    return {"labels", "logits"} <= part.found.keys() and part.found["labels"].ndim == 2
+
+
+def target_columns(part: Part) -> tuple[dict[str, list[object]], dict[str, np.ndarray]]:
+    """Columns of the table of predictions, and which rows have exactly their labels."""
+    from accelerando.report.target_metrics import chosen_labels, exactly_right, sigmoid
+
+    labels, logits, names = part.found["labels"], part.found["logits"], list(part.data.label_names)
+    if part.data.problem_type == "regression":
+        columns = {name: labels[:, place].tolist() for place, name in enumerate(names)}
+        return columns | {f"predicted_{name}": logits[:, place].tolist() for place, name in enumerate(names)}, {}
+    both = {"labels": labels > 0, "predicted": chosen_labels(logits, part.data.thresholds)}
+    columns = {
+        title: [", ".join(name for name, is_there in zip(names, row, strict=True) if is_there) for row in chosen]
+        for title, chosen in both.items()
+    }
+    scores = sigmoid(logits)
+    columns |= {f"p_{name}": [f"{value:.6f}" for value in scores[:, place]] for place, name in enumerate(names)}
+    return columns, {"subset_accuracy": exactly_right(labels, chosen_labels(logits))}
+
+
+def target_blocks(part: Part) -> list[str]:
+    """Blocks of the report: what is shown of several labels or numbers, and the rows with the highest losses."""
+    import io
+
+    from PIL import Image
+
+    from accelerando.report import page, target_reports
+    from accelerando.report.plots import plot_numbers
+    from accelerando.report.target_metrics import per_label
+
+    found, names, who = part.found, list(part.data.label_names), part.model.name
+    if part.data.problem_type == "regression":
+        plot = io.BytesIO()
+        Image.fromarray(plot_numbers(found["labels"], found["logits"], names)).save(plot, format="png")
+        blocks = target_reports.number_blocks(found, plot.getvalue(), names, who)
+        worst = target_reports.worst_numbers(found, names)
+    else:
+        values = per_label(found["labels"], found["logits"], part.data.thresholds)
+        blocks = [target_reports.label_table(values, names, who)]
+        worst = target_reports.worst_labels(found, names, part.data.thresholds)
+    for mistake in worst:
+        mistake["text"] = part.data.tables[part.split].text(mistake["row"])
+    return [*blocks, page.mistakes(worst, title=f"Highest losses, {who}")]
 
 
 def sample_columns(part: Part) -> dict[str, list[str]]:
@@ -464,7 +528,9 @@ def check_same_samples(parts: list[Part]) -> None:
     """UserError where models would be compared on different samples."""
     from accelerando.data.digest import digest_of
 
-    def labels(part: Part) -> list[list[str]]:
+    def labels(part: Part) -> list[Any]:
+        if is_of_targets(part):
+            return [list(part.data.label_names), part.found["labels"].tolist()]
         return [[head.label_names[number] for number in head.labels.tolist()] for head in heads_of(part)]
 
     def samples(part: Part) -> Any:
@@ -527,6 +593,8 @@ def evaluate_with_scripts(models: list[Named], args: Args, own: ModuleType | Non
     evaluation = Evaluation(
         source, split, first.nouns, scores, columns, left_out=len(first.dataset) - scores[0].count
     )  # fmt: skip
+    if args.output_dir:
+        evaluation.blocks = [block for part in parts if is_of_targets(part) for block in target_blocks(part)]
     if first.model.task == "clip" and args.output_dir:
         titles = evaluation.titles
         found = {title: retrieval_examples(part.found, part.data.galleries[part.split])

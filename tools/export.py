@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from accelerando.inference.exported import Parity, Runner
+    from accelerando.inference.exported import Equals, Parity, Runner
     from accelerando.inference.formats import Graph
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -56,6 +56,12 @@ USAGE = Path(__file__).resolve().parent / "usage"  # an example for each task of
 TOKENS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}  # of tokenizers
 CROPPED = 'ImageOps.fit(image, facts["size"], facts["resample"], facts["margin"])'
 SQUEEZED = 'image.resize(facts["size"], facts["resample"])'
+BEST_LABEL = 'print(facts["labels"][logits.argmax()], text, sep="\t")'
+ANSWERS = {  # of models that do not give a single class
+    "multi_label_classification": 'print(*[name for name, logit, least in zip(facts["labels"], logits, '
+    'facts["thresholds"]) if 1 / (1 + np.exp(-logit)) >= least], text, sep="\t")',
+    "regression": 'print(*logits.tolist(), text, sep="\t")',
+}
 # Beside the graph: what a program needs to prepare its inputs, and what predict.py reads.
 BESIDE = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json",
@@ -156,7 +162,7 @@ def text(folder: Path, found: RunData | None, args: Args, module: ModuleType | N
     from accelerando.data.tokenizer import open_tokenizer
     from accelerando.inference.formats import Graph
     from accelerando.inference.graphs import Logits
-    from accelerando.inference.saved import open_saved
+    from accelerando.inference.saved import label_thresholds, open_saved
     from accelerando.models.pretrained import most_tokens, pads_left
 
     model = open_saved(AutoModelForSequenceClassification, folder, module)
@@ -175,12 +181,33 @@ def text(folder: Path, found: RunData | None, args: Args, module: ModuleType | N
     axes = {name: {0: "batch", 1: "length"} for name in names}
     graph = Graph("model", Logits(model), twice(batches[0]), axes, ("logits",))
     compare_with(graph, batches, batches, lambda batch: model(**batch).logits)
+    labels = labels_of(model.config)
+    thresholds = label_thresholds(read_json(folder / "config.json"), labels)
+    graph.equals = equals_of(model.config.problem_type, thresholds)
     facts = {
-        "labels": labels_of(model.config), "problem_type": model.config.problem_type, "max_length": longest,
+        "labels": labels, "problem_type": model.config.problem_type, "max_length": longest,
         "padding": {"pad_id": collate.pad_token_id, "direction": "left" if collate.left else "right"},
         "tokens": {name: TOKENS[name] for name in names},
     }  # fmt: skip
+    if model.config.problem_type == "multi_label_classification":
+        facts["thresholds"] = [0.5] * len(labels) if thresholds is None else thresholds.tolist()
     return Exportable([graph], facts)
+
+
+def equals_of(problem_type: str | None, thresholds: np.ndarray | None) -> Equals | None:
+    """When rows of logits predict the same: the same labels, or numbers that differ by a hundredth at most.
+
+    None: the same best class.
+    """
+    import numpy as np
+
+    from accelerando.report.target_metrics import chosen_labels
+
+    if problem_type == "multi_label_classification":
+        return lambda ours, right: (chosen_labels(ours, thresholds) == chosen_labels(right, thresholds)).all(axis=1)
+    if problem_type == "regression":
+        return lambda ours, right: np.isclose(ours, right, rtol=0.01, atol=0.01).all(axis=1)
+    return None
 
 
 def sign(folder: Path, found: RunData | None, args: Args, module: ModuleType | None) -> Exportable:
@@ -478,7 +505,7 @@ def write_all(exported: Exportable, folder: Path, args: Args) -> list[Written]:
                     write(graph, "onnx", "float32", folder, args.opset)
                 path, left = write(graph, kind, precision, folder, args.opset, args.agreement)
                 run = runner(path, kind, args.num_threads)
-                found = parity(run, graph.samples, graph.expected, graph.classifies)
+                found = parity(run, graph.samples, graph.expected, graph.classifies, graph.equals)
                 written.append(Written(graph, kind, precision, path, found, run, left))
     kept = {each.path for each in written}
     for path in [path for path in folder.glob("*.onnx") if path not in kept]:  # from which others were made
@@ -525,6 +552,7 @@ def write_beside(
     write_text(folder / "export.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     if any(each.kind == "onnx" and each.precision == "float32" for each in written):
         usage = (USAGE / f"{task}.py").read_text(encoding="utf-8")
+        usage = usage.replace(BEST_LABEL, ANSWERS.get(exported.facts.get("problem_type"), BEST_LABEL))
         squeezed = "margin" in exported.facts and exported.facts["margin"] is None
         write_text(folder / "usage.py", usage.replace(CROPPED, SQUEEZED) if squeezed else usage)
 

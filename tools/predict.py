@@ -13,6 +13,8 @@
   python tools/predict.py runs/x/export "some text"    what tools/export.py wrote
 
 A file of texts has one on each line, or is a table: .json, .jsonl, .csv, .tsv or .parquet.
+A model of several labels a text answers with those that reach their thresholds,
+a regression with its numbers.
 A folder stands for all images in it at any depth, and for all videos where the
 model takes them; a file (or standard input) lists paths of either and URLs of
 images, one on each line. An image that cannot be read
@@ -53,6 +55,7 @@ from accelerando.inference.saved import (
     TorchModel,
     choose_device,
     import_user_module,
+    label_thresholds,
     open_image_model,
     open_saved,
     scores_of,
@@ -87,6 +90,7 @@ class Args:
     text_column: str = "text"  # texts: column of a table (.json .jsonl .csv .tsv .parquet)
     text_pair_column: str | None = None  # texts: column of a second text, for a model of pairs
     text_pair: str | None = None  # texts: a second one, the same for every text
+    threshold: float | None = None  # texts: of several labels, of all of them (default: what the run chose, or 0.5)
     # -- prediction --
     import_module: str | None = None  # module of yours that defines the model's class, as --import my_module
     trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
@@ -111,13 +115,17 @@ class Args:
 
 @dataclass
 class TextModel:
-    """A classifier of texts with what :func:`predict_chunk` needs; texts are cut off at ``max_length`` tokens."""
+    """A classifier of texts with what :func:`predict_chunk` needs; texts are cut off at ``max_length`` tokens.
+
+    ``thresholds`` [C] of the labels' probabilities exist where a text may have several labels.
+    """
 
     model: PreTrainedModel | TorchModel
     tokenizer: PreTrainedTokenizerBase
     labels: list[str]
     device: torch.device
     max_length: int
+    thresholds: np.ndarray | None = None
 
 
 def load_text_model(
@@ -136,17 +144,24 @@ def load_text_model(
         UserError: no tokenizer, weights that are missing or do not fit, a ``max_length`` beyond the model's positions
             or too small for any text.
     """
+    import numpy as np
     from transformers import AutoModelForSequenceClassification
 
     tokenizer = open_tokenizer(str(folder), trust_remote_code, local_files_only=True)
     model = open_saved(AutoModelForSequenceClassification, folder, module, trust_remote_code, onnx_file)
     names = model.config.id2label
+    labels = [str(names[index]) for index in range(model.config.num_labels)]
+    thresholds = None
+    if model.config.problem_type == "multi_label_classification":
+        thresholds = label_thresholds(read_json(folder / "config.json"), labels)
+        thresholds = np.full(len(labels), 0.5) if thresholds is None else thresholds
     return TextModel(
         model=model.to(device),
         tokenizer=tokenizer,
-        labels=[str(names[index]) for index in range(model.config.num_labels)],
+        labels=labels,
         device=device,
         max_length=_length_limit(tokenizer, model.config, max_length, pairs),
+        thresholds=thresholds,
     )
 
 
@@ -192,6 +207,19 @@ def ranked(scores: np.ndarray, labels: list[str], top_k: int) -> dict[str, Any]:
     return {"label": labels[best_first[0]], "score": listed[labels[best_first[0]]], "scores": listed}
 
 
+def answer(scores: np.ndarray, loaded: TextModel, top_k: int) -> dict[str, Any]:
+    """What ``scores`` [C] of one input say: the class (:func:`ranked`), the ``labels`` that reach their thresholds, or
+    the ``value`` (of several, ``values``)."""
+    if loaded.model.config.problem_type == "regression":
+        values = {name: round(float(value), 6) for name, value in zip(loaded.labels, scores, strict=True)}
+        return {"values": values} if len(values) > 1 else {"value": values[loaded.labels[0]]}
+    found = ranked(scores, loaded.labels, top_k)
+    if loaded.thresholds is None:
+        return found
+    reached = [name for name, is_there in zip(loaded.labels, scores >= loaded.thresholds, strict=True) if is_there]
+    return {"labels": reached, "scores": found["scores"]}
+
+
 def text_chunks(args: Args) -> tuple[int | None, Iterator[Chunk]]:
     """How many texts there are (None: not known yet), and chunks of them from where ``args`` says.
 
@@ -235,6 +263,10 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any], module: Modu
     device, pairs = choose_device(args.device), first[1] is not None
     how = (module, args.trust_remote_code, onnx_file(args))
     loaded = load_text_model(folder, device, args.max_length, pairs, *how)
+    if args.threshold is not None:
+        if loaded.thresholds is None:
+            raise UserError(f"--threshold {args.threshold:g}: {folder} does not give several labels a text")
+        loaded.thresholds[:] = args.threshold
 
     import numpy as np
     from tqdm.auto import tqdm
@@ -251,7 +283,7 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any], module: Modu
                     raise UserError(f"{folder}: the model returns NaN for text {bad}: its weights are corrupted")
                 for index, text in enumerate(texts):
                     given = {"text": text} if pairs is None else {"text": text, "text_pair": pairs[index]}
-                    write_json(stream, {**given, **ranked(scores[index], loaded.labels, args.top_k)})
+                    write_json(stream, {**given, **answer(scores[index], loaded, args.top_k)})
                 stream.flush()
                 row += len(texts)
 
@@ -532,7 +564,7 @@ def _listed(source: Path | IO[bytes]) -> Iterator[str]:
 
 def check(args: Args) -> None:
     """UserError for a number that makes no sense."""
-    check_ranges(args, top_k=(0, 2**30), num_workers=(1, 1024), frames=(1, 1024), views=(1, 64))
+    check_ranges(args, threshold=(0, 1), top_k=(0, 2**30), num_workers=(1, 1024), frames=(1, 1024), views=(1, 64))
     same = args.file and args.output and Path(args.output).exists() and Path(args.file).exists()
     if same and Path(args.file).samefile(args.output):
         raise UserError(f"--output {args.output}: would replace the file that is read; name another")

@@ -91,6 +91,7 @@ BARE = {"resume": "auto", "amp": "auto"}
 # Settings of `accelerate launch` that the replaced scripts had: taken, and compared with the launch once it is known.
 LAUNCH_FLAGS = ("distributed_mode", "enable_parallel", "device")
 _asked_of_launch: dict[str, str] = {}
+_given: set[str] = set()
 
 
 def parse_args(
@@ -130,6 +131,8 @@ def parse_args(
     from_yaml: list[str] = []
     for path in _values_of(argv, "--config") + _config_of_resumed_run(argv, known):
         from_yaml += _yaml_argv(Path(path), known, table, foreign)
+    _given.clear()
+    _given.update(word.partition("=")[0].removeprefix("--") for word in from_yaml + argv if word.startswith("--"))
 
     args, message = _run_parser(cls, from_yaml + argv)
     if message is None:
@@ -146,6 +149,11 @@ def parse_args(
 def asked_of_launch() -> dict[str, str]:
     """The values of ``LAUNCH_FLAGS`` that the last :func:`parse_args` found."""
     return dict(_asked_of_launch)
+
+
+def was_given(name: str) -> bool:
+    """Whether the last :func:`parse_args` found the setting ``name`` in a YAML file or on the command line."""
+    return name in _given
 
 
 @functools.cache

@@ -17,6 +17,8 @@ def collate_text(
 ) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
     """Collate for token samples: ``input_ids``, ``attention_mask`` (and ``token_type_ids``) [B, T], ``labels`` [B].
 
+    The labels are int64, or float32 [B, C] of several labels or numbers.
+
     T is the length of the longest text, rounded up to a multiple of ``multiple_of`` (8 suits a GPU's tensor cores, and
     keeps the number of shapes small for torch.compile). ``left``: padding stands before the text.
     """
@@ -46,7 +48,8 @@ class TextCollate:
                 batch[name] = values
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
         if "label" in samples[0]:
-            tensors["labels"] = torch.tensor([int(sample["label"]) for sample in samples], dtype=torch.int64)
+            labels = np.array([sample["label"] for sample in samples])
+            tensors["labels"] = torch.from_numpy(labels.astype(np.float32 if labels.ndim > 1 else np.int64))
         for name in samples[0].keys() - {"input_ids", "token_type_ids", "label"}:  # additional columns of the table
             tensors[name] = torch.from_numpy(np.array([sample[name] for sample in samples]))
         return tensors

@@ -19,7 +19,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+import numpy as np
+
 from accelerando.base.errors import UserError, first_line
+from accelerando.data.cells import is_list
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -307,10 +310,11 @@ def _check_content(table: pa.Table, source: str) -> None:
 
 
 def _classes_in_metadata(table: pa.Table) -> dict[str, list[str]]:
-    """Column -> names of its classes, from what `datasets` keeps in a schema."""
+    """Column -> names of its classes, also of lists of classes, from what `datasets` keeps in a schema."""
     try:
         features = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"]
-        kinds = {name: kind for name, kind in features.items() if kind.get("_type") == "ClassLabel"}
+        kinds = {name: kind.get("feature", kind) for name, kind in features.items()}
+        kinds = {name: kind for name, kind in kinds.items() if kind.get("_type") == "ClassLabel"}
         return {name: [str(one) for one in kind["names"]] for name, kind in kinds.items() if kind.get("names")}
     except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
@@ -322,12 +326,19 @@ def _with_class_names(table: pa.Table, classes: Mapping[str, Sequence[str]], sou
     import pyarrow.compute as pc
 
     for name, names in classes.items():
-        if table.column_names.count(name) != 1 or not pa.types.is_integer(table.schema.field(name).type):
+        if table.column_names.count(name) != 1:
             continue
-        numbers = table[name]
+        numbers = lists = table[name].combine_chunks()
+        if is_list(lists.type) and not lists.null_count:
+            numbers = lists.flatten()
+        if not pa.types.is_integer(numbers.type):
+            continue
         if pc.any(pc.greater_equal(numbers, len(names))).as_py():
             raise UserError(f"{source}: column {name!r} has a number beyond its {len(names)} class names")
         texts = pc.take(pa.array(names, pa.string()), pc.if_else(pc.greater_equal(numbers, 0), numbers, None))
+        if numbers is not lists:
+            ends = np.cumsum(pc.list_value_length(lists).to_numpy(zero_copy_only=False))
+            texts = pa.ListArray.from_arrays(pa.array(np.concatenate([[0], ends]).astype(np.int32)), texts)
         table = table.set_column(table.column_names.index(name), name, texts)
     return table
 
@@ -359,7 +370,8 @@ def read_datasets(source: str, split: str) -> pa.Table:
             hint = f"; name one by its folder: {Path(path) / next(iter(loaded))}" if Path(path).is_dir() else ""
             raise UserError(f"{source}: no split {split!r}; there are {', '.join(loaded)}{hint}")
         loaded = loaded[split]
-    classes = {name: kind.names for name, kind in loaded.features.items() if isinstance(kind, datasets.ClassLabel)}
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in loaded.features.items()}  # also of lists of classes
+    classes = {name: kind.names for name, kind in kinds.items() if isinstance(kind, datasets.ClassLabel)}
     table = loaded.with_format("arrow")[:]
     _check_content(table, source)
     return _with_class_names(table, classes, source)

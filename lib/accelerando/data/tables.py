@@ -1,22 +1,35 @@
 """Labelled text from any table (see :mod:`data.table_formats`), checked row by row and packed as Arrow columns.
 
-An error in a row is reported in one line with the file and the row number.
+Labels are one name or number a row; where a caller allows it also several names, or numbers with a fraction: see
+:mod:`data.targets`. An error in a row is reported in one line with the file and the row number.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from accelerando.base.errors import UserError
 from accelerando.base.log import log
+from accelerando.data.cells import (
+    KINDS,
+    check_items,
+    check_labels,
+    check_lists,
+    check_number,
+    check_numbers,
+    check_texts,
+    first_row,
+    has_fractions,
+    is_list,
+    side_by_side,
+    split_labels,
+)
 from accelerando.data.table_formats import check_table, read_datasets, read_parquet, table_records, table_suffix
 
 if TYPE_CHECKING:
@@ -25,10 +38,15 @@ if TYPE_CHECKING:
 CHUNK = 65_536  # rows held as Python objects at a time
 AUGMENTED = "augmented_from"  # the column by which tools/augment_text.py marks changed copies of rows
 
+ProblemType = Literal["single_label", "multi_label", "regression"]
+
 
 @dataclass(frozen=True)
 class TextTable:
-    """n rows: ``texts`` (and ``pairs``) as Arrow strings, ``labels`` as Arrow strings or int64, either may be None."""
+    """n rows: ``texts`` (and ``pairs``) as Arrow strings, ``labels`` as Arrow strings or int64, either may be None.
+
+    Several labels of a row are an Arrow list of strings or int64; numbers are doubles, several a list of fixed size.
+    """
 
     texts: pa.ChunkedArray
     pairs: pa.ChunkedArray | None
@@ -36,6 +54,7 @@ class TextTable:
     source: str
     others: pa.Table | None = None  # the other columns, if requested
     columns: dict[str, np.ndarray] = field(default_factory=dict)  # encoded columns, [n] each: see encode_column
+    label_columns: tuple[str, ...] = ()  # the columns that labels of numbers come from, one for each number
     augmented: bool = False  # changed copies of rows may be among them
 
     def __len__(self) -> int:
@@ -60,7 +79,7 @@ class TextTable:
         columns = [None if column is None else column.take(index) for column in (self.texts, self.pairs, self.labels)]
         others = None if self.others is None else self.others.take(index)
         encoded = {name: values[rows] for name, values in self.columns.items()}
-        return TextTable(*columns, self.source, others, encoded, self.augmented)
+        return TextTable(*columns, self.source, others, encoded, self.label_columns, self.augmented)
 
 
 def read_text_table(
@@ -73,21 +92,26 @@ def read_text_table(
     require_labels: bool = True,
     allow_blank: bool = False,
     other_columns: bool = False,
+    problem_type: ProblemType | None = "single_label",
+    label_columns: Sequence[str] = (),
+    label_delimiter: str | None = None,
 ) -> TextTable:
     """Reads ``source``: a file, a folder of `datasets`, or ``name`` or ``name:config`` of a data set on the Hub.
 
     ``split`` applies only to `datasets`; ``allow_blank`` allows empty texts; ``other_columns`` keeps all columns.
     Messages count rows from 1.
 
+    Unless ``problem_type`` is single_label, a label may be a list or a number with a fraction (None: whatever there
+    is). ``label_columns``: columns of numbers instead of ``label_column``; ``label_delimiter``: what separates several
+    labels in a cell, of which an empty one has none.
+
     Raises:
         UserError: the file is missing, invalid or empty; a column is unknown; a row lacks its text or label.
     """
     path = Path(source)
-    columns = [
-        text_column,
-        *([text_pair_column] if text_pair_column else []),
-        *([label_column] if require_labels else []),
-    ]
+    numbers = list(label_columns) if require_labels else []
+    label = label_column if require_labels and not numbers else None
+    columns = [text_column, *([text_pair_column] if text_pair_column else []), *([label] if label else []), *numbers]
     if repeated := [name for name in columns if columns.count(name) > 1]:
         raise UserError(f"{source}: column {repeated[0]!r} is named twice: texts and labels need a column each")
     suffix = table_suffix(path)
@@ -102,28 +126,45 @@ def read_text_table(
         first = [*itertools.islice(records, 1)]
         augmented = any(isinstance(record, dict) and AUGMENTED in record for _, record in first)
         records = itertools.chain(first, records)
-        table = _pack(records, columns, label_column if require_labels else None, source, other_columns)
+        many = problem_type != "single_label"
+        table = _pack(records, columns, label, source, other_columns, many, numbers, label_delimiter is not None)
     else:
         table = read_datasets(source, split)
         augmented = AUGMENTED in table.column_names
         table = _select(table, columns, source, other_columns)
     if table.num_rows == 0:
         raise UserError(f"{source}: no rows in it")
-    texts = _check_texts(table[text_column], text_column, source, allow_blank)
-    pairs = _check_texts(table[text_pair_column], text_pair_column, source, True) if text_pair_column else None
-    labels = None
-    if require_labels:
-        labels = _check_labels(table[label_column], label_column, source, all_text=suffix in (".csv", ".tsv"))
+    texts = check_texts(table[text_column], text_column, source, allow_blank)
+    pairs = check_texts(table[text_pair_column], text_pair_column, source, True) if text_pair_column else None
+    labels, all_text = None, suffix in (".csv", ".tsv")
+    if label_delimiter is not None and label:
+        labels = split_labels(table[label], label, label_delimiter, source)
+    elif label and problem_type != "single_label" and is_list(table[label].type):
+        labels = check_lists(table[label], label, source)
+    elif label and problem_type != "single_label" and has_fractions(table[label], label, source, all_text):
+        labels = check_numbers(table[label], label, source)
+    elif label:
+        labels = check_labels(table[label], label, source, all_text)
+    if numbers:
+        labels = side_by_side([check_numbers(table[name], name, source) for name in numbers])
     others = table.drop_columns(columns) if other_columns else None
-    found = TextTable(texts, pairs, labels, source, others, augmented=augmented)
+    found = TextTable(texts, pairs, labels, source, others, label_columns=tuple(numbers), augmented=augmented)
     if split in ("validation", "test"):
         found.check_no_copies("scored")
     return found
 
 
 def label_names(table: TextTable) -> list[str]:
-    """The distinct labels as names: text sorted as text, integers as numbers; warns of names that look alike."""
-    names = [str(label) for label in sorted(table.labels.unique().to_pylist())]
+    """The distinct labels as names: text sorted as text, integers as numbers; warns of names that look alike.
+
+    Where numbers come from columns, or labels from columns of 0 and 1, the names of the columns.
+    """
+    import pyarrow.compute as pc
+
+    if table.label_columns:
+        return list(table.label_columns)
+    labels = pc.list_flatten(table.labels) if is_list(table.labels.type) else table.labels
+    names = [str(label) for label in sorted(labels.unique().to_pylist())]
     alike: dict[str, str] = {}
     for name in names:
         if (other := alike.setdefault(" ".join(name.casefold().split()), name)) != name:
@@ -134,21 +175,53 @@ def label_names(table: TextTable) -> list[str]:
 def encode_labels(table: TextTable, names: list[str]) -> np.ndarray:
     """Label numbers, int64 [n]: the position of each row's label in ``names``.
 
+    Of several labels a row float32 [n, C], 1 where a row has the label; of numbers, the numbers as float32 [n, C].
+
     Raises:
         UserError: a label is not in ``names``; gives file and row.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    codes = pc.index_in(pc.cast(table.labels, pa.large_string()), value_set=pa.array(names, pa.large_string()))
+    kind, labels = table.labels.type, table.labels
+    if pa.types.is_floating(kind) or pa.types.is_fixed_size_list(kind):
+        return _encode_numbers(table, names)
+    if is_list(kind):
+        lists = labels.combine_chunks()
+        rows, labels = pc.list_parent_indices(lists).to_numpy(), pc.list_flatten(lists)
+    codes = pc.index_in(pc.cast(labels, pa.large_string()), value_set=pa.array(names, pa.large_string()))
     if codes.null_count:
-        row = _first(pc.is_null(codes))
+        place = first_row(pc.is_null(codes))
+        row = int(rows[place]) if is_list(kind) else place
         known = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
-        label = str(table.labels[row])
-        if label == "-1":
+        label = str(labels[place])
+        if label == "-1" and not is_list(kind):
             raise _unlabelled(table.source, pc.equal(table.labels, table.labels[row]))
         raise UserError(f"{table.source}: row {row + 1}: label {label!r} does not occur in the training rows ({known})")
+    if is_list(kind):
+        encoded = np.zeros((len(table), len(names)), np.float32)
+        encoded[rows, codes.to_numpy(zero_copy_only=False).astype(np.int64)] = 1
+        return encoded
     return codes.to_numpy().astype(np.int64)
+
+
+def _encode_numbers(table: TextTable, names: list[str]) -> np.ndarray:
+    """Numbers float32 [n, C] in the order of ``names``; a single number is found under any name.
+
+    Raises:
+        UserError: the table has other columns of numbers.
+    """
+    import pyarrow as pa
+
+    labels = table.labels.combine_chunks()
+    flat = labels.flatten() if pa.types.is_fixed_size_list(labels.type) else labels
+    values = flat.to_numpy().reshape(len(table), -1).astype(np.float32)
+    if len(names) == values.shape[1] == 1:
+        return values
+    if missing := [name for name in names if name not in table.label_columns]:
+        there = ", ".join(table.label_columns) or "one column"
+        raise UserError(f"{table.source}: no column of numbers {missing[0]!r}; there are {there}")
+    return values[:, [table.label_columns.index(name) for name in names]]
 
 
 def encode_column(tables: Mapping[str, TextTable], name: str) -> tuple[dict[str, TextTable], list[str]]:
@@ -184,29 +257,50 @@ def _unlabelled(source: str, rows: pa.ChunkedArray) -> UserError:
 
     count = f"{pc.sum(rows).as_py():,} of {len(rows):,} rows"
     hint = "leave them out; tools/predict.py predicts rows without labels"
-    return UserError(f"{source}: row {_first(rows) + 1}: the label is -1, that is, none ({count}): {hint}")
+    return UserError(f"{source}: row {first_row(rows) + 1}: the label is -1, that is, none ({count}): {hint}")
 
 
 def _pack(
-    records: Iterator[tuple[str, object]], columns: list[str], label: str | None, source: str, others: bool
+    records: Iterator[tuple[str, object]],
+    columns: list[str],
+    label: str | None,
+    source: str,
+    others: bool,
+    many: bool = False,
+    numbers: Sequence[str] = (),
+    may_be_blank: bool = False,
 ) -> pa.Table:
-    """Checks records one by one and packs ``columns``; with ``others``, also the other columns of the first record."""
+    """Checks records one by one and packs ``columns``; with ``others``, also the other columns of the first record.
+
+    ``many``: a label may also be a list or have a fraction. ``numbers``: those of ``columns`` that hold numbers.
+    ``may_be_blank``: a label may be an empty text.
+    """
     import pyarrow as pa
 
     beside: list[str] = []  # names of the other columns
     extra: dict[str, list[object]] = {}
     extra_chunks: dict[str, list[pa.Array]] = {}
 
-    pending: dict[str, list[str | int]] = {name: [] for name in columns}
+    pending: dict[str, list[str | int | float | list]] = {name: [] for name in columns}
     chunks: dict[str, list[pa.Array]] = {name: [] for name in columns}
     label_type: type | None = None
+    item_type: type | None = None  # of the labels in a list
+    allowed = (int, str, float, list) if many else (int, str)
+    filled = {*numbers, *([] if may_be_blank else [label])}
+
+    def kind_of(name: str) -> pa.DataType:
+        if name == label and label_type is list:
+            return pa.list_(pa.int64() if item_type is int else pa.large_string())
+        if name in numbers or (name == label and label_type is float):
+            return pa.float64()
+        return pa.int64() if name == label and label_type is int else pa.large_string()
 
     def flush() -> None:
         for name in columns:
-            kind = pa.int64() if name == label and label_type is int else pa.large_string()
+            kind = kind_of(name)
             try:
                 chunks[name].append(pa.array(pending[name], kind))
-            except OverflowError:
+            except (OverflowError, pa.ArrowInvalid):
                 raise UserError(f"{source}: a {name} does not fit into 64 bits; write it as text") from None
             except UnicodeEncodeError:
                 raise UserError(f"{source}: a {name} contains half a character (a lone surrogate)") from None
@@ -222,14 +316,23 @@ def _pack(
             value = record.get(name)
             if name == label and isinstance(value, float) and value.is_integer():  # 1.0 beside 1
                 value = int(value)
-            if value is None or (isinstance(value, str) and name == label and not value.strip()):
+            if value is None or (isinstance(value, str) and name in filled and not value.strip()):
                 there = ", ".join(map(str, record))
                 reason = f"{name} is empty" if name in record else f"no {name!r} (it has {there or 'nothing'})"
                 raise UserError(f"{source}: {where}: {reason}")
-            if name != label and not isinstance(value, str):
+            if name in numbers:
+                value = check_number(value, name, f"{source}: {where}")
+            elif name != label and not isinstance(value, str):
                 raise UserError(f"{source}: {where}: {name} is {value!r:.40}, not a text")
-            if name == label and type(value) not in ((int, str) if label_type is None else (label_type,)):
-                wanted = "a name or a whole number" if label_type is None else f"{_KINDS[label_type]} as in other rows"
+            if name == label and many and isinstance(value, list):
+                value = check_items(value, item_type, name, f"{source}: {where}")
+                item_type = next(map(type, value), item_type)
+            elif name == label and many and isinstance(value, int | float) and label_type in (int, float):
+                if float in (type(value), label_type):
+                    value = check_number(value, name, f"{source}: {where}")
+                label_type = type(value)  # 2.5 behind 3: the column is of numbers with fractions
+            if name == label and type(value) not in (allowed if label_type is None else (label_type,)):
+                wanted = "a name or a whole number" if label_type is None else f"{KINDS[label_type]} as in other rows"
                 raise UserError(f"{source}: {where}: {name} is {value!r:.40}, not {wanted}")
             if name == label and label_type is None:
                 label_type = type(value)
@@ -242,6 +345,8 @@ def _pack(
         if len(pending[columns[0]]) == CHUNK:
             flush()
     flush()
+    for name in [label, *numbers] if many else []:  # whole numbers before the first fraction, lists without items
+        chunks[name] = [chunk.cast(kind_of(name)) for chunk in chunks[name]] if name else []
     table = {name: pa.chunked_array(chunks[name]) for name in columns}
     return pa.table(table | {name: _one_type(extra_chunks[name]) for name in beside})
 
@@ -268,9 +373,6 @@ def _one_type(chunks: list[pa.Array]) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array(chunk, kind) for chunk in texts], kind)
 
 
-_KINDS = {int: "a whole number", str: "a name"}
-
-
 # ----------------------------------------------------------------------------------------------------------- checks
 
 
@@ -282,64 +384,3 @@ def _select(table: pa.Table, columns: list[str], source: str, others: bool) -> p
         raise UserError(f"{source}: two columns are called {repeated[0]!r}")
     kept = [number for number, name in enumerate(table.column_names) if table.column_names.count(name) == 1]
     return table.select(kept if others else columns)
-
-
-def _check_texts(column: pa.ChunkedArray, name: str, source: str, may_be_blank: bool) -> pa.ChunkedArray:
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not _is_text(kind):
-        raise UserError(f"{source}: column {name!r} contains {column.type}, not text")
-    column = pc.cast(column, pa.large_string())
-    empty = pc.is_null(column)
-    if not may_be_blank:
-        empty = pc.or_(empty, pc.fill_null(pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0), True))
-    if pc.any(empty).as_py():
-        raise UserError(f"{source}: row {_first(empty) + 1}: {name} is empty")
-    return column
-
-
-def _check_labels(column: pa.ChunkedArray, name: str, source: str, all_text: bool) -> pa.ChunkedArray:
-    """Labels without spaces around them, as strings or int64; ``all_text``: numbers are written as texts."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if not pa.types.is_integer(kind):
-        if pa.types.is_floating(kind):
-            column = pc.if_else(pc.is_nan(column), None, column)
-            with contextlib.suppress(pa.ArrowInvalid):  # a fraction, which is no class
-                column, kind = pc.cast(column, pa.int64()), pa.int64()
-        if not (pa.types.is_integer(kind) or _is_text(kind)):
-            raise UserError(f"{source}: column {name!r} contains {column.type}: labels are names or whole numbers")
-    if column.null_count:
-        empty = pc.is_null(column)
-        count = f"{column.null_count:,} of {len(column):,} rows; -1 among numbered classes stands for none"
-        raise UserError(f"{source}: row {_first(empty) + 1}: {name} is empty ({count})")
-    if pa.types.is_integer(kind):
-        try:
-            return pc.cast(column, pa.int64())
-        except pa.ArrowInvalid:
-            raise UserError(f"{source}: a {name} does not fit into 64 bits; write it as text") from None
-    names = _check_texts(column, name, source, False)
-    spelled = names.unique().to_pylist()
-    plain = [unicodedata.normalize("NFC", one).strip() for one in spelled]
-    if plain != spelled:  # names that look the same are the same
-        numbers = pc.index_in(names, value_set=pa.array(spelled, pa.large_string()))
-        names = pc.take(pa.array(plain, pa.large_string()), numbers)
-    if all_text and pc.all(pc.match_substring_regex(names, r"^(0|-?[1-9]\d{0,17})(\.0+)?$")).as_py():
-        return pc.cast(pc.replace_substring_regex(names, r"\.0+$", ""), pa.int64())
-    return names
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    import pyarrow as pa
-
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-
-
-def _first(mask: pa.ChunkedArray) -> int:
-    import pyarrow.compute as pc
-
-    return pc.index(mask, True).as_py()

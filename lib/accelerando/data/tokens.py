@@ -29,7 +29,8 @@ class TokenTable:
 
     ``ids`` int32 [tokens] has the texts one after another, ``offsets`` int64 [n + 1] says where they begin; ``types``
     uint8 [tokens] exists for pairs of texts, and for a tokenizer that gives single ones types other than 0; ``labels``
-    int64 [n] may be None. ``columns``: additional columns, [n] each, in samples and batches under their names.
+    int64 [n], or float32 [n, C] of several labels or numbers, may be None. ``columns``: additional columns, [n] each,
+    in samples and batches under their names.
     """
 
     ids: np.ndarray

@@ -13,6 +13,7 @@ import torch
 from accelerando.base.errors import UserError, first_line
 
 Runner = Callable[[Mapping[str, np.ndarray]], list[np.ndarray]]
+Equals = Callable[[np.ndarray, np.ndarray], np.ndarray]  # outputs [n, C] twice -> which rows predict the same, bool [n]
 
 
 def torch_runner(module: torch.nn.Module) -> Runner:
@@ -67,11 +68,12 @@ def parity(
     samples: Sequence[Mapping[str, np.ndarray]],
     expected: Sequence[Sequence[np.ndarray]],
     classifies: bool = True,
+    equals: Equals | None = None,
 ) -> Parity:
     """Compares the outputs of ``run`` for ``samples`` with the ``expected`` ones.
 
     A prediction is equal where the largest of its scores (or the number, if there is one) is that of the same class;
-    of embeddings, where the nearest of the expected embeddings is the same one.
+    of embeddings, where the nearest of the expected embeddings is the same one. ``equals`` says it in another way.
     """
     found = [run(batch) for batch in samples]
     largest, equal, count = 0.0, [], 0
@@ -81,7 +83,9 @@ def parity(
         if not np.isfinite(ours).all():
             return Parity(float("inf"), 0.0, len(right))
         largest, count = max(largest, float(np.abs(ours - right).max())), len(right)
-        if classifies and right.shape[1] == 1:
+        if equals is not None:
+            equal.append(equals(ours, right))
+        elif classifies and right.shape[1] == 1:
             equal.append(np.isclose(ours, right, rtol=0.01, atol=0.01)[:, 0])
         else:
             scores = (ours, right) if classifies else (ours @ right.T, right @ right.T)

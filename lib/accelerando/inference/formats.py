@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from accelerando.base.errors import UserError, first_line
-from accelerando.inference.exported import Runner, onnx_runner, torch_runner
+from accelerando.inference.exported import Equals, Runner, onnx_runner, torch_runner
 from accelerando.inference.packages import check_installed
 from accelerando.inference.quantisation import quantise
 
@@ -36,7 +36,7 @@ class Graph:
     ``inputs``: name -> example of at least two rows. ``axes``: name -> {axis: what varies along it}; others are fixed.
     ``variants``: format -> module, where a format needs another form of the same computation. ``samples``: batches of
     inputs; ``expected``: the outputs that the model itself gives for them. ``classifies``: each output is a score for
-    each class; otherwise an embedding of unit length.
+    each class; otherwise an embedding of unit length. ``equals``: when predictions are equal, if not by the best class.
     """
 
     name: str
@@ -47,6 +47,7 @@ class Graph:
     samples: list[dict[str, np.ndarray]] = field(default_factory=list)
     expected: list[tuple[np.ndarray, ...]] = field(default_factory=list)
     classifies: bool = True
+    equals: Equals | None = None
     variants: dict[str, torch.nn.Module] = field(default_factory=dict)
 
     def file_name(self, kind: str, precision: str) -> str:
@@ -156,7 +157,7 @@ def _convert_onnx(graph: Graph, precision: str, path: Path, agreement: float) ->
     source = path.with_name(graph.file_name("onnx", "float32"))
     if precision != "float16":
         static = precision == "int8_static"
-        return quantise(source, path, graph.samples, graph.expected, static, graph.classifies, agreement)
+        return quantise(source, path, graph.samples, graph.expected, static, graph.classifies, agreement, graph.equals)
     from onnxruntime.transformers.float16 import convert_float_to_float16
 
     model = convert_float_to_float16(onnx.load(source), keep_io_types=True, disable_shape_infer=graph.size() > 2**31)

@@ -111,14 +111,15 @@ def kind_of(folder: Path, config: Mapping[str, Any], module: ModuleType | None =
     return task_of_saved(folder, config, module)
 
 
-def label_names(model: Named) -> list[str]:
-    """The names of the model's classes in their order.
+def label_names(model: Named, one_class: bool = True) -> list[str]:
+    """The names of the model's classes in their order, or, unless ``one_class``, also of several labels or numbers.
 
     Raises:
         UserError: config.json does not name them, or the model gives no single class.
     """
     config, path = model.config, model.folder / "config.json"
-    if config.get("problem_type") in ("multi_label_classification", "regression"):
+    several = config.get("problem_type") in ("multi_label_classification", "regression")
+    if several and one_class:
         kind = config["problem_type"]
         raise UserError(f"{model.name}: its problem type is {kind}; only one class for each sample is supported")
     try:
@@ -129,7 +130,7 @@ def label_names(model: Named) -> list[str]:
         labels = [str(named[str(number)]) for number in range(len(named))]
     except (TypeError, KeyError):
         raise UserError(f"{path}: id2label does not name the classes 0, 1 and so on") from None
-    if len(set(labels)) < max(2, len(labels)):
+    if len(set(labels)) < max(1 if several else 2, len(labels)):
         raise UserError(f"{path}: id2label names fewer than two classes, or one twice")
     return labels
 

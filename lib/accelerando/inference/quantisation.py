@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from accelerando.base.errors import UserError
-from accelerando.inference.exported import Parity, onnx_runner, parity
+from accelerando.inference.exported import Equals, Parity, onnx_runner, parity
 
 LAYERS = ("MatMul", "Gemm", "Conv", "Attention", "LSTM")  # that are quantised where their weights are known
 MOST_TRIALS = 64  # layers that are quantised one by one, to find those that int8 spoils
@@ -32,6 +32,7 @@ def quantise(
     static: bool,
     classifies: bool,
     agreement: float = 0.99,
+    equals: Equals | None = None,
 ) -> list[str]:
     """Writes ``path``, the ONNX file ``source`` in int8; returns the layers left in float, with the reason.
 
@@ -50,7 +51,7 @@ def quantise(
 
         def write(left: Sequence[str], batches: int | None = None) -> Parity:
             _quantise(prepared, draft, left, samples[:batches], static)
-            return parity(onnx_runner(draft), samples[:batches], expected[:batches], classifies)
+            return parity(onnx_runner(draft), samples[:batches], expected[:batches], classifies, equals)
 
         left: list[str] = []
         alone: dict[str, float] = {}

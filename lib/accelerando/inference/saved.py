@@ -590,6 +590,26 @@ def image_logits(
     return logits.cpu()
 
 
+def label_thresholds(config: Mapping[str, Any], label_names: Sequence[str]) -> np.ndarray | None:
+    """The thresholds of the labels' probabilities, [C], in the content of a ``config.json``; None: it has none.
+
+    Raises:
+        UserError: they are not numbers from 0 to 1 by the names of the labels.
+    """
+    import numpy as np
+
+    named = config.get("thresholds")
+    if named is None:
+        return None
+    try:
+        values = np.array([float(named[name]) for name in label_names])
+    except (KeyError, TypeError, ValueError):
+        values = np.array([np.nan])
+    if not ((values >= 0) & (values <= 1)).all():
+        raise UserError("config.json: thresholds are not a number from 0 to 1 for each label: correct or remove them")
+    return values
+
+
 def scores_of(logits: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
     """Probabilities [B, C] from logits according to ``config.problem_type``; the raw values for a regression."""
     if config.problem_type == "multi_label_classification":

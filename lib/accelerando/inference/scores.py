@@ -245,6 +245,7 @@ def write_predictions(path: Path, evaluation: Evaluation) -> None:
             add_texts(before + head.called("predicted"), head.logits.argmax(axis=1), head.label_names)
             add_numbers(before + head.called("confidence"), head.probabilities.max(axis=1))
         columns |= {before + name: list(values) for name, values in scores.columns.items()}
+        texts |= {before + name for name in scores.columns}
     if one:
         for head in first.heads:
             for number, name in enumerate(head.label_names):

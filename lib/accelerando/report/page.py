@@ -187,9 +187,15 @@ def per_class(
     return table(["class", "precision", "recall", "F1", "rows"], rows, heat=(1, 2, 3), title=title)
 
 
+def picture(image: bytes, what: str, title: str) -> str:
+    """An image (bytes of a PNG, JPEG or WebP) at its own width at most; ``what`` it shows is its alternative text."""
+    return _section(title, f'<img class="plot" alt="{_text(what)}" src="{_data_uri(image)}">')
+
+
 def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -> str:
     """The most confident errors, worst first as given: dicts with ``text``, ``true``, ``predicted``, ``confidence``.
 
+    Rows that were chosen by their loss have ``loss`` instead of ``confidence``.
     Texts longer than 280 characters are folded. ``image`` (bytes of a PNG, JPEG or WebP) and ``text`` are optional.
     ``heat``, a square saliency map (report.saliency), is shown beside the image. With images the mistakes are shown as
     cards side by side, otherwise as a list.
@@ -205,7 +211,7 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
                 f'<p dir="auto">{_text(text)}</p></details>'
             )
         images = _seen(row)
-        confidence = row.get("confidence")
+        confidence = row.get("confidence", row.get("loss"))
         sure = f'<span class="sure">{_number(confidence)}</span>' if confidence is not None else ""
         verdict = (
             f'<p class="verdict"><span>true <b>{_text(row["true"])}</b></span> '
@@ -216,6 +222,7 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
     if not items:
         return _section(title, '<p class="note">None.</p>')
     note = "The number is the model’s confidence in its wrong prediction." if "sure" in items[0] else ""
+    note = "The number is the loss of the row." if "loss" in rows[0] else note
     if not any(row.get("image") for row in rows):
         return _section(title, f'<ol class="mistakes">{"".join(items)}</ol>{_note(note)}')
     legend = _heat_legend() if any(row.get("heat") for row in rows) else ""

@@ -22,6 +22,8 @@ Point = tuple[float, float]  # (step, value)
 
 DPI = 150
 MOST_NAMES = 60  # of classes along an axis: each takes time to draw
+MOST_PANELS = 9  # of numbers, in one plot
+MOST_POINTS = 5000  # of a panel
 MAX_COUNTED_CLASSES = 20  # beyond this a count no longer fits its cell
 
 # Okabe and Ito's palette for colour-blind readers, ordered so that neighbours also differ in lightness.
@@ -226,6 +228,52 @@ def plot_confusion(matrix: np.ndarray, names: Sequence[str], path: str | Path | 
         axes.grid(which="minor", color="white", lw=1)
         axes.tick_params(which="minor", length=0)
     data = _png(figure, tight=not many)
+    if path is not None:
+        _write(Path(path), data)
+    pixels = imread(io.BytesIO(data), format="png")[..., :3]
+    return np.ascontiguousarray(np.rint(pixels * 255).astype(np.uint8))
+
+
+def plot_numbers(
+    true: np.ndarray, predicted: np.ndarray, names: Sequence[str], path: str | Path | None = None
+) -> np.ndarray:
+    """Predicted over true numbers, a panel for each of C columns: uint8 RGB [H, W, 3], also a PNG if a path is given.
+
+    ``true`` and ``predicted`` [n, C]. Both axes have one scale, and the diagonal is where they are equal. Of many rows
+    an even share is drawn; values that are not finite are left out.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    shown = range(min(len(names), MOST_PANELS))
+    columns = min(3, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    figure = Figure(figsize=(4.2 * columns, 4 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flat
+    kept = np.unique(np.linspace(0, len(true) - 1, min(len(true), MOST_POINTS)).round().astype(int))
+    for axes, number in zip(grid, shown, strict=False):
+        points = np.stack([true[kept, number], predicted[kept, number]]).astype(np.float64)
+        points = points[:, (np.abs(points) < 1e100).all(axis=0)]
+        low, high = (points.min(), points.max()) if points.size else (0.0, 1.0)
+        room = 0.05 * (high - low) or 0.5
+        limits = (low - room, high + room)
+        axes.plot(limits, limits, "-", color="#999999", lw=1, zorder=1)
+        strength = 0.7 if points.shape[1] <= 300 else 0.35
+        axes.scatter(*points, s=14 if points.shape[1] <= 300 else 7, color=COLOURS[0], alpha=strength, lw=0, zorder=2)
+        axes.set(xlim=limits, ylim=limits, aspect="equal")
+        axes.set_title(shorten(str(names[number]), 40), fontsize=10, loc="left", parse_math=False)
+        axes.set_xlabel("true", fontsize=9)
+        axes.set_ylabel("predicted", fontsize=9)
+        axes.xaxis.set_major_formatter(_tick)
+        axes.yaxis.set_major_formatter(_tick)
+        axes.tick_params(labelsize=8)
+        axes.grid(color="#e6e6e6", lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in list(figure.axes)[len(shown) :]:
+        axes.remove()
+    data = _png(figure)
     if path is not None:
         _write(Path(path), data)
     pixels = imread(io.BytesIO(data), format="png")[..., :3]

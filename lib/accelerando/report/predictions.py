@@ -34,6 +34,11 @@ def worst_mistakes(
     ]
 
 
+def highest_losses(losses: np.ndarray, limit: int = 20) -> np.ndarray:
+    """The rows with the highest of ``losses`` [n], the worst first, int [at most ``limit``]; nan counts as highest."""
+    return np.argsort(-np.nan_to_num(losses, nan=np.inf), kind="stable")[:limit]
+
+
 def scored_examples(
     labels: np.ndarray, logits: np.ndarray, label_names: Sequence[str], limit: int = 6
 ) -> list[dict[str, Any]]:

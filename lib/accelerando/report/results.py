@@ -9,7 +9,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -88,14 +88,21 @@ def split_to_show(scores: Mapping[str, Any]) -> str:
     return next(split for split in ("test", "validation", "train") if split in scores)
 
 
-def training_curves(title: str, lines: Mapping[str, str]) -> list[Curve]:
+def metric_tiles(values: Mapping[str, float], notes: Mapping[str, str], what: str) -> list[tuple[str, str, str]]:
+    """Tiles of a report for the metrics that ``notes`` names, with these notes; ``what`` stands before their names."""
+    titles = {"f1_macro": "F1 (macro)", "f1_micro": "F1 (micro)"}
+    written = {name: f"{100 * values[name]:.2f} %" if name == "accuracy" else f"{values[name]:.4f}" for name in notes}
+    return [(f"{what} {titles.get(name, name)}", written[name], note) for name, note in notes.items()]
+
+
+def training_curves(title: str, lines: Mapping[str, str], best: Literal["max", "min"] = "max") -> list[Curve]:
     """The panels of a report: loss, the metrics of the task (``title``), learning rate and gradient norm.
 
-    ``lines``: key, such as ``"validation/accuracy"`` -> label of its line.
+    ``lines``: key, such as ``"validation/accuracy"`` -> label of its line, whose ``best`` point is marked.
     """
     return [
         Curve("Loss", {"train/loss": "train", "validation/loss": "validation"}, best="min"),
-        Curve(title, dict(lines), best="max"),
+        Curve(title, dict(lines), best=best),
         Curve("Learning rate", {"train/lr": "learning rate"}),
         Curve("Gradient norm", {"train/grad_norm": "norm before clipping"}, log_y=True),
     ]

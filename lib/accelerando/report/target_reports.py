@@ -1,0 +1,132 @@
+"""What a report shows of several labels a row and of numbers, as :mod:`report.results` does of classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accelerando.base.files import write_text
+from accelerando.base.model_folder import read_json
+from accelerando.base.texts import one_line
+from accelerando.report import page
+from accelerando.report.plots import plot_numbers
+from accelerando.report.predictions import highest_losses
+from accelerando.report.results import aligned_table
+from accelerando.report.target_metrics import chosen_labels, per_label, regression_metrics
+from accelerando.train.state import Run
+
+Found = Mapping[str, Mapping[str, np.ndarray]]  # by split: labels [n, C], logits [n, C], losses [n]
+LABEL_COLUMNS = ("precision", "recall", "f1", "average_precision", "threshold", "support")
+
+
+def write_label_reports(
+    run: Run, found: Found, label_names: Sequence[str], thresholds: np.ndarray | None = None
+) -> dict[str, dict[str, np.ndarray]]:
+    """Writes ``logs/classification_report_<split>.txt``, a line for each label, also to the trackers.
+
+    Returns the numbers of :func:`report.target_metrics.per_label` of each split. Main process only.
+    """
+    tables = {}
+    for split, rows in found.items():
+        values = tables[split] = per_label(rows["labels"], rows["logits"], thresholds)
+        names = [one_line(name) for name in label_names]
+        columns = {
+            title.replace("_", " "): {
+                name: f"{value:,}" if title == "support" else f"{value:.4f}"
+                for name, value in zip(names, values[title].tolist(), strict=True)
+            }
+            for title in LABEL_COLUMNS
+        }
+        text = aligned_table(names, columns) + "\n"
+        write_text(run.directory / "logs" / f"classification_report_{split}.txt", text)
+        for tracker in run.trackers:
+            tracker.add_text(f"{split}/classification_report", f"```\n{text}```", run.state.step)
+    return tables
+
+
+def label_table(values: Mapping[str, np.ndarray], label_names: Sequence[str], what: str) -> str:
+    """A block of ``report.html``: the numbers of :func:`report.target_metrics.per_label`, a row for each label."""
+    columns = (values[name].tolist() for name in LABEL_COLUMNS)
+    rows = list(zip(map(str, label_names), *columns, strict=True))
+    header = ["label", "precision", "recall", "F1", "average precision", "threshold", "rows"]
+    return page.table(header, rows, heat=(1, 2, 3, 4), title=f"Per label, {what}")
+
+
+def write_number_plots(run: Run, found: Found, names: Sequence[str]) -> dict[str, Path]:
+    """Writes ``plots/predicted_<split>.png``, predicted over true numbers, also to TensorBoard; the paths by split.
+
+    Main process only.
+    """
+    paths = {}
+    for split, rows in found.items():
+        paths[split] = run.directory / "plots" / f"predicted_{split}.png"
+        plot = plot_numbers(rows["labels"], rows["logits"], names, paths[split])
+        for tracker in run.trackers:
+            tracker.add_image(f"{split}/predicted", plot, run.state.step)
+    return paths
+
+
+def number_blocks(rows: Mapping[str, np.ndarray], plot: bytes, names: Sequence[str], what: str) -> list[str]:
+    """Blocks of ``report.html``: the ``plot`` as PNG and, of several numbers, how well each is predicted."""
+    blocks = [page.picture(plot, "predicted over true numbers", f"Predicted and true, {what}")]
+    if len(names) > 1:
+        measured = [
+            regression_metrics(rows["labels"][:, [number]], rows["logits"][:, [number]], rows["losses"])
+            for number in range(len(names))
+        ]
+        columns = ("pearson", "spearman", "mse", "mae")
+        table = [(name, *(values[key] for key in columns)) for name, values in zip(names, measured, strict=True)]
+        blocks.append(page.table(["number", *columns], table, title=f"Per number, {what}"))
+    return blocks
+
+
+def worst_labels(
+    rows: Mapping[str, np.ndarray], label_names: Sequence[str], thresholds: np.ndarray | None = None
+) -> list[dict[str, Any]]:
+    """The rows with the highest losses, with their true and predicted labels, for :func:`report.page.mistakes`."""
+    chosen = chosen_labels(rows["logits"], thresholds)
+    return [
+        {
+            "row": int(row),
+            "true": _listed(rows["labels"][row] > 0, label_names),
+            "predicted": _listed(chosen[row], label_names),
+            "loss": float(rows["losses"][row]),
+        }
+        for row in highest_losses(rows["losses"])
+    ]
+
+
+def worst_numbers(rows: Mapping[str, np.ndarray], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows with the highest losses, with their true and predicted numbers, for :func:`report.page.mistakes`."""
+
+    def shown(values: np.ndarray) -> str:
+        numbers = [f"{value:.4g}" for value in values.tolist()]
+        return numbers[0] if len(names) == 1 else ", ".join(map(" ".join, zip(names, numbers, strict=True)))
+
+    return [
+        {
+            "row": int(row),
+            "true": shown(rows["labels"][row]),
+            "predicted": shown(rows["logits"][row]),
+            "loss": float(rows["losses"][row]),
+        }
+        for row in highest_losses(rows["losses"])
+    ]
+
+
+def _listed(chosen: np.ndarray, names: Sequence[str]) -> str:
+    return ", ".join(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen) or "none"
+
+
+def keep_thresholds(folder: Path, label_names: Sequence[str], thresholds: np.ndarray) -> None:
+    """Adds ``thresholds``, of each label's probability, to ``config.json`` of the saved model in ``folder``.
+
+    transformers ignores the entry; tools/predict.py and tools/evaluate.py go by it. Main process only.
+    """
+    path = folder / "config.json"
+    content = read_json(path) | {"thresholds": dict(zip(label_names, thresholds.tolist(), strict=True))}
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
