@@ -58,7 +58,7 @@ from accelerando.report.target_metrics import (
 from accelerando.train.accelerator import is_sharded, log_trained, make_accelerator, prepare
 from accelerando.train.averages import Ema, averaged
 from accelerando.train.batches import Rows, TrainBatches, first_batch
-from accelerando.train.class_losses import class_losses, disagreement, inverse_frequency, log_frequency, twice
+from accelerando.train.class_losses import class_losses, inverse_frequency, log_frequency, r_drop, twice
 from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.gradients import step_is_repeated
 from accelerando.train.layerwise import layers_of, reinitialise, train_from
@@ -216,14 +216,8 @@ ALIASES = {
     "dropout": "hidden_dropout_prob",
 }
 
-ONE_LABEL = (
-    "label_smoothing",
-    "class_weights",
-    "focal_gamma",
-    "logit_adjustment",
-    "r_drop",
-    "balanced",
-)  # need classes
+# Settings that need a single label of each row.
+ONE_LABEL = ("label_smoothing", "class_weights", "focal_gamma", "logit_adjustment", "r_drop", "balanced")
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rank_stabilised", "lora_dora")
 # Settings that matter only together with another one.
 ONLY_WITH = {
@@ -465,10 +459,7 @@ def compute_loss(
             return torch.nn.functional.mse_loss(logits, batch["labels"], reduction="none").mean(dim=1)
         return class_losses(logits, batch["labels"], weight, args.label_smoothing, args.focal_gamma, prior)
 
-    if not two_passes:
-        return loss(logits), logits
-    one, two = logits.chunk(2)
-    return (loss(one) + loss(two)) / 2 + args.r_drop * disagreement(logits), one
+    return r_drop(loss, logits, args.r_drop) if two_passes else (loss(logits), logits)
 
 
 def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:

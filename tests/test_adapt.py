@@ -14,7 +14,7 @@ DOCUMENT = (ROOT / "docs" / "adapt.md").read_text()
 DIFFS = re.findall(r"```diff\n(.*?)```", DOCUMENT, flags=re.DOTALL)
 CHANGES = dict(zip(("loss", "model", "reader", "metric", "head"), DIFFS, strict=True))  # in the document's order
 FLAGS = {
-    "loss": ("--focal_gamma", "1.5"),
+    "loss": ("--poly_epsilon", "1.5"),
     "model": ("--architecture", "bag", "--tokenizer_name", "MODEL"),
     "reader": ("--train_file", "rows.db", "--validation_file", "rows.db", "--test_file", "rows.db"),
     "metric": (),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,10 +54,21 @@ def twice(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: torch.cat((tensor, tensor)) for name, tensor in inputs.items()}
 
 
+def r_drop(
+    loss: Callable[[torch.Tensor], torch.Tensor], logits: torch.Tensor, weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean ``loss`` of two passes plus ``weight`` times their disagreement, [B], and the first logits, [B, C].
+
+    ``logits`` [2B, C] of a batch that was passed :func:`twice` (R-Drop, Liang et al. 2021, arXiv:2106.14448).
+    """
+    one, two = logits.chunk(2)
+    return (loss(one) + loss(two)) / 2 + weight * disagreement(logits), one
+
+
 def disagreement(logits: torch.Tensor) -> torch.Tensor:
     """How far the halves of ``logits`` [2B, C], two passes of the same samples, are apart, [B].
 
-    The mean of both Kullback-Leibler divergences (R-Drop, Liang et al. 2021, arXiv:2106.14448).
+    The mean of both Kullback-Leibler divergences.
     """
     one, two = logits.log_softmax(dim=-1).chunk(2)
     return ((one.exp() - two.exp()) * (one - two)).sum(dim=-1) / 2
