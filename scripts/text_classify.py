@@ -214,7 +214,12 @@ ALIASES = {
     "model.name": "run_prefix",
     "val_file": "validation_file",
     "dropout": "hidden_dropout_prob",
-}
+    "augmentation.techniques": ("augment", {
+        "synonym_replacement": "synonym", "random_insertion": "insert", "random_swap": "swap",
+        "random_deletion": "delete",
+    }),
+    "augmentation.probability": "augment_rate",
+}  # fmt: skip
 
 # Settings that need a single label of each row.
 ONE_LABEL = ("label_smoothing", "class_weights", "focal_gamma", "logit_adjustment", "r_drop", "balanced")

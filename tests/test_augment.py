@@ -619,3 +619,15 @@ def test_the_words_of_a_column() -> None:
 
     column = pa.chunked_array([["The Cat, sat", "dogs http://x.y"], ["cat-like [NAME]"]])
     assert distinct_words(column, None) == {"the", "cat", "sat", "dogs", "cat-like"}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_guide_s_section_is_read(enabled: bool, train_here, synonym_table: Path, tmp_path: Path) -> None:
+    """With its names of techniques; `enabled: false` switches the whole section off."""
+    (tmp_path / "guide.yaml").write_text(
+        f"data:\n  augmentation:\n    enabled: {str(enabled).lower()}\n    techniques:\n      - synonym_replacement\n"
+        "      - random_swap\n    probability: 0.2\n"
+    )
+    run = train_here("--config", tmp_path / "guide.yaml", "--synonyms", synonym_table, "--max_steps", "2")
+    found = results(run)["config"]["data"]
+    assert (found["augment"], found["augment_rate"]) == ((["synonym", "swap"], 0.2) if enabled else ([], 0.1))

@@ -515,6 +515,10 @@ def _yaml_argv(
                 pairs.append((f"{section}{key}", str(key), value))
 
     collect(read_yaml(path), "")
+    switches = {dotted.removesuffix(".enabled"): value for dotted, key, value in pairs if dotted.endswith(".enabled")}
+    if "enabled" not in known:  # `enabled: false` switches a section off
+        pairs = [(dotted, key, value) for dotted, key, value in pairs
+                 if key != "enabled" and switches.get(dotted.rpartition(".")[0], True)]  # fmt: skip
     argv: list[str] = []
     trackers = dict.fromkeys(dotted.partition(".")[0] for dotted, _, _ in pairs if dotted.startswith(TRACKERS))
     if trackers and "report_to" in known and not any(_sets_trackers(key, table) for _, key, _ in pairs):
@@ -522,6 +526,9 @@ def _yaml_argv(
     for dotted, key, value in pairs:
         name = key.replace("-", "_")
         alias = table.get(dotted) or (table.get(name) if name not in known else None)
+        if isinstance(alias, tuple) and isinstance(value, list):
+            argv += ["--" + alias[0], *(alias[1].get(str(each), str(each)) for each in value)]
+            continue
         if isinstance(alias, tuple):
             _add_translated(argv, alias, str(value))
             continue
