@@ -598,6 +598,7 @@ def test_labels_of_many_rows_are_put_together(tmp_path: Path, monkeypatch: pytes
 
 
 FAULTS = [
+    ("a.jsonl", rows_of([], []), {}, "no row has a label"),
     ("a.jsonl", rows_of(["a"], None), {}, "row 2 (line 2): label is empty"),
     ("a.jsonl", rows_of(["a", ""]), {}, "row 1 (line 1): label has '' in its list"),
     ("a.jsonl", rows_of(["a"], [1]), {}, "row 2 (line 2): label has 1 in its list, not a name as the others"),
