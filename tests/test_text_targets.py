@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -111,7 +113,21 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Pa
             patch.setattr(drawn, name, getattr(drawn, name))  # back to it after the tests
         draw_nothing()
         target_reports.plot_numbers = own
-        yield from run_in_this_process(TEXT, [], tmp_path_factory.mktemp("runs_of_targets"), patch)
+        here = contextlib.contextmanager(run_in_this_process)
+        with here(TEXT, [], tmp_path_factory.mktemp("runs_of_targets"), patch) as run:
+
+            def train_and_unlisten(*flags: object, **how: object) -> Path:
+                """As other files do after each test: a later signal ends pytest instead of being noted."""
+                handlers = {
+                    number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+                }
+                try:
+                    return run(*flags, **how)
+                finally:
+                    for number, handler in handlers.items():
+                        signal.signal(number, handler)
+
+            yield train_and_unlisten
 
 
 def files(made: Path, name: str, suffix: str) -> list[str]:
