@@ -56,11 +56,11 @@ USAGE = Path(__file__).resolve().parent / "usage"  # an example for each task of
 TOKENS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}  # of tokenizers
 CROPPED = 'ImageOps.fit(image, facts["size"], facts["resample"], facts["margin"])'
 SQUEEZED = 'image.resize(facts["size"], facts["resample"])'
-BEST_LABEL = 'print(facts["labels"][logits.argmax()], text, sep="\t")'
+BEST_LABEL = r'print(facts["labels"][logits.argmax()], text, sep="\t")'
 ANSWERS = {  # of models that do not give a single class
     "multi_label_classification": 'print(*[name for name, logit, least in zip(facts["labels"], logits, '
-    'facts["thresholds"]) if 1 / (1 + np.exp(-logit)) >= least], text, sep="\t")',
-    "regression": 'print(*logits.tolist(), text, sep="\t")',
+    r'facts["thresholds"]) if 1 / (1 + np.exp(-logit)) >= least], text, sep="\t")',
+    "regression": r'print(*logits.tolist(), text, sep="\t")',
 }
 # Beside the graph: what a program needs to prepare its inputs, and what predict.py reads.
 BESIDE = (

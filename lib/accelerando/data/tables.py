@@ -158,6 +158,9 @@ def label_names(table: TextTable) -> list[str]:
     """The distinct labels as names: text sorted as text, integers as numbers; warns of names that look alike.
 
     Where numbers come from columns, or labels from columns of 0 and 1, the names of the columns.
+
+    Raises:
+        UserError: there are no labels.
     """
     import pyarrow.compute as pc
 
@@ -165,6 +168,8 @@ def label_names(table: TextTable) -> list[str]:
         return list(table.label_columns)
     labels = pc.list_flatten(table.labels) if is_list(table.labels.type) else table.labels
     names = [str(label) for label in sorted(labels.unique().to_pylist())]
+    if not names:
+        raise UserError(f"{table.source}: no row has a label")
     alike: dict[str, str] = {}
     for name in names:
         if (other := alike.setdefault(" ".join(name.casefold().split()), name)) != name:
