@@ -295,14 +295,16 @@ def test_a_copied_script_runs_in_an_empty_folder(tmp_path: Path, text_args) -> N
     # An edit as the README describes it: a flag, and a loss that uses it.
     source = source.replace(
         "    seed: int = 42",
-        "    label_smoothing: float = 0.1  # share of the target spread over all classes\n    seed: int = 42",
-    ).replace('reduction="none")', 'reduction="none", label_smoothing=0.1)')
-    (tmp_path / "mine.py").write_text(source)
+        "    loss_power: float = 1.0  # exponent of each row's loss\n    seed: int = 42",
+    )
+    edited = source.replace("else (loss(logits), logits)", "else (loss(logits) ** args.loss_power, logits)")
+    assert edited != source
+    (tmp_path / "mine.py").write_text(edited)
     launch(
         tmp_path / "mine.py",
         *text_args,
-        "--label_smoothing",
-        "0.2",
+        "--loss_power",
+        "2",
         "--max_steps",
         "2",
         "--run_name",
