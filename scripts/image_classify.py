@@ -122,7 +122,7 @@ class Args:
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
     class_weights: bool = False  # weight each class by the inverse of its frequency
     focal_gamma: float = 0.0  # how strongly confident answers are discounted (focal loss): 2, say
-    logit_adjustment: float = 0.0  # rare classes: how strongly frequent ones are handicapped in training: 1, say
+    logit_adjustment: float = 0.0  # rare classes: how strongly frequent ones are held back in training: 1, say
     tta: bool = False  # evaluation averages an image and its mirror image
     # -- training --
     trainer_type: Literal["standard", "accelerate", "mixed_precision", "dp"] = "standard"  # dp: private (Opacus)

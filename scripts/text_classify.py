@@ -147,7 +147,7 @@ class Args:
     label_smoothing: float = 0.0  # share of the target that is spread over all classes
     class_weights: bool = False  # weight each class by the inverse of its frequency
     focal_gamma: float = 0.0  # how strongly confident answers are discounted (focal loss): 2, say
-    logit_adjustment: float = 0.0  # rare classes: how strongly frequent ones are handicapped in training: 1, say
+    logit_adjustment: float = 0.0  # rare classes: how strongly frequent ones are held back in training: 1, say
     r_drop: float = 0.0  # weight of the difference between two dropout masks: 1 to 5, say; twice the time
     # -- training --
     epochs: int = 3  # passes over the training rows

@@ -20,31 +20,30 @@ class Guard:
     optimizer: torch.optim.Optimizer
     device: torch.device
     in_a_row: int = 0  # steps without a gradient that could be used
+    running: list[torch.Tensor] = field(init=False)  # the running means and variances of batch norms
     statistics: list[torch.Tensor] = field(default_factory=list)  # running means and variances before the window
     random: list[torch.Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        buffers = self.model.named_buffers()
+        self.running = [buffer for name, buffer in buffers if name.rpartition(".")[2].startswith("running_")]
 
     def remember(self) -> None:
         """Keeps what the forward passes of a window change."""
         import torch
 
-        running = self._running()
-        if running and not self.statistics:
-            self.statistics = [buffer.clone() for buffer in running]
-        elif running:
-            torch._foreach_copy_(self.statistics, running)
+        if not self.statistics:
+            self.statistics = [buffer.clone() for buffer in self.running]
+        elif self.running:
+            torch._foreach_copy_(self.statistics, self.running)
         self.random = random_state(self.device)
 
     def go_back(self) -> None:
         """Drops the gradients and restores what :meth:`remember` kept."""
-        for buffer, kept in zip(self._running(), self.statistics, strict=True):
+        for buffer, kept in zip(self.running, self.statistics, strict=True):
             buffer.copy_(kept)
         set_random_state(self.device, self.random)
         self.optimizer.zero_grad()
-
-    def _running(self) -> list[torch.Tensor]:
-        """The running means and variances of batch norms."""
-        buffers = self.model.named_buffers()
-        return [buffer for name, buffer in buffers if name.rpartition(".")[2].startswith("running_")]
 
 
 class Watch:
@@ -100,4 +99,4 @@ def _describe(name: str, module: torch.nn.Module) -> str:
     parameters = module.named_parameters(recurse=False)
     spoilt = [each for each, value in parameters if not bool(torch.isfinite(value.detach()).all())]
     name = name.removeprefix("module.").replace("_orig_mod.", "")
-    return f"the output of {name}" + (f", whose {' and '.join(spoilt)} has infinite or NaN values" if spoilt else "")
+    return f"the output of {name}" + (f", whose {' and '.join(spoilt)} has infinite or NaN values," if spoilt else "")

@@ -59,12 +59,15 @@ def write_gradients(run: Run) -> None:
 
     Call it between the clipping and the optimizer's step, on all processes.
     """
+    due = (run.state.step + 1) % run.args.log_every == 0
+    if run.inspected and not due:
+        return
     layers = layers_by_name(run.guard.model)
     gradients = {layer.name: layer.norm(of_gradient=True) for layer in layers}
     if not run.inspected:
         run.inspected = True
         log.info("Layers, and gradients of step %d\n%s", run.state.step + 1, table(layers, gradients.values()))
-    if (run.state.step + 1) % run.args.log_every == 0:
+    if due:
         record(run, "gradients", gradients)
 
 
