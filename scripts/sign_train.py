@@ -46,6 +46,7 @@ from accelerando.train.accelerator import is_sharded, log_trained, make_accelera
 from accelerando.train.autotune import choose_num_workers, find_micro_batch_size
 from accelerando.train.averages import Ema, averaged
 from accelerando.train.batches import TrainBatches
+from accelerando.train.class_losses import class_losses
 from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.gradients import step_is_repeated
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
@@ -321,25 +322,16 @@ def compute_loss(
 ) -> tuple[torch.Tensor, SignOutput]:
     """Loss of each clip, [B], and the model's output; ``progress`` is the share of the steps that were taken."""
     output = model(**{name: batch[name] for name in ("frames", "attention_mask", "mask") if name in batch})
-    gloss = class_loss(output.gloss_logits.float(), batch["gloss"], args)
-    cat = class_loss(output.cat_logits.float(), batch["cat"], args)
+    focal_gamma = args.focal_gamma if args.loss == "focal" else 0.0
+    how = {"label_smoothing": args.label_smoothing, "focal_gamma": focal_gamma}
+    gloss = class_losses(output.gloss_logits.float(), batch["gloss"], **how)
+    cat = class_losses(output.cat_logits.float(), batch["cat"], **how)
     alpha, beta = loss_weights(args, progress)
     if output.log_variances is not None:  # Kendall, Gal and Cipolla 2018 (arXiv:1705.07115)
         variances = output.log_variances.float()
         alpha, beta = alpha * (-variances[0]).exp(), beta * (-variances[1]).exp()
         return alpha * gloss + beta * cat + variances.sum() / 2, output
     return alpha * gloss + beta * cat, output
-
-
-def class_loss(logits: torch.Tensor, labels: torch.Tensor, args: Args) -> torch.Tensor:
-    """Cross-entropy of each row, [B], or the focal loss (Lin et al. 2017, arXiv:1708.02002)."""
-    import torch
-
-    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=args.label_smoothing)
-    if args.loss == "focal":
-        right = logits.softmax(dim=1).gather(1, labels[:, None])[:, 0]
-        losses = (1 - right) ** args.focal_gamma * losses
-    return losses
 
 
 def loss_weights(args: Args, progress: float) -> tuple[float, float]:

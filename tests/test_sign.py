@@ -146,7 +146,7 @@ def test_focal_loss_is_the_formula(sign_here) -> None:
     logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
     right = logits.softmax(1)[torch.arange(5), labels]
     expected = -((1 - right) ** 3) * right.log()
-    found = module.class_loss(logits, labels, module.Args(loss="focal", focal_gamma=3))
+    found = module.class_losses(logits, labels, focal_gamma=3)
     assert torch.allclose(found, expected, atol=1e-6)
 
 
