@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -135,3 +136,24 @@ def test_the_command_to_repeat_a_run_has_the_variables_that_it_needs(monkeypatch
         "OMP_NUM_THREADS=3 accelerate launch x.py"
     )
     processes.command_line.cache_clear()
+
+
+def test_one_thread_is_kept_where_the_user_chose_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """OMP_NUM_THREADS=1 of the user counts; the launcher's own would leave cores without work."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before, cores = torch.get_num_threads(), len(os.sched_getaffinity(0))
+
+    def threads(launcher: tuple[str, ...], given: dict[str, str]) -> int:
+        monkeypatch.setattr(processes, "launcher_command", lambda: launcher)
+        monkeypatch.setattr(processes, "_environment_of", lambda _: given)
+        torch.set_num_threads(1)
+        make_accelerator(1, None)
+        return torch.get_num_threads()
+
+    try:
+        assert threads((), {}) == 1
+        assert threads(("accelerate", "launch", "x.py"), {"OMP_NUM_THREADS": "1"}) == 1
+        assert threads(("accelerate", "launch", "--num_cpu_threads_per_process=1", "x.py"), {}) == 1
+        assert threads(("accelerate", "launch", "x.py"), {}) == cores
+    finally:
+        torch.set_num_threads(before)

@@ -117,6 +117,14 @@ def launcher_command() -> tuple[str, ...]:
     return ()
 
 
+def threads_are_chosen() -> bool:
+    """Whether the user said how many CPU threads a process has; Accelerate's launcher says one if nobody did."""
+    launcher = launcher_command()
+    if any(word.startswith("--num_cpu_threads_per_process") for word in launcher):
+        return True
+    return "OMP_NUM_THREADS" in (_environment_of(os.getppid()) if launcher else os.environ)
+
+
 @contextlib.contextmanager
 def main_process_first(accelerator: Accelerator) -> Iterator[None]:
     """The main process runs the block first; the others run it after that and find the result cached."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from accelerando.base.config import asked_of_launch
 from accelerando.base.errors import UserError
 from accelerando.base.log import log, start_log
-from accelerando.base.processes import launcher_command
+from accelerando.base.processes import threads_are_chosen
 
 if TYPE_CHECKING:
     import torch
@@ -45,8 +45,7 @@ def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, ch
 
     disable_progress_bar()  # those of loading and saving weights
     # By default Accelerate's launcher sets one thread; without a GPU that would waste the other cores.
-    chosen = any(word.startswith("--num_cpu_threads_per_process") for word in launcher_command())
-    if not torch.cuda.is_available() and os.environ.get("OMP_NUM_THREADS") == "1" and not chosen:
+    if not torch.cuda.is_available() and os.environ.get("OMP_NUM_THREADS") == "1" and not threads_are_chosen():
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local))
     if amp == "auto":
