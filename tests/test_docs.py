@@ -86,8 +86,8 @@ def test_every_field_has_its_line_of_help() -> None:
 @pytest.mark.launch
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.name)
 def test_help_answers_at_once(program: Path, tmp_path: Path) -> None:
-    seconds = []
-    for _ in range(3):
+    seconds: list[float] = []
+    while len(seconds) < 3 and min(seconds, default=2) >= 2:  # another try where the machine was busy
         started = time.perf_counter()
         done = launch(program, "--help", cwd=tmp_path, real=True)
         seconds.append(time.perf_counter() - started)
