@@ -146,6 +146,7 @@ class Args:
     grad_clip: float | None = None  # largest gradient norm, with dp of each image; None: not clipped (dp: 1)
     max_bad_steps: int = 5  # steps in a row without a finite gradient before the run ends
     overfit_batches: int | None = None  # for finding mistakes: train on these first batches alone, in each epoch
+    find_lr: bool = False  # range test instead of training: 100 steps, a plot and a suggestion; the run is not touched
     inspect: bool = False  # log a table of the layers, and record the gradient norm of each
     noise_multiplier: float | None = None  # dp: noise standard deviation over grad_clip (default: from target_epsilon)
     target_epsilon: float | None = None  # dp: privacy budget, at which training stops: 3, say

@@ -50,6 +50,8 @@ def step_is_repeated(run: Run, window: Window, grad_norm: torch.Tensor | float) 
         if run.args.inspect:
             write_gradients(run)
         return False
+    if run.range_test is not None:  # its learning rate is too high by now
+        return False
     if accelerator.scaler is not None:  # fp16: gradients overflow while its scale is found
         loss = accelerator.reduce(window.loss_sum.detach().clone(), reduction="sum")
         if math.isfinite(float(loss)):

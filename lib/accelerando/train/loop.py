@@ -15,10 +15,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from accelerando.base.errors import UserError
+from accelerando.base.errors import Stopped, UserError
+from accelerando.base.files import release
 from accelerando.base.log import log, progress_bar, success
+from accelerando.train import range_test
 from accelerando.train.accelerator import memory_use, peak_memory_mb
 from accelerando.train.batches import TrainBatches, Window, report_unreadable
 from accelerando.train.state import Run, TrainState
@@ -47,6 +49,8 @@ def plan_steps(run: Run, batches: TrainBatches) -> None:
         batches.num_windows(state.position if epoch == state.epoch else 0) for epoch in range(state.epoch, args.epochs)
     )
     run.total_steps = state.step + left if args.max_steps is None else min(state.step + left, args.max_steps)
+    if args.find_lr:
+        run.total_steps = range_test.STEPS
 
 
 def training_steps(run: Run, batches: TrainBatches) -> Iterator[Window]:
@@ -65,10 +69,14 @@ def training_steps(run: Run, batches: TrainBatches) -> Iterator[Window]:
                 before = state.step
                 if run.guard is not None:
                     run.guard.remember()
+                if run.range_test is not None:
+                    run.range_test.set_rate()
                 yield window
                 while window.is_repeated:
                     window.is_repeated = False
                     yield window
+                if run.range_test is not None and run.range_test.is_over:
+                    _end_range_test(run)
                 if state.step == before:
                     raise RuntimeError("finish_step was not called for the last window")
                 if run.is_over:
@@ -103,7 +111,7 @@ class Step:
         Not among steps without a finite gradient: their weights may be the cause, and older checkpoints would go.
         """
         bad = self.run.guard is not None and self.run.guard.in_a_row > 0
-        return (self.save_is_due and not bad) or self.run.is_over
+        return (self.save_is_due and not bad) or (self.run.is_over and self.run.range_test is None)
 
 
 def finish_step(run: Run, window: Window, grad_norm: torch.Tensor | float, lr: float) -> Step:
@@ -129,6 +137,8 @@ def finish_step(run: Run, window: Window, grad_norm: torch.Tensor | float, lr: f
     state.log_loss_count += window.num_samples
     if args.overfit_batches:
         run.losses.append(loss / max(1, window.num_samples))
+    if run.range_test is not None:
+        run.range_test.add(loss / max(1, window.num_samples))
     state.seconds += time.perf_counter() - run.step_started
     state.wait_seconds += window.batches.take_seconds_waited()
     run.bar.update()
@@ -142,8 +152,19 @@ def finish_step(run: Run, window: Window, grad_norm: torch.Tensor | float, lr: f
         report_unreadable(run.accelerator, window.batches.dataset, "training", window.batches.take_unreadable())
     if stop:
         raise StopRequested
+    if run.range_test is not None:
+        return Step(run, False, False)
     evaluates, saves = (is_due(every, state.step, ends_epoch, last) for every in (args.eval_every, args.save_every))
     return Step(run, evaluates, saves)
+
+
+def _end_range_test(run: Run) -> NoReturn:
+    """Writes the result and ends the program, on all processes."""
+    if run.accelerator.is_main_process:
+        range_test.write_result(run.range_test, run.directory, vars(run.args))
+    run.accelerator.wait_for_everyone()
+    release(run.directory)
+    raise Stopped("", 0)
 
 
 def _log_overfitting(run: Run) -> None:

@@ -15,6 +15,7 @@ from accelerando.base.errors import UserError
 from accelerando.base.files import LOCK, check_can_be_made, hold, is_unused, release, write_text
 from accelerando.base.log import attach_log_file, log, on_terminal
 from accelerando.base.processes import command_line
+from accelerando.train import range_test
 from accelerando.train.accelerator import describe_processes, seed_each_process
 from accelerando.train.changed_data import check_data
 from accelerando.train.checkpoint import (
@@ -52,6 +53,8 @@ def choose_directory(args: RunArgs, default_name: str, hint: str = "") -> Path:
         UserError: it exists and neither ``resume`` nor ``overwrite`` is set; ``resume`` does not name a run.
     """
     directory = Path(args.output_dir) / (args.run_name or default_name)
+    if args.find_lr:
+        return _directory_of_test(args, directory.with_name(directory.name + range_test.SUFFIX))
     if args.resume and args.resume != "auto":
         path = Path(args.resume)
         for folder in (path, *path.parents[:2]):
@@ -69,6 +72,15 @@ def choose_directory(args: RunArgs, default_name: str, hint: str = "") -> Path:
             raise _exists(directory)
         if not (directory / "config.yaml").is_file():
             raise UserError(f"--overwrite {directory}: not a run (no config.yaml in it), so it is not removed")
+    return directory
+
+
+def _directory_of_test(args: RunArgs, directory: Path) -> Path:
+    """The folder of a range test, whose last one it replaces; the run itself, and its trackers, see nothing of it."""
+    args.resume, args.overwrite, args.report_to, args.inspect = None, True, ("none",), False
+    check_can_be_made(directory, "--output_dir")
+    if not is_unused(directory) and not (directory / "config.yaml").is_file():
+        raise UserError(f"{directory} is not a range test (no config.yaml in it), so it is not replaced")
     return directory
 
 
@@ -283,6 +295,8 @@ def save(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, sch
 def restore(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, ema: Ema) -> None:
     """Loads the checkpoint that :func:`start_run` found; in a new run, only seeds each process differently."""
     run.guard = Guard(model, optimizer, run.accelerator.device)
+    if run.args.find_lr:
+        run.range_test = range_test.RangeTest(optimizer, run.args.lr)
     seed_each_process(run.args.seed, run.accelerator)
     ema.steps = run.state.step
     if run.resumed is None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from accelerando.train.checkpoint import Checkpoint
     from accelerando.train.guard import Guard
+    from accelerando.train.range_test import RangeTest
     from accelerando.train.trackers import Tracker
 
 
@@ -31,6 +32,7 @@ class RunArgs(Protocol):
     max_steps: int | None
     max_bad_steps: int
     overfit_batches: int | None
+    find_lr: bool
     inspect: bool
     scheduler: str
     best_metric: str
@@ -133,6 +135,7 @@ class Run:
     trackers: list[Tracker] = field(default_factory=list)
     bar: tqdm | None = None  # the progress bar during training
     guard: Guard | None = None  # against gradients that are not finite
+    range_test: RangeTest | None = None  # with find_lr
     inspected: bool = False  # the table of layers has been logged
     losses: list[float] = field(default_factory=list)  # of each step, with overfit_batches
     step_started: float = 0.0  # time.perf_counter() when the current step began
