@@ -213,23 +213,13 @@ def make_data(folder: Path) -> None:
 def start(contestant: str, folder: Path, data: Path, processes: int, kill_at: int, resume: Path | None) -> int:
     """Trains in processes of its own; returns the exit code."""
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
-    command = [
-        sys.executable,
-        *launcher,
-        __file__,
-        "--contestant",
-        contestant,
-        "--folder",
-        str(folder),
-        "--data",
-        str(data),
-    ]
-    command += ["--checkpoint", str(resume)] if resume else []
-    first = int("".join(letter for letter in resume.name if letter.isdigit())) if resume else 0
+    command = [sys.executable, *launcher, __file__, "--contestant", contestant, "--folder", str(folder)]
+    command += ["--data", str(data), *(["--checkpoint", str(resume)] if resume else [])]
+    first = step_of(resume) if resume else 0
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "lib"), *sys.path[1:]]), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1", "KILL_AT": str(kill_at), "FIRST_STEP": str(first),
-        "ACCELERANDO_CACHE": str(data / "cache"),
+        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "lib"), os.environ.get("PYTHONPATH", "")]),
+        "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "KILL_AT": str(kill_at),
+        "FIRST_STEP": str(first), "ACCELERANDO_CACHE": str(data / "cache"),
     }  # fmt: skip
     with open(folder / "output.txt", "a") as output:
         return subprocess.run(command, env=environment, stdout=output, stderr=output, cwd=folder).returncode
