@@ -676,8 +676,9 @@ def write_report(
         write_predictions(path, files[split], data.label_names, probabilities(rows["logits"]), rows["labels"])
     counts = {split: len(rows["labels"]) for split, rows in found.items()} | {"kept": len(data.splits.get("kept", ()))}
     neighbours = nearest_neighbours(data, last)
-    details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist(), "zero_shot": base,
-               "wise_ft": mixtures, "nearest_neighbours": neighbours}  # fmt: skip
+    calibration, calibrated = results.write_calibration(run, found, last)
+    details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist(), "calibration": calibration,
+               "zero_shot": base, "wise_ft": mixtures, "nearest_neighbours": neighbours}  # fmt: skip
     results.write_results(run, model, metrics, counts, details)
 
     sharded = is_sharded(run.accelerator)  # one process alone cannot ask a sharded model what it looked at
@@ -704,6 +705,7 @@ def write_report(
         blocks.append(results.mixtures_block(run, mixtures))
     blocks += [
         *results.class_blocks(matrices[last], data.label_names, last),
+        *calibrated,
         page.mistakes(worst, title=f"Worst mistakes, {last}"),
     ]
     curves = results.training_curves("Accuracy", {"validation/accuracy": "validation"})

@@ -414,7 +414,8 @@ def write_report(
     net = open_classifier(str(run.directory / "best")) if sharded else unwrapped(run.accelerator, model)
     add_images(worst, found[last], EvaluationImages(data.splits[last], args.image_size), net, data.mean, data.std)
     counts = {split: len(rows["labels"]) for split, rows in found.items()}
-    details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist()}
+    calibration, calibrated = results.write_calibration(run, found, last)
+    details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist(), "calibration": calibration}
     privacy = privacy_results(run.state, args.target_delta)
     details |= privacy
     results.write_results(run, model, metrics, counts, details)
@@ -426,6 +427,7 @@ def write_report(
     ]
     blocks = [
         *results.class_blocks(matrices[last], data.label_names, last),
+        *calibrated,
         page.mistakes(worst, title=f"Worst mistakes, {last}"),
     ]
     curves = results.training_curves(shown, {f"validation/{shown}": "validation"})

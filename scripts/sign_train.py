@@ -443,6 +443,7 @@ def write_report(
     counts = {split: len(rows["gloss"]) for split, rows in found.items()}
     details = {f"{head}_names": names for head, names in data.names.items()}
     details |= {f"{head}_confusion_matrix": matrices[head][last].tolist() for head in data.names}
+    details["calibration"], calibrated = results.write_calibration(run, found, last, "gloss", "gloss_logits", "gloss")
     results.write_results(run, model, metrics, counts, details)
     glosses, categories = len(data.names["gloss"]), len(data.names["cat"])
     tiles = [
@@ -456,6 +457,7 @@ def write_report(
     blocks = [
         *results.class_blocks(matrices["gloss"][last], data.names["gloss"], f"glosses, {last}"),
         *results.class_blocks(matrices["cat"][last], data.names["cat"], f"categories, {last}"),
+        *calibrated,
         page.mistakes(worst, title=f"Worst mistakes, {last}"),
     ]
     lines = {"validation/gloss_accuracy": "gloss", "validation/cat_accuracy": "category"}

@@ -519,8 +519,9 @@ def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None
 def show_classes(run: Run, data: Data, found: Found, last: str) -> Shown:
     """Of one label a row: reports of all splits; of ``last`` the confusion matrix and the most confident mistakes."""
     matrices, rows = results.write_class_reports(run, found, data.label_names), found[last]
-    details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist()}
-    blocks = results.class_blocks(matrices[last], data.label_names, last)
+    calibration, calibrated = results.write_calibration(run, found, last)
+    details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist(), "calibration": calibration}
+    blocks = [*results.class_blocks(matrices[last], data.label_names, last), *calibrated]
     return details, blocks, worst_mistakes(rows["labels"], rows["logits"], data.label_names)
 
 

@@ -64,7 +64,7 @@ def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     from accelerando.report import results, target_reports
 
     if not request.node.get_closest_marker("figures"):
-        for name in ("plot_curves", "plot_confusion"):
+        for name in ("plot_curves", "plot_confusion", "plot_calibration"):
             monkeypatch.setattr(results, name, getattr(results, name))  # back to it after the test
         monkeypatch.setattr(target_reports, "plot_numbers", target_reports.plot_numbers)
         draw_nothing()

@@ -329,6 +329,7 @@ def draw_nothing() -> None:
 
     results.plot_curves = lambda history, series, path: write_pixel(path)
     results.plot_confusion = lambda matrix, names, path=None: plot_one(path)
+    results.plot_calibration = lambda before, after, coverage, risk, path: write_pixel(path)
     target_reports.plot_numbers = lambda true, predicted, names, path=None: plot_one(path)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerando.base.errors import UserError
+from accelerando.base.files import write_text
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 # The files that transformers and PEFT read, by what is opened.
@@ -41,6 +42,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected an object, found a {type(content).__name__}")
     return content
+
+
+def keep_in_config(folder: Path, name: str, value: object) -> None:
+    """Adds an entry of our own to the ``config.json`` of a saved model, which transformers ignores."""
+    path = folder / "config.json"
+    write_text(path, json.dumps(read_json(path) | {name: value}, indent=2, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager

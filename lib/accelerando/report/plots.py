@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
+    from accelerando.report.calibration import Reliability
+
 Point = tuple[float, float]  # (step, value)
 
 DPI = 150
@@ -278,6 +280,37 @@ def plot_numbers(
         _write(Path(path), data)
     pixels = imread(io.BytesIO(data), format="png")[..., :3]
     return np.ascontiguousarray(np.rint(pixels * 255).astype(np.uint8))
+
+
+def plot_calibration(
+    before: Reliability, after: Reliability | None, coverage: np.ndarray, risk: np.ndarray, path: str | Path
+) -> None:
+    """Writes a PNG of two panels: accuracy over confidence, before and ``after`` temperature scaling, with the share of
+    rows as bars; and the share of wrong answers, ``risk`` [n], over the share of rows that are answered [n]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.bar(before.confidence, before.count / before.count.sum(), 0.05, color="#dddddd", label="share of rows")
+    left.plot([0, 1], [0, 1], "-", color="#999999", lw=1)
+    lines = ((before, COLOURS[1], "o-", "as trained"), (after, COLOURS[0], "s-", "calibrated"))
+    for values, colour, style, label in lines:
+        if values is not None:
+            left.plot(values.confidence, values.accuracy, style, color=colour, ms=4, lw=1.5, label=label)
+    left.set(xlim=(0, 1), ylim=(0, 1))
+    left.set_xlabel("confidence", fontsize=9)
+    left.set_ylabel("share of right answers", fontsize=9)
+    left.legend(fontsize=8, frameon=False, loc="upper left")
+    right.plot(coverage, risk, "-", color=COLOURS[0], lw=1.5)
+    right.set(xlim=(0, 1), ylim=(0, max(0.01, 1.1 * float(risk.max()))))
+    right.set_xlabel("share of rows that are answered, the most confident ones", fontsize=9)
+    right.set_ylabel("share of wrong answers", fontsize=9)
+    for axes in (left, right):
+        axes.tick_params(labelsize=8)
+        axes.grid(color="#e6e6e6", lw=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    _write(Path(path), _png(figure))
 
 
 def _tick(value: float, _: int | None = None) -> str:

@@ -15,10 +15,19 @@ import numpy as np
 
 from accelerando.base.config import grouped
 from accelerando.base.files import write_text
+from accelerando.base.model_folder import keep_in_config
 from accelerando.base.texts import one_line, without_credentials
 from accelerando.report import page
+from accelerando.report.calibration import (
+    best_temperature,
+    calibration_metrics,
+    error_of_answered,
+    reliability,
+    risk_coverage,
+    softmax,
+)
 from accelerando.report.metrics import confusion_matrix, per_class, report_text
-from accelerando.report.plots import Curve, plot_confusion, plot_curves
+from accelerando.report.plots import Curve, plot_calibration, plot_confusion, plot_curves
 from accelerando.train.accelerator import count_parameters, peak_memory_mb
 from accelerando.train.run import repeat_command
 from accelerando.train.state import Run
@@ -222,6 +231,47 @@ def class_blocks(matrix: np.ndarray, class_names: Sequence[str], what: str) -> l
     return [
         page.confusion(matrix, class_names, title=f"Confusion matrix, {what}"),
         page.per_class(class_names, *columns, title=f"Per class, {what}"),
+    ]
+
+
+def write_calibration(
+    run: Run,
+    found: Mapping[str, Mapping[str, np.ndarray]],
+    split: str,
+    labels: str = "labels",
+    logits: str = "logits",
+    head: str = "",
+) -> tuple[dict[str, Any], list[str]]:
+    """Fits a temperature on the validation rows, and shows what the probabilities of ``split`` are worth.
+
+    ``found`` and ``head`` as in :func:`write_class_reports`. The temperature is kept in the ``config.json`` of the best
+    weights as ``calibration_temperature`` (after the head's name). Returns the entries of ``results.json`` and the
+    blocks of ``report.html``. Main process only.
+    """
+    rows, prefix = found[split], f"{head}_" if head else ""
+    temperature = None
+    if "validation" in found:
+        temperature = best_temperature(found["validation"][labels], found["validation"][logits])
+    if temperature is not None and (run.directory / "best" / "config.json").is_file():
+        keep_in_config(run.directory / "best", f"{prefix}calibration_temperature", round(temperature, 6))
+    details: dict[str, Any] = {"temperature": temperature}
+    details |= {name: calibration_metrics(part[labels], part[logits], temperature) for name, part in found.items()}
+    before = softmax(rows[logits])
+    after = None if temperature is None else softmax(rows[logits], temperature)
+    path = run.directory / "plots" / f"calibration_{prefix}{split}.png"
+    shown = before if after is None else after
+    scaled = None if after is None else reliability(rows[labels], after)
+    plot_calibration(reliability(rows[labels], before), scaled, *risk_coverage(rows[labels], shown), path)
+    named = {"ece": "expected calibration error", "brier": "Brier score", "nll": "negative log-likelihood"}
+    numbers, suffixes = details[split], ["", *([] if temperature is None else ["_calibrated"])]
+    lines = [(title, *(numbers[name + suffix] for suffix in suffixes)) for name, title in named.items()]
+    header = ["", "as trained", *([] if temperature is None else [f"calibrated, temperature {temperature:.3f}"])]
+    answered = error_of_answered(rows[labels], shown).items()
+    lines += [(f"wrong answers, {share:.0%} answered", *([""] * len(suffixes[1:])), error) for share, error in answered]
+    what = f"{head}, {split}" if head else split
+    return details, [
+        page.picture(path.read_bytes(), "Accuracy over confidence, and errors over coverage", f"Calibration, {what}"),
+        page.table(header, lines, align=["left", *(["right"] * len(suffixes))]),
     ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from accelerando.base.files import write_text
-from accelerando.base.model_folder import read_json
+from accelerando.base.model_folder import keep_in_config
 from accelerando.base.texts import one_line
 from accelerando.report import page
 from accelerando.report.plots import plot_numbers
@@ -127,6 +126,4 @@ def keep_thresholds(folder: Path, label_names: Sequence[str], thresholds: np.nda
 
     transformers ignores the entry; tools/predict.py and tools/evaluate.py go by it. Main process only.
     """
-    path = folder / "config.json"
-    content = read_json(path) | {"thresholds": dict(zip(label_names, thresholds.tolist(), strict=True))}
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    keep_in_config(folder, "thresholds", dict(zip(label_names, thresholds.tolist(), strict=True)))
