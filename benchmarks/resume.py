@@ -8,7 +8,6 @@ SIGKILL, and resumed from the newest checkpoint in the way that its documentatio
 
   ours                scripts/text_classify.py with --resume
   trainer             transformers.Trainer with resume_from_checkpoint
-  trainer_stateful    the same with use_stateful_dataloader (needs torchdata)
   accelerate          the loop of Accelerate's examples/by_feature/checkpointing.py: save_state, skip_first_batches
   accelerate_seeded   the same with use_seedable_sampler and set_epoch
   accelerate_stateful the same as `accelerate` with use_stateful_dataloader (needs torchdata)
@@ -39,8 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, BATCH, EPOCHS, SAVE_EVERY, SEED = 203, 16, 3, 5, 7
 STEPS_OF_EPOCH = -(-ROWS // BATCH)
-STATEFUL = ("trainer_stateful", "accelerate_stateful")
-CONTESTANTS = ("ours", "trainer", "trainer_stateful", "accelerate", "accelerate_seeded", "accelerate_stateful")
+CONTESTANTS = ("ours", "trainer", "accelerate", "accelerate_seeded", "accelerate_stateful")
 
 
 # ------------------------------------------------------------------------------------------------- in the trainings
@@ -108,7 +106,7 @@ def open_model_and_rows(data: Path) -> tuple[Any, list[dict[str, Any]]]:
     return AutoModelForSequenceClassification.from_pretrained(data / "bert", num_labels=len(names)), samples
 
 
-def run_trainer(folder: Path, data: Path, resume: Path | None, stateful: bool) -> None:
+def run_trainer(folder: Path, data: Path, resume: Path | None) -> None:
     """transformers.Trainer with its defaults; the loss notes its rows."""
     from transformers import Trainer, TrainingArguments, default_data_collator
 
@@ -120,11 +118,10 @@ def run_trainer(folder: Path, data: Path, resume: Path | None, stateful: bool) -
             recorder.step_on(inputs.pop("number").tolist())
             return super().compute_loss(model, inputs, **others)
 
-    settings = {"accelerator_config": {"use_stateful_dataloader": True}} if stateful else {}
     arguments = TrainingArguments(
         str(folder / "run"), num_train_epochs=EPOCHS, learning_rate=1e-3, save_steps=SAVE_EVERY, seed=SEED,
         per_device_train_batch_size=BATCH // int(os.environ.get("WORLD_SIZE", "1")), use_cpu=True, report_to="none",
-        disable_tqdm=True, remove_unused_columns=False, **settings,
+        disable_tqdm=True, remove_unused_columns=False,
     )  # fmt: skip
     trainer = Noting(model, arguments, train_dataset=samples, data_collator=default_data_collator)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -179,10 +176,10 @@ def train(contestant: str, folder: Path, data: Path, resume: Path | None) -> Non
     """One training of a contestant, in this process."""
     if contestant == "ours":
         run_ours(folder, data, resume)
-    elif contestant.startswith("trainer"):
-        run_trainer(folder, data, resume, contestant in STATEFUL)
+    elif contestant == "trainer":
+        run_trainer(folder, data, resume)
     else:
-        run_accelerate(folder, data, resume, contestant in STATEFUL, contestant.endswith("seeded"))
+        run_accelerate(folder, data, resume, contestant.endswith("stateful"), contestant.endswith("seeded"))
 
 
 # ------------------------------------------------------------------------------------------------------- the driver
@@ -317,7 +314,7 @@ def main() -> None:
     print(f"{versions()}; {len(args.kills)} kills each, of {EPOCHS * STEPS_OF_EPOCH} steps")
     print(f"{'':20} {'processes':>9} {'too often':>10} {'too rarely':>11} {'moved':>7}   same bytes at the end")
     for contestant in args.contestants:
-        if contestant in STATEFUL and importlib.util.find_spec("torchdata") is None:
+        if contestant.endswith("stateful") and importlib.util.find_spec("torchdata") is None:
             print(f"{contestant:20} left out: pip install torchdata")
             continue
         for processes in args.processes:

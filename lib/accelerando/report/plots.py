@@ -297,7 +297,7 @@ def plot_calibration(
     for values, colour, style, label in lines:
         if values is not None:
             left.plot(values.confidence, values.accuracy, style, color=colour, ms=4, lw=1.5, label=label)
-    left.set(xlim=(0, 1), ylim=(0, 1))
+    left.set(xlim=(0, 1.02), ylim=(0, 1.02))
     left.set_xlabel("confidence", fontsize=9)
     left.set_ylabel("share of right answers", fontsize=9)
     left.legend(fontsize=8, frameon=False, loc="upper left")
