@@ -30,7 +30,7 @@ from accelerando.data.curriculum import Curriculum, losses_of_predictions, rarit
 from accelerando.data.splits import stratified_split
 from accelerando.data.tables import ProblemType, TextTable, encode_labels, label_names, read_text_table
 from accelerando.data.targets import PROBLEM_TYPES, as_targets, strata
-from accelerando.data.taught import with_unlabelled
+from accelerando.data.taught import all_texts, with_unlabelled
 from accelerando.data.tokenizer import open_tokenizer, train_tokenizer
 from accelerando.data.tokens import TokenTable, tokenize_table, warn_of_cut_texts
 from accelerando.inference.hub import Hub, check_push
@@ -299,6 +299,7 @@ class Data:
     problem_type: ProblemType = "single_label"
     thresholds: np.ndarray | None = None  # several labels: of each one's probability, [C], once they are chosen
     teacher: Teacher | None = None
+    unlabelled: TextTable | None = None  # further training rows for the teacher's lessons
 
 
 def load_data(args: Args, accelerator: Accelerator) -> Data:
@@ -330,12 +331,18 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         tables = {"train": rows.take(kept), "validation": rows.take(held_out), **tables}
         labels = {"train": codes[kept], "validation": codes[held_out], **labels}
 
+    unlabelled = None
+    if args.unlabelled_file:
+        pair = args.text_pair_column
+        unlabelled = read_text_table(
+            args.unlabelled_file, text_column=args.text_column, text_pair_column=pair, require_labels=False
+        )
     with main_process_first(accelerator):
         name = args.tokenizer_name or (args.model_name if args.architecture == "transformer" else None)
         if name and not args.student_vocab:
             tokenizer = open_tokenizer(name, args.trust_remote_code)
         else:
-            texts, size = tables["train"].texts, args.student_vocab or args.vocab_size
+            texts, size = all_texts(tables["train"], unlabelled), args.student_vocab or args.vocab_size
             tokenizer = train_tokenizer(texts, args.tokenizer_type, size, max_length=args.max_length)
         cache = cache_folder(args.cache_dir)
         splits = {
@@ -355,7 +362,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     if args.teacher:
         wanted = (problem_type, args.match_hidden > 0, args.trust_remote_code)
         teacher = open_text_teacher(args.teacher, names, accelerator, *wanted)
-    return Data(splits, tables, names, counts, tokenizer, collate, problem_type, teacher=teacher)
+    return Data(splits, tables, names, counts, tokenizer, collate, problem_type, None, teacher, unlabelled)
 
 
 def best_metric(args: Args, problem_type: ProblemType) -> str:
@@ -374,12 +381,10 @@ def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
     it says of each, also of rows without labels."""
     table, rows = data.tables["train"], data.splits["train"]
     cache = cache_folder(args.cache_dir)
-    if args.unlabelled_file:
-        columns = {"text_column": args.text_column, "text_pair_column": args.text_pair_column}
-        more = read_text_table(args.unlabelled_file, require_labels=False, **columns)
+    if data.unlabelled:
         with main_process_first(accelerator):
-            table, rows = with_unlabelled(table, rows.labels, more, data.tokenizer, args.max_length, cache)
-        log.info("Rows without labels: %s", f"{len(more):,}")
+            table, rows = with_unlabelled(table, rows.labels, data.unlabelled, data.tokenizer, args.max_length, cache)
+        log.info("Rows without labels: %s", f"{len(data.unlabelled):,}")
     lengths, classes = rows.lengths if args.length_buckets else None, rows.labels if args.balanced else None
     curriculum = None
     if args.curriculum:

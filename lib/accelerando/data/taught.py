@@ -14,6 +14,7 @@ from accelerando.data.tables import TextTable
 from accelerando.data.tokens import TokenTable, encode_texts, tokenize_table
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
 
@@ -62,6 +63,13 @@ class TaughtRows:
         return sample
 
 
+def all_texts(table: TextTable, more: TextTable | None) -> pa.ChunkedArray:
+    """The texts of ``table`` and after them those of ``more``."""
+    import pyarrow as pa
+
+    return pa.chunked_array([*table.texts.chunks, *(more.texts.chunks if more else [])], table.texts.type)
+
+
 def with_unlabelled(
     table: TextTable, labels: np.ndarray, more: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int,
     cache: Path,
@@ -78,10 +86,11 @@ def with_unlabelled(
 
     if (table.pairs is None) != (more.pairs is None):
         raise UserError(f"{more.source}: pairs of texts and single ones cannot be mixed")
-    texts = pa.chunked_array([*table.texts.chunks, *more.texts.chunks], table.texts.type)
     pairs = None if table.pairs is None else pa.chunked_array([*table.pairs.chunks, *more.pairs.chunks])
     labelled = np.concatenate([np.ones(len(table), np.float32), np.zeros(len(more), np.float32)])
-    both = TextTable(texts, pairs, None, f"{table.source} and {more.source}", columns={"labelled": labelled})
+    both = TextTable(
+        all_texts(table, more), pairs, None, f"{table.source} and {more.source}", columns={"labelled": labelled}
+    )
     filler = np.zeros((len(more), *labels.shape[1:]), labels.dtype)
     tokens = tokenize_table(both, tokenizer, max_length, np.concatenate([labels, filler]), cache)
     return both, tokens
