@@ -238,7 +238,7 @@ class Data:
     mean: tuple[float, ...]  # of each colour, 0 to 1
     std: tuple[float, ...]
     collate: ImageCollate
-    teacher: Teacher | None = None
+    teacher: Teacher | None = None  # in training alone
 
 
 def load_data(args: Args, accelerator: Accelerator) -> Data:
@@ -272,8 +272,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         splits = cached_images(splits, side, cache_folder(args.cache_dir), args.num_workers)
     counts = torch.bincount(torch.as_tensor(splits["train"].classes), minlength=len(names))
     mean, std = colour_statistics(args.model_name, args.architecture, args.trust_remote_code)
-    teacher = open_image_teacher(args.teacher, names, accelerator, args.trust_remote_code) if args.teacher else None
-    return Data(splits, names, counts, mean, std, ImageCollate(), teacher)
+    return Data(splits, names, counts, mean, std, ImageCollate())
 
 
 def training_images(args: Args, data: Data) -> TrainingImages:
@@ -327,6 +326,13 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         model = model.to(memory_format=torch.channels_last)
     log_trained(model, f"Strategy {args.strategy}")
     return model
+
+
+def open_teacher(args: Args, data: Data, accelerator: Accelerator) -> Teacher | None:
+    """The classifier that the model learns from, if there is one."""
+    if not args.teacher:
+        return None
+    return open_image_teacher(args.teacher, data.label_names, accelerator, args.trust_remote_code)
 
 
 def unfreeze(model: PreTrainedModel, args: Args, epoch: int) -> None:
@@ -548,6 +554,7 @@ def main() -> None:
     if private:
         check_private_data(args, data, accelerator)
     model = build_model(args, data, accelerator)
+    data.teacher = open_teacher(args, data, accelerator)
     sources = {**data.splits, **({"teacher": data.teacher} if data.teacher else {})}
     run = start_run(accelerator, args, directory, METRICS, model_title(args), sources, {"label": data.label_names})
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda"):

@@ -298,7 +298,7 @@ class Data:
     collate: TextCollate
     problem_type: ProblemType = "single_label"
     thresholds: np.ndarray | None = None  # several labels: of each one's probability, [C], once they are chosen
-    teacher: Teacher | None = None
+    teacher: Teacher | None = None  # in training alone
     unlabelled: TextTable | None = None  # further training rows for the teacher's lessons
 
 
@@ -358,11 +358,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     counts = None
     if problem_type == "single_label":
         counts = torch.bincount(torch.as_tensor(labels["train"]), minlength=len(names))
-    teacher = None
-    if args.teacher:
-        wanted = (problem_type, args.match_hidden > 0, args.trust_remote_code)
-        teacher = open_text_teacher(args.teacher, names, accelerator, *wanted)
-    return Data(splits, tables, names, counts, tokenizer, collate, problem_type, None, teacher, unlabelled)
+    return Data(splits, tables, names, counts, tokenizer, collate, problem_type, unlabelled=unlabelled)
 
 
 def best_metric(args: Args, problem_type: ProblemType) -> str:
@@ -404,7 +400,9 @@ def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
             )  # fmt: skip
         change = TextAugmentation(args.augment, args.augment_rate, synonyms, args.seed)
         rows = AugmentedTexts(table, rows, data.tokenizer, args.max_length, change, args.augment_share)
-    if data.teacher:
+    if args.teacher:
+        wanted = (data.problem_type, args.match_hidden > 0, args.trust_remote_code)
+        data.teacher = open_text_teacher(args.teacher, data.label_names, accelerator, *wanted)
         data.collate.teacher = teacher_collate(data.teacher)
         settings = (args.max_length, args.eval_batch_size, cache)
         rows = taught_rows(rows, table, data.teacher, data.tokenizer, *settings)
