@@ -55,6 +55,7 @@ from accelerando.train.accelerator import (
 from accelerando.train.averages import Ema, averaged
 from accelerando.train.batches import TrainBatches, check_no_batch_of_one, first_batch
 from accelerando.train.class_losses import class_losses, inverse_frequency, log_frequency
+from accelerando.train.distillation import Teacher, distilled, open_image_teacher, teacher_folder
 from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.gradients import step_is_repeated
 from accelerando.train.layerwise import layers_of, train_from, train_mode
@@ -124,6 +125,10 @@ class Args:
     focal_gamma: float = 0.0  # how strongly confident answers are discounted (focal loss): 2, say
     logit_adjustment: float = 0.0  # rare classes: how strongly frequent ones are held back in training: 1, say
     tta: bool = False  # evaluation averages an image and its mirror image
+    # -- distillation --
+    teacher: str | None = None  # learn from this classifier too: a run, or a folder; its classes have the same names
+    temperature: float = 2.0  # teacher: what the logits of both are divided by, which shows unlikely classes
+    distill_alpha: float = 0.5  # teacher: share of what it says in the loss; the labels have the rest
     # -- training --
     trainer_type: Literal["standard", "accelerate", "mixed_precision", "dp"] = "standard"  # dp: private (Opacus)
     epochs: int = 20  # passes over the training images
@@ -196,6 +201,8 @@ ALIASES = {
     "resize": "image_size",
     "layer_wise_lr_decay": "layer_decay",
     "amp_dtype": ("amp", {"float16": "fp16", "bfloat16": "bf16", "float32": "no"}),
+    "teacher_model": "teacher",
+    "alpha": "distill_alpha",
 }
 
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rank_stabilised", "lora_dora")
@@ -205,6 +212,7 @@ ONLY_WITH = {
     "strategy gradual": ("unfreeze_every",),
     "strategy lora": LORA,
     "trainer_type dp": ("noise_multiplier", "target_epsilon", "target_delta", "noise_seed"),
+    "teacher": ("temperature", "distill_alpha"),
     "not model_name": ("architecture", "weights"),
     "model_name": ("trust_remote_code",),
     "GPU": ("deterministic", "pin_memory"),
@@ -231,6 +239,7 @@ class Data:
     mean: tuple[float, ...]  # of each colour, 0 to 1
     std: tuple[float, ...]
     collate: ImageCollate
+    teacher: Teacher | None = None  # in training alone
 
 
 def load_data(args: Args, accelerator: Accelerator) -> Data:
@@ -320,6 +329,13 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
     return model
 
 
+def open_teacher(args: Args, data: Data, accelerator: Accelerator) -> Teacher | None:
+    """The classifier that the model learns from, if there is one."""
+    if not args.teacher:
+        return None
+    return open_image_teacher(args.teacher, data.label_names, accelerator, args.trust_remote_code)
+
+
 def unfreeze(model: PreTrainedModel, args: Args, epoch: int) -> None:
     """Strategy gradual: trains one layer more, counted from the head, every ``unfreeze_every`` epochs."""
     layers = layers_of(model, head_names(model))
@@ -334,7 +350,10 @@ def unfreeze(model: PreTrainedModel, args: Args, epoch: int) -> None:
 def compute_loss(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], data: Data, args: Args
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of each image, [B], and the logits, [B, C]; where two were mixed, each label has its share."""
+    """Cross-entropy of each image, [B], and the logits, [B, C]; where two were mixed, each label has its share.
+
+    In training with a teacher, what it says of the same image has its share of the loss.
+    """
     import torch
 
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
@@ -349,7 +368,11 @@ def compute_loss(
         return class_losses(logits, labels, weight, args.label_smoothing, args.focal_gamma, prior)
 
     share = batch["share"]
-    return share * loss(batch["labels"]) + (1 - share) * loss(batch["other_labels"]), logits
+    losses = share * loss(batch["labels"]) + (1 - share) * loss(batch["other_labels"])
+    if data.teacher and model.training:
+        lesson = data.teacher.of_images(batch["pixel_values"])
+        losses = distilled(losses, logits, lesson.logits, args.distill_alpha, args.temperature)
+    return losses, logits
 
 
 def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
@@ -447,7 +470,7 @@ def check_args(args: Args) -> None:
         args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9), fold=(0, 9999), image_size=(8, 4096),
         crop_scale=(0.001, 1), flip=(0, 1), erasing=(0, 1), cache_side=(8, 16384), mixup=(0, 100), cutmix=(0, 100),
         label_smoothing=(0, 0.999), focal_gamma=(0, 100), logit_adjustment=(0, 100), num_classes=(2, 2**20),
-        unfreeze_every=(1, 2**20), layer_decay=(0.001, 1),
+        unfreeze_every=(1, 2**20), layer_decay=(0.001, 1), temperature=(0.01, 1000), distill_alpha=(0, 1),
         noise_multiplier=(0, 1000), target_epsilon=(1e-6, 1e6), target_delta=(1e-30, 0.999), noise_seed=(0, 2**62),
     )  # fmt: skip
     if args.model_name and args.weights:
@@ -458,6 +481,8 @@ def check_args(args: Args) -> None:
         if args.amp == "no":
             raise UserError("--trainer_type mixed_precision and --amp no contradict each other: drop one")
         args.amp = args.amp or "auto"
+    if args.teacher:
+        teacher_folder(args.teacher)
     if args.trainer_type == "dp":
         check_private(args)
 
@@ -471,6 +496,7 @@ def check_private(args: Args) -> None:
         "overfit_batches": (args.overfit_batches, "the accounting needs each image drawn with the same probability"),
         "class_weights": (args.class_weights, "they tell the numbers of images without noise"),
         "logit_adjustment": (args.logit_adjustment, "it tells the numbers of images without noise"),
+        "teacher": (args.teacher, "what it has learned of the images is not accounted for"),
         "strategy lora": (args.strategy == "lora", "adapters have not been tried with it: full or head"),
         "strategy gradual": (args.strategy == "gradual", "what is trained has to stay the same: full or head"),
         "amp": (args.amp not in (None, "no"), "gradients of single images are computed in float32"),
@@ -531,7 +557,9 @@ def main() -> None:
     if private:
         check_private_data(args, data, accelerator)
     model = build_model(args, data, accelerator)
-    run = start_run(accelerator, args, directory, METRICS, model_title(args), data.splits, {"label": data.label_names})
+    data.teacher = open_teacher(args, data, accelerator)
+    sources = {**data.splits, **({"teacher": data.teacher} if data.teacher else {})}
+    run = start_run(accelerator, args, directory, METRICS, model_title(args), sources, {"label": data.label_names})
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda"):
         log.warning("%s", line)
 

@@ -30,6 +30,7 @@ from accelerando.data.curriculum import Curriculum, losses_of_predictions, rarit
 from accelerando.data.splits import stratified_split
 from accelerando.data.tables import ProblemType, TextTable, encode_labels, label_names, read_text_table
 from accelerando.data.targets import PROBLEM_TYPES, as_targets, strata
+from accelerando.data.taught import all_texts, with_unlabelled
 from accelerando.data.tokenizer import open_tokenizer, train_tokenizer
 from accelerando.data.tokens import TokenTable, tokenize_table, warn_of_cut_texts
 from accelerando.inference.hub import Hub, check_push
@@ -45,6 +46,7 @@ from accelerando.models.pretrained import (
     open_model,
     pads_left,
 )
+from accelerando.models.student import copy_layers, keep_layers
 from accelerando.report import page, results, target_reports
 from accelerando.report.metrics import classification_metrics
 from accelerando.report.model_card import write_model_card
@@ -59,6 +61,16 @@ from accelerando.train.accelerator import is_sharded, log_trained, make_accelera
 from accelerando.train.averages import Ema, averaged
 from accelerando.train.batches import Rows, TrainBatches, first_batch
 from accelerando.train.class_losses import class_losses, inverse_frequency, log_frequency, r_drop, twice
+from accelerando.train.distillation import (
+    Teacher,
+    distilled,
+    hidden_distances,
+    open_text_teacher,
+    same_tokens,
+    taught_rows,
+    teacher_collate,
+    teacher_folder,
+)
 from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.gradients import step_is_repeated
 from accelerando.train.layerwise import layers_of, reinitialise, train_from
@@ -93,6 +105,7 @@ class Args:
     train_file: str = ""  # training rows: .json, .jsonl, .csv, .tsv, .parquet or a `datasets` name
     validation_file: str | None = None  # validation rows; without them, validation_fraction of the training rows
     test_file: str | None = None  # test rows, scored once at the end with the best weights
+    unlabelled_file: str | None = None  # teacher: further training rows, without labels
     validation_fraction: float = 0.1  # share of train_file held out, stratified, without validation_file; 0: none
     text_column: str = "text"  # column of the text
     text_pair_column: str | None = None  # column of a second text, for pairs
@@ -149,6 +162,13 @@ class Args:
     focal_gamma: float = 0.0  # how strongly confident answers are discounted (focal loss): 2, say
     logit_adjustment: float = 0.0  # rare classes: how strongly frequent ones are held back in training: 1, say
     r_drop: float = 0.0  # weight of the difference between two dropout masks: 1 to 5, say; twice the time
+    # -- distillation --
+    teacher: str | None = None  # learn from this classifier too: a run, or a folder; its classes have the same names
+    temperature: float = 2.0  # teacher: what the logits of both are divided by, which shows unlikely classes
+    distill_alpha: float = 0.5  # teacher: share of what it says in the loss; the labels have the rest
+    student_layers: int | None = None  # teacher: start with so many of its layers, evenly spaced, and its embeddings
+    student_vocab: int | None = None  # student_layers: train a tokenizer of so many tokens; embeddings become means
+    match_hidden: float = 0.0  # teacher: weight of the difference of embeddings and layers, of the same tokens
     # -- training --
     epochs: int = 3  # passes over the training rows
     max_steps: int | None = None  # stop after this many optimizer steps, even if epochs are left
@@ -220,6 +240,8 @@ ALIASES = {
         "random_deletion": "delete",
     }),
     "augmentation.probability": "augment_rate",
+    "teacher_model": "teacher",
+    "alpha": "distill_alpha",
 }  # fmt: skip
 
 # Settings that need a single label of each row.
@@ -238,6 +260,8 @@ ONLY_WITH = {
     "curriculum": ("initial_difficulty", "final_difficulty", "curriculum_epochs"),
     "strategy gradual": ("unfreeze_every",),
     "strategy lora": LORA,
+    "teacher": ("temperature", "distill_alpha", "match_hidden"),
+    "student_layers": ("student_vocab",),
     "GPU": ("deterministic", "pin_memory"),
 }  # fmt: skip
 
@@ -275,6 +299,8 @@ class Data:
     collate: TextCollate
     problem_type: ProblemType = "single_label"
     thresholds: np.ndarray | None = None  # several labels: of each one's probability, [C], once they are chosen
+    teacher: Teacher | None = None  # in training alone
+    unlabelled: TextTable | None = None  # further training rows for the teacher's lessons
 
 
 def load_data(args: Args, accelerator: Accelerator) -> Data:
@@ -306,13 +332,19 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
         tables = {"train": rows.take(kept), "validation": rows.take(held_out), **tables}
         labels = {"train": codes[kept], "validation": codes[held_out], **labels}
 
+    unlabelled = None
+    if args.unlabelled_file:
+        pair = args.text_pair_column
+        unlabelled = read_text_table(
+            args.unlabelled_file, text_column=args.text_column, text_pair_column=pair, require_labels=False
+        )
     with main_process_first(accelerator):
         name = args.tokenizer_name or (args.model_name if args.architecture == "transformer" else None)
-        if name:
+        if name and not args.student_vocab:
             tokenizer = open_tokenizer(name, args.trust_remote_code)
         else:
-            texts = tables["train"].texts
-            tokenizer = train_tokenizer(texts, args.tokenizer_type, args.vocab_size, max_length=args.max_length)
+            texts, size = all_texts(tables["train"], unlabelled), args.student_vocab or args.vocab_size
+            tokenizer = train_tokenizer(texts, args.tokenizer_type, size, max_length=args.max_length)
         cache = cache_folder(args.cache_dir)
         splits = {
             split: tokenize_table(table, tokenizer, args.max_length, labels[split], cache)
@@ -327,7 +359,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     counts = None
     if problem_type == "single_label":
         counts = torch.bincount(torch.as_tensor(labels["train"]), minlength=len(names))
-    return Data(splits, tables, names, counts, tokenizer, collate, problem_type)
+    return Data(splits, tables, names, counts, tokenizer, collate, problem_type, unlabelled=unlabelled)
 
 
 def best_metric(args: Args, problem_type: ProblemType) -> str:
@@ -342,8 +374,14 @@ def best_metric(args: Args, problem_type: ProblemType) -> str:
 
 
 def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
-    """The training rows in the order of each epoch, and with ``augment`` a share of them changed."""
+    """The training rows in the order of each epoch, and with ``augment`` a share of them changed; with a teacher what
+    it says of each, also of rows without labels."""
     table, rows = data.tables["train"], data.splits["train"]
+    cache = cache_folder(args.cache_dir)
+    if data.unlabelled:
+        with main_process_first(accelerator):
+            table, rows = with_unlabelled(table, rows.labels, data.unlabelled, data.tokenizer, args.max_length, cache)
+        log.info("Rows without labels: %s", f"{len(data.unlabelled):,}")
     lengths, classes = rows.lengths if args.length_buckets else None, rows.labels if args.balanced else None
     curriculum = None
     if args.curriculum:
@@ -358,11 +396,17 @@ def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
     if args.augment:
         with main_process_first(accelerator):
             synonyms = synonyms_of_texts(
-                table, args.augment, args.synonyms, args.model_name, cache=cache_folder(args.cache_dir),
+                table, args.augment, args.synonyms, args.model_name, cache=cache,
                 trust_remote_code=args.trust_remote_code,
             )  # fmt: skip
         change = TextAugmentation(args.augment, args.augment_rate, synonyms, args.seed)
         rows = AugmentedTexts(table, rows, data.tokenizer, args.max_length, change, args.augment_share)
+    if args.teacher:
+        wanted = (data.problem_type, args.match_hidden > 0, args.trust_remote_code)
+        data.teacher = open_text_teacher(args.teacher, data.label_names, accelerator, *wanted)
+        data.collate.teacher = teacher_collate(data.teacher)
+        settings = (args.max_length, args.eval_batch_size, cache)
+        rows = taught_rows(rows, table, data.teacher, data.tokenizer, *settings)
     return Rows(rows, lengths, classes, curriculum)
 
 
@@ -402,13 +446,18 @@ def build_transformer(args: Args, data: Data, labels: dict, on_cpu: bool) -> Pre
     config = open_config(args.model_name, args.trust_remote_code, **labels)
     vars(config).pop("thresholds", None)  # of the labels that model_name was trained on
     override_config(config, args, has_weights=not args.from_scratch)
-    if args.from_scratch:
+    copied = keep_layers(config, args.student_layers) if args.student_layers else []
+    other_tokens = bool(copied) and not same_tokens(data.tokenizer, data.teacher.tokenizer)
+    if args.from_scratch or other_tokens:
         config.vocab_size = max(len(data.tokenizer), 1)
         config.pad_token_id = data.tokenizer.pad_token_id
     model = open_model(
-        AutoModelForSequenceClassification, args.model_name, config, args.from_scratch,
+        AutoModelForSequenceClassification, args.model_name, config, args.from_scratch or bool(copied),
         trust_remote_code=args.trust_remote_code, **attention_for_cpu(config, on_cpu),
     )  # fmt: skip
+    if copied:
+        tokenizers = (data.tokenizer, data.teacher.tokenizer) if other_tokens else None
+        copy_layers(model, data.teacher.model, copied, data.teacher.order, tokenizers)
     if args.reinit_layers:
         reinitialise(model, head_names(model), args.reinit_layers)
     match_tokenizer(model, data.tokenizer, args.model_name)
@@ -448,16 +497,22 @@ def build_cnn(args: Args, data: Data, labels: dict) -> PreTrainedModel:
 def compute_loss(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], data: Data, args: Args
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of each row, [B], and the logits, [B, C]; of several labels or numbers the mean over them."""
+    """The loss of each row, [B], and the logits, [B, C]; of several labels or numbers the mean over them.
+
+    In training with a teacher, what it says has its share of the loss.
+    """
     import torch
 
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
     two_passes = args.r_drop > 0 and model.training
-    logits = model(**(twice(inputs) if two_passes else inputs)).logits.float()
+    lesson = data.teacher.of_texts(batch) if data.teacher and model.training else None
+    shown = {"output_hidden_states": True} if lesson and args.match_hidden else {}
+    output = model(**(twice(inputs) if two_passes else inputs), **shown)
+    logits = output.logits.float()
     weight = inverse_frequency(data.class_counts).to(logits) if args.class_weights else None
     prior = args.logit_adjustment * log_frequency(data.class_counts).to(logits) if args.logit_adjustment else None
 
-    def loss(logits: torch.Tensor) -> torch.Tensor:
+    def own_loss(logits: torch.Tensor) -> torch.Tensor:
         if data.problem_type == "multi_label":
             binary = torch.nn.functional.binary_cross_entropy_with_logits
             return binary(logits, batch["labels"], reduction="none").mean(dim=1)
@@ -465,7 +520,17 @@ def compute_loss(
             return torch.nn.functional.mse_loss(logits, batch["labels"], reduction="none").mean(dim=1)
         return class_losses(logits, batch["labels"], weight, args.label_smoothing, args.focal_gamma, prior)
 
-    return r_drop(loss, logits, args.r_drop) if two_passes else (loss(logits), logits)
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        if lesson is None:
+            return own_loss(logits)
+        mix = (args.distill_alpha, args.temperature, data.problem_type, batch.get("labelled"))
+        return distilled(own_loss(logits), logits, lesson.logits, *mix)
+
+    losses, logits = r_drop(loss, logits, args.r_drop) if two_passes else (loss(logits), logits)
+    if shown:
+        apart = hidden_distances(output.hidden_states, lesson.hidden, batch["attention_mask"])
+        losses = losses + args.match_hidden * apart
+    return losses, logits
 
 
 def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
@@ -587,7 +652,8 @@ def check_args(args: Args) -> None:
         args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9), label_smoothing=(0, 0.999), focal_gamma=(0, 100),
         logit_adjustment=(0, 100), r_drop=(0, 1000), unfreeze_every=(1, 2**20), layer_decay=(0.001, 1),
         reinit_layers=(0, 4096), initial_difficulty=(0.001, 1), final_difficulty=(0.001, 1),
-        curriculum_epochs=(1, 2**30), augment_rate=(1e-6, 1), augment_share=(0, 1),
+        curriculum_epochs=(1, 2**30), augment_rate=(1e-6, 1), augment_share=(0, 1), temperature=(0.01, 1000),
+        distill_alpha=(0, 1), student_layers=(1, 4096), student_vocab=(8, 2**24), match_hidden=(0, 1000),
     )  # fmt: skip
     if args.balanced and args.curriculum:
         raise UserError("--balanced and --curriculum both choose the rows of an epoch: drop one")
@@ -597,6 +663,27 @@ def check_args(args: Args) -> None:
         raise UserError(
             "--label_delimiter: the sign between labels in a cell; --label_columns has none, drop one of them"
         )
+    check_distillation(args)
+
+
+def check_distillation(args: Args) -> None:
+    """What needs a teacher, and what a teacher needs; the model that a student with its layers starts from."""
+    for name in ("unlabelled_file", "student_layers"):
+        if getattr(args, name) and not args.teacher:
+            raise UserError(f"--{name} needs a trained classifier, named with --teacher")
+    folder = teacher_folder(args.teacher) if args.teacher else None
+    if args.match_hidden and args.teacher and args.architecture == "cnn":
+        raise UserError("--match_hidden compares the layers of transformers, which --architecture cnn has not")
+    if args.unlabelled_file and (args.balanced or args.curriculum not in (None, "length", "rarity")):
+        flag = "balanced" if args.balanced else f"curriculum {args.curriculum}"
+        raise UserError(f"--{flag} needs the label of every row, but those of --unlabelled_file have none")
+    if args.student_layers:
+        if args.architecture == "cnn" or args.from_scratch:
+            flag = "from_scratch" if args.from_scratch else "architecture cnn"
+            raise UserError(f"--student_layers copies layers of the teacher, --{flag} takes none: drop one")
+        if was_given("model_name") and Path(args.model_name) != folder:
+            raise UserError(f"--student_layers starts from {folder}, not from --model_name {args.model_name}: drop one")
+        args.model_name = str(folder)
 
 
 def data_title(args: Args) -> str:
@@ -628,7 +715,7 @@ def main() -> None:
     data = load_data(args, accelerator)
     rows = training_rows(args, data, accelerator)
     model = build_model(args, data, accelerator)
-    sources = {**data.splits, "train": rows.samples}
+    sources = {**data.splits, "train": rows.samples, **({"teacher": data.teacher} if data.teacher else {})}
     run = start_run(accelerator, args, directory, METRICS, model_title(args), sources, {"label": data.label_names})
     for line in without_effect(args, ONLY_WITH, GPU=accelerator.device.type == "cuda"):
         log.warning("%s", line)

@@ -236,6 +236,8 @@ def test_the_readmes_commands_run(workshop, tiny_bert: Path, monkeypatch: pytest
         if re.search("text_classify.py|my_experiment.py", command) and "pipeline.py" not in command:
             own = re.search(r"data/train_(topics|pairs)", command)  # rows of its own, which SMALL would replace
             small = SMALL.partition(" --train_file")[0] + " --model_name bert-base-uncased" if own else SMALL
+            if "--teacher" in command:  # which brings the student's model
+                small = small.replace(" --model_name bert-base-uncased", "")
             command += f" {small}" if not command.startswith("cp") else ""
             command += f" --run_name run{tried}" if not command.startswith("cp") and "--run_name" not in command else ""
         if "clip_lit.yaml" in command:  # whose photos and towers are downloaded

@@ -124,7 +124,8 @@ class Args:
 
 # Settings with which a script's load_data takes all samples of train_file as they are, to be evaluated.
 ALL_OF_IT = {"validation_fraction": 0.0, "report_on_train": True, "early_stop": None, "scheduler": "constant"}
-NOT_HERE = {"compile_model": False, "report_to": (), "push_to_hub": False, "wise_ft": ()}
+NOT_HERE = {"compile_model": False, "report_to": (), "push_to_hub": False, "wise_ft": (), "teacher": None,
+            "student_layers": None, "student_vocab": None, "unlabelled_file": None}  # fmt: skip
 SHAPE = ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size")  # text_classify: from scratch
 
 

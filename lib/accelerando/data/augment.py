@@ -191,20 +191,24 @@ class AugmentedTexts:
 
     def at(self, row: int, epoch: int, draw: int = 0) -> dict[str, Any]:
         """The sample ``row`` in ``epoch``, as :class:`TokenTable` has it, changed or not."""
-        sample = self.tokens[row]
-        key = (row, epoch, draw)
-        if generator(self.augmentation.seed, *key).random() >= self.share:
-            return sample
-        columns = [self.table.texts, *([] if self.table.pairs is None else [self.table.pairs])]
-        sources = [column[row].as_py() for column in columns]
-        changed = [self.augmentation(text, *key, 1 + number) for number, text in enumerate(sources)]
-        if changed == sources:
+        sample, changed = self.tokens[row], self.changed(row, epoch, draw)
+        if changed is None:
             return sample
         encoded = encode_texts(self.tokenizer, *([text] for text in changed), max_length=self.max_length)
         sample["input_ids"] = np.asarray(encoded["input_ids"][0], np.int32)
         if self.tokens.types is not None:
             sample["token_type_ids"] = np.asarray(encoded["token_type_ids"][0], np.uint8)
         return sample
+
+    def changed(self, row: int, epoch: int, draw: int = 0) -> list[str] | None:
+        """The text of a row (and its pair) as changed in ``epoch``; None: it is as it was."""
+        key = (row, epoch, draw)
+        if generator(self.augmentation.seed, *key).random() >= self.share:
+            return None
+        columns = [self.table.texts, *([] if self.table.pairs is None else [self.table.pairs])]
+        sources = [column[row].as_py() for column in columns]
+        changed = [self.augmentation(text, *key, 1 + number) for number, text in enumerate(sources)]
+        return changed if changed != sources else None
 
     def __getitem__(self, row: int) -> dict[str, Any]:
         """The sample ``row`` unchanged."""

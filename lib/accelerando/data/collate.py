@@ -28,10 +28,13 @@ def collate_text(
 class TextCollate:
     """See :func:`collate_text`; a class because worker processes need to pickle it."""
 
-    def __init__(self, pad_token_id: int, multiple_of: int = 1, left: bool = False) -> None:
+    def __init__(
+        self, pad_token_id: int, multiple_of: int = 1, left: bool = False, teacher: TextCollate | None = None
+    ) -> None:
         self.pad_token_id = pad_token_id
         self.multiple_of = multiple_of
         self.left = left
+        self.teacher = teacher  # of a sample's ``teacher``, the tokens of another tokenizer: ``teacher_input_ids``
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         import torch
@@ -50,7 +53,11 @@ class TextCollate:
         if "label" in samples[0]:
             labels = np.array([sample["label"] for sample in samples])
             tensors["labels"] = torch.from_numpy(labels.astype(np.float32 if labels.ndim > 1 else np.int64))
-        for name in samples[0].keys() - {"input_ids", "token_type_ids", "label"}:  # additional columns of the table
+        if "teacher" in samples[0]:
+            for name, tensor in self.teacher([sample["teacher"] for sample in samples]).items():
+                tensors[f"teacher_{name}"] = tensor
+        # Additional columns of the table.
+        for name in samples[0].keys() - {"input_ids", "token_type_ids", "label", "teacher"}:
             tensors[name] = torch.from_numpy(np.array([sample[name] for sample in samples]))
         return tensors
 

@@ -238,8 +238,12 @@ def head_names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(f"{name}." for name, child in others.items() if list(child.parameters()))
 
 
-def open_classifier(name: str, trust_remote_code: bool = False, **settings: Any) -> PreTrainedModel:
+def open_classifier(
+    name: str, trust_remote_code: bool = False, new_head: bool = True, **settings: Any
+) -> PreTrainedModel:
     """An image classifier of transformers or of this package, with a new head if its own is for other classes.
+
+    ``new_head=False``: as it is, and its head has to be there.
 
     It takes colours in the order red, green, blue, even if its image processor gives blue first.
     """
@@ -250,7 +254,9 @@ def open_classifier(name: str, trust_remote_code: bool = False, **settings: Any)
     config = open_config(name, trust_remote_code, **settings)
     if getattr(config, "model_args", None):  # timm writes its own number of classes there too
         config.model_args.pop("num_classes", None)
-    model = open_model(AutoModelForImageClassification, name, config, trust_remote_code=trust_remote_code)
+    model = open_model(
+        AutoModelForImageClassification, name, config, new_head=new_head, trust_remote_code=trust_remote_code
+    )
     processor = open_processor(name, trust_remote_code)
     if processor is not None and input_colours(processor).blue_first:
         swap_red_and_blue(model, name)

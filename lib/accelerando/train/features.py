@@ -37,14 +37,18 @@ def weights_digest(module: torch.nn.Module) -> str:
 
 
 def cached_features(
-    accelerator: Accelerator, cache: Path, key: Mapping[str, object], compute: Callable[[], np.ndarray]
+    accelerator: Accelerator,
+    cache: Path,
+    key: Mapping[str, object],
+    compute: Callable[[], np.ndarray],
+    what: str = "Features",
 ) -> np.ndarray:
     """The array that ``compute`` returns, float32 or float16 [n, ...], memory-mapped from the folder ``cache``.
 
     It is computed where it is not there yet, or damaged. ``key`` names everything that the array depends on: weights,
     transform, files with their sizes and times; anything that JSON can hold. Call it on every process; ``compute`` is
     called on all of them or on none, returns the same array on each, and the main process writes it. Of several runs
-    that need the same array, one computes it and the others wait.
+    that need the same array, one computes it and the others wait. ``what``: what the log calls it.
 
     Raises:
         UserError: the cache cannot be written to, or the disk is full.
@@ -75,7 +79,7 @@ def cached_features(
                 if not asked:
                     announced(False)
             size = f"{' x '.join(map(str, found.shape))} numbers, {found.nbytes / 1e6:,.1f} MB"
-            log.info("%s: %s", f"Features are cached in {target}" if asked else f"Features are read from {target}",
+            log.info("%s: %s", f"{what} are cached in {target}" if asked else f"{what} are read from {target}",
                      size)  # fmt: skip
         elif announced(False):
             values.append(compute())
