@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from accelerando.base.config import Alias, grouped, parse_args, read_yaml, without_flags
+from accelerando.base.config import Alias, grouped, parse_args, read_yaml, without_effect, without_flags
 from accelerando.base.errors import Stopped, UserError, errors_in_one_line, first_line
 from accelerando.base.files import LOCK, check_can_be_made, is_unused, locked, write_text
 from accelerando.base.processes import command_line
@@ -274,9 +274,8 @@ def make_sweep(words: list[str]) -> Sweep:
         trials = min(args.trials or cells, cells)
     plan = Plan(sampler, trials, args.sampler_seed, args.startup_trials, args.pruner, args.prune_after)
     titles = [getattr(module, name)(base) for name in ("data_title", "model_title") if hasattr(module, name)]
-    default = (
-        "_".join([*(titles or [script.stem]), *(one.name for one in settings)]).replace("/", "-").replace(" ", "-")
-    )
+    default = "_".join([*(titles or [script.stem]), *(setting.name for setting in settings)])
+    default = default.replace("/", "-").replace(" ", "-")
     folder = Path(base.output_dir) / f"{base.run_name or default}_sweep"
     others = {
         name: value for section, group in grouped(base).items() if section != "output" for name, value in group.items()
@@ -292,7 +291,7 @@ def check_values(module: ModuleType, flags: list[str], settings: list[Setting], 
     """The script's ``Args`` with the first value of each setting; each other value is tried beside these.
 
     Raises:
-        UserError: the script does not take a value, or takes two for the same.
+        UserError: the script does not take a value, or takes two for the same; a setting has no effect.
     """
     aliases: Mapping[str, Alias] = getattr(module, "ALIASES", {})
     values: dict[str, list[Value]] = {}
@@ -307,14 +306,21 @@ def check_values(module: ModuleType, flags: list[str], settings: list[Setting], 
             module.check_args(args)
         return args
 
+    # What a setting needs, where that is a setting that is not swept.
+    needs = getattr(module, "ONLY_WITH", {})
+    conditions = {each: needs[each] for each in needs if each.removeprefix("not ").split()[0] not in values}
     firsts, lasts = ({name: each[place] for name, each in values.items()} for place in (0, -1))
     for setting in settings:
         seen: dict[str, Value] = {}
         for value in values[setting.name]:
-            same = repr(getattr(parsed({**firsts, setting.name: value}, checked=False), setting.name))
+            args = parsed({**firsts, setting.name: value}, checked=False)
+            same = repr(getattr(args, setting.name))
             if same in seen:
                 raise UserError(f"--sweep {setting.specification()}: {seen[same]} and {value} are the same")
             seen[same] = value
+            idle = without_effect(args, conditions)
+            if line := next((line for line in idle if line.startswith(f"--{setting.name} ")), None):
+                raise UserError(f"--sweep {setting.specification()}: {line}")
             try:
                 parsed({**firsts, setting.name: value})
             except UserError as error:  # a value may need another one of the other settings

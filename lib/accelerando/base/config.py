@@ -319,6 +319,8 @@ def without_effect(args: DataclassInstance, only_with: Mapping[str, Sequence[str
         word, *values = condition.removeprefix("not ").split()
         if word in here:
             there, shown = here[word], word
+        elif not hasattr(args, word):  # a script of the user's own, or ``here`` is not known yet
+            continue
         else:
             value = getattr(args, word)
             given = value if isinstance(value, tuple) else (value,)
