@@ -88,7 +88,7 @@ def main():
     kind, seed = flags.get("kind", ["a"])[0], int(flags.get("seed", [42])[0])
     folder = Path(flags["output_dir"][0]) / flags["run_name"][0]
     with open("starts.txt", "a") as file:
-        file.write(f"{folder.name} {'again' if 'resume' in flags else 'new'} {shlex_join(sys.argv[1:])}\\n")
+        file.write(f"{folder.name} {'again' if 'resume' in flags else 'new'} {' '.join(sys.argv[1:])}\\n")
     if lr == float(flags.get("fails_at", [-1])[0]):
         sys.exit(f"working\\nerror: --lr {lr}: this one fails")
     folder.mkdir(parents=True, exist_ok="resume" in flags)
@@ -111,10 +111,6 @@ def main():
     results = {"validation": scores, "test": {**scores, "accuracy": best - 0.1}, "seconds": 2.5, "config": {}}
     (folder / "report.html").write_text("")
     (folder / "results.json").write_text(json.dumps(results))
-
-
-def shlex_join(words):
-    return " ".join(words)
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ from accelerando.search import (
     grid,
     importances,
     leave_trial,
+    mark_started,
     next_trial,
     open_search,
     read_settings,
@@ -396,7 +397,7 @@ def begin(sweep: Sweep, search: Search, trial: Trial, slot: int, signals: Signal
     """
     name = f"trial_{trial.number:04d}"
     folders = {seed: sweep.folder / (name if seed == "-" else f"{name}_seed{seed}") for seed in sweep.seeds}
-    if not trial.adopted:
+    if not trial.was_started:
         if strange := next((folder for folder in folders.values() if not is_unused(folder)), None):
             leave_trial(search, trial.number)
             raise UserError(f"{strange} is there, but the study does not know it: move it away, then the same command")
@@ -405,6 +406,7 @@ def begin(sweep: Sweep, search: Search, trial: Trial, slot: int, signals: Signal
                 details = {"results": other.results, "seconds": 0.0, "error": f"repeats trial {other.number}"}
                 finish_trial(search, trial, "complete", other.value, {**other.details, **details})
                 return None
+    mark_started(trial)
     stop = Signals(list(signals.received), signals.running)
     job = Job(trial, folders, sweep.folder / "logs" / f"{name}.txt", slot, stop)
     job.log.parent.mkdir(exist_ok=True)
@@ -513,7 +515,9 @@ def outcome(sweep: Sweep, job: Job) -> tuple[str, float | None, dict[str, Any]]:
         seconds = time.monotonic() - job.started
         return "pruned", None, {**details, "seconds": seconds}
     if job.code:
-        said = job.error or last_line(job.log).removeprefix("error: ") if job.log.is_file() else job.error
+        said = job.error or (how_it_ended(job.code) if job.code > 128 else "")
+        if not said and job.log.is_file():
+            said = last_line(job.log).removeprefix("error: ")
         return "failed", None, {**details, "error": said or how_it_ended(job.code)}
     scores, tests, seconds = {}, {}, 0.0
     for seed, run in job.runs.items():

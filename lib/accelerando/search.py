@@ -42,7 +42,7 @@ Value = str | int | float  # a choice as it was typed, or a number of a range
 MOST_CELLS = 10_000  # of a grid
 UNCLAIMED = 60.0  # seconds after which a running trial that nobody has signed is one of a killed process
 REDUCTION = 3  # halving: the share of trials that goes on is one in this many (Li et al. 2018, eta)
-SURPLUS, PLACE = "surplus", "place"  # user attributes of trials
+SURPLUS, PLACE, STARTED = "surplus", "place", "started"  # user attributes of trials
 
 
 # --------------------------------------------------------------------------------------------------------- settings
@@ -210,6 +210,11 @@ class Trial:
     adopted: bool
 
     @property
+    def was_started(self) -> bool:
+        """Whether its runs were begun, by :func:`mark_started`."""
+        return STARTED in self.optuna.user_attrs
+
+    @property
     def reported(self) -> set[int]:
         """The evaluations that the study knows."""
         return set(self.optuna._get_latest_trial().intermediate_values)
@@ -357,6 +362,11 @@ def _suggested(trial: optuna.Trial, setting: Setting, sampler: Sampler) -> Value
     return trial.suggest_float(setting.name, setting.low, setting.high, step=setting.step, log=setting.log)
 
 
+def mark_started(trial: Trial) -> None:
+    """Says in the study that the runs of a trial begin: from now on their folders are its own."""
+    trial.optuna.set_user_attr(STARTED, True)
+
+
 def finish_trial(search: Search, trial: Trial, state: State, value: float | None, details: Mapping[str, Any]) -> None:
     """Records the end of a trial. ``value`` of a complete one; ``details``: entries that the study keeps with it.
 
@@ -387,7 +397,8 @@ def tried(search: Search) -> list[Tried]:
         notes = dict(trial.user_attrs)
         if notes.pop(SURPLUS, False):
             continue
-        notes.pop(PLACE, None)
+        for name in (PLACE, STARTED):
+            notes.pop(name, None)
         value = trial.value if trial.state.is_finished() else None
         own = {name: notes.pop(name, default) for name, default in (("results", {}), ("seconds", None), ("error", ""))}
         found.append(Tried(trial.number, names[trial.state.name], dict(trial.params), value, details=notes, **own))
