@@ -33,6 +33,8 @@ TOOL = ROOT / "tools" / "sweep.py"
 # A script as the sweep sees one: settings, evaluations, a lock, a stop signal that it heeds, a run that it resumes.
 # Its accuracy is a function of its settings; it starts at once, since it imports nothing.
 QUICK = """
+from __future__ import annotations
+
 import fcntl
 import json
 import math
@@ -42,7 +44,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Optional, Tuple
+from typing import Literal
 
 
 @dataclass
@@ -51,7 +53,7 @@ class Args:
     lr: float = 1e-3  # rate
     batch_size: int = 16  # rows
     kind: Literal["a", "b"] = "a"  # what
-    sizes: Tuple[int, ...] = (3, 4)  # several
+    sizes: tuple[int, ...] = (3, 4)  # several
     tuned: bool = False  # yes or no
     only_b: float = 0.0  # of kind b
     fails_at: float = -1.0  # a rate that fails
@@ -61,8 +63,8 @@ class Args:
     seed: int = 42  # seed
     # -- output --
     output_dir: str = "runs"  # where
-    run_name: Optional[str] = None  # what
-    resume: Optional[str] = None  # go on
+    run_name: str | None = None  # what
+    resume: str | None = None  # go on
     overwrite: bool = False  # again
 
 
@@ -79,6 +81,7 @@ def check_args(args):
 
 def main():
     flags, stopped = {}, []
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     for word in sys.argv[1:]:
         if word.startswith("--"):
             values = flags[word[2:]] = []
@@ -94,7 +97,6 @@ def main():
     folder.mkdir(parents=True, exist_ok="resume" in flags)
     lock = open(folder / ".lock", "a")
     fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     (folder / "config.yaml").write_text("training:\\n  best_metric: accuracy\\n")
     path = folder / "metrics.jsonl"
     best = 0.9 - abs(math.log10(lr) + 3) / 10 + (kind == "b") / 50 + seed % 7 / 1000
@@ -131,6 +133,7 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     module = load_tool()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setitem(harness.ENVIRONMENT, "CUDA_VISIBLE_DEVICES", "")
     (tmp_path / "quick.py").write_text(QUICK)
 
     def run(*before: object, after: tuple[object, ...] = (), name: str = "x", script: object = "quick.py") -> dict:
@@ -245,7 +248,8 @@ def test_a_pruned_trial_is_stopped_by_a_signal_and_saves(sweep, pruner: str) -> 
     assert (run / "stopped.txt").read_text() == str(int(signal.SIGTERM))
     evaluated = (run / "metrics.jsonl").read_text().splitlines()
     assert 1 <= len(evaluated) < 40
-    assert last["value"] == pytest.approx(json.loads(evaluated[last["pruned"] - 1])["accuracy"], rel=0.3)
+    assert last["pruned"] <= len(evaluated)
+    assert last["value"] in [json.loads(row)["accuracy"] for row in evaluated]  # the last one that was seen
     assert found["best"]["trial"] != last["trial"]
     sweep("--sweep", f"lr={rates}", *flags, after=("--epochs", 40, "--pause", 0.03))
     assert [how for _, how in starts()] == ["new"] * (2 if pruner == "median" else 4)
@@ -582,7 +586,6 @@ def test_a_script_that_stops_by_itself_ends_the_sweep(sweep) -> None:
     with pytest.raises(Stopped, match="Stopped after 0 of 2 trials: the same command resumes") as stopped:
         sweep("--sweep", "lr=0.1,0.2")
     assert stopped.value.exit_code == 143
-    sweep.patch.undo()
 
 
 def test_yaml_says_the_same_as_flags(sweep) -> None:
