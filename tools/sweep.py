@@ -599,7 +599,7 @@ class Screen:
     """What is shown meanwhile: a table that is drawn anew on a terminal, a line for each event elsewhere."""
 
     sweep: Sweep
-    is_live: bool = field(default_factory=sys.stdout.isatty)
+    is_live: bool = field(default_factory=lambda: sys.stdout.isatty())
     drawn: int = 0  # lines on the terminal
     shown: str = ""
     last: float = 0.0
