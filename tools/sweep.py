@@ -215,9 +215,16 @@ def _as_typed(value: object) -> str:
 
 def read_args(words: list[str]) -> Args:
     """The tool's own settings; the command line wins over YAML files."""
-    given = parse_args(Args, argv=words)
-    files = [word for path in given.config for word in from_yaml(Path(path))]
-    args = parse_args(Args, argv=[*files, *words]) if files else given
+    files: list[str] = []  # read here: a setting that is swept is no flag of this tool
+    given: list[str] = []
+    kept = given
+    for word in words:
+        if word.startswith("--"):
+            flag, _, value = word.partition("=")
+            kept = files if flag == "--config" else given
+            word = value if kept is files else word
+        kept += [word] if word else []
+    args = parse_args(Args, argv=[*(word for path in files for word in from_yaml(Path(path))), *given])
     own = [text for text in args.sweep if text.partition("=")[0].lstrip("-") == "seed"]
     if own:  # a seed is no setting to choose: it shows how far results vary
         seeds = own[0].partition("=")[2].split(",")
