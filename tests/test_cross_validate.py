@@ -307,7 +307,7 @@ def test_names_are_the_scripts_own(tool, image_args, image_set: Path) -> None:
 
 def test_flags_of_one_run_are_not_passed_on(tool) -> None:
     words = ["--run-name=x", "--lr", "1", "--resume_from_checkpoint", "--overwrite", "true", "--bf16"]
-    assert tool.module.without(words, {"run_name", "resume", "overwrite"}, {}) == ["--lr", "1", "--bf16"]
+    assert tool.module.without_flags(words, {"run_name", "resume", "overwrite"}, {}) == ["--lr", "1", "--bf16"]
 
 
 def test_words_are_for_the_tool_the_launcher_or_the_script(tool) -> None:

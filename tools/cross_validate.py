@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import tyro
 
-from accelerando.base.config import COMMON_ALIASES, Alias, grouped, parse_args
+from accelerando.base.config import grouped, parse_args, without_flags
 from accelerando.base.errors import Stopped, UserError, errors_in_one_line
 from accelerando.base.files import check_can_be_made, is_unused, whole_folder
 from accelerando.base.processes import command_line
@@ -138,19 +138,6 @@ def load_script(path: Path) -> ModuleType:
         what = f"its Args have no {missing[0]}" if missing else "it has no default_name"
         raise UserError(f"{path}: {what}; what has folds is scripts/image_classify.py, or a copy of it")
     return module
-
-
-def without(words: list[str], names: set[str], aliases: Mapping[str, Alias]) -> list[str]:
-    """A script's flags without those called ``names`` and their values."""
-    table, kept, skipping = {**COMMON_ALIASES, **aliases}, [], False
-    for word in words:
-        if word.startswith("--"):
-            name = word[2:].partition("=")[0].replace("-", "_")
-            target = table.get(name, name)
-            skipping = (target if isinstance(target, str) else target[0]) in names
-        if not skipping:
-            kept.append(word)
-    return kept
 
 
 # ------------------------------------------------------------------------------------------------------------ folds
@@ -529,7 +516,7 @@ def plan(script: Path, flags: list[str], wanted: tuple[int, ...]) -> tuple[list[
         raise UserError(f"--folds {unknown[0]}: there are folds {', '.join(map(str, images))}")
     names, shared, named = run_names(module, args, list(images))
     chosen = sorted(set(wanted or images))
-    words = without(flags, {"resume", "overwrite"} | ({"run_name"} if named else set()), aliases)
+    words = without_flags(flags, {"resume", "overwrite"} | ({"run_name"} if named else set()), aliases)
     folds, commands = [], []
     for number in chosen:
         run_name = names[number] if named else None

@@ -24,7 +24,7 @@ import os
 import re
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -144,6 +144,18 @@ def parse_args(
     # Parsing the command line alone shows which of the two has the error.
     _, alone = _run_parser(cls, argv)
     raise UserError(message if alone == message or not from_yaml else f"{_values_of(argv, '--config')[-1]}: {message}")
+
+
+def without_flags(words: Sequence[str], names: Collection[str], aliases: Mapping[str, Alias]) -> list[str]:
+    """A script's flags without those called ``names``, in any spelling, and without their values."""
+    table, kept, skipping = {**COMMON_ALIASES, **aliases}, [], False
+    for word in words:
+        if word.startswith("--"):
+            name = word[2:].partition("=")[0].replace("-", "_")
+            skipping = _target(table.get(name, name)) in names
+        if not skipping:
+            kept.append(word)
+    return kept
 
 
 def asked_of_launch() -> dict[str, str]:
@@ -307,6 +319,8 @@ def without_effect(args: DataclassInstance, only_with: Mapping[str, Sequence[str
         word, *values = condition.removeprefix("not ").split()
         if word in here:
             there, shown = here[word], word
+        elif not hasattr(args, word):  # a script of the user's own, or ``here`` is not known yet
+            continue
         else:
             value = getattr(args, word)
             given = value if isinstance(value, tuple) else (value,)

@@ -334,6 +334,13 @@ def _png(figure: Figure, tight: bool = True) -> bytes:
     return buffer.getvalue()
 
 
+def write_figure(figure: Figure, path: Path) -> bytes:
+    """The figure as PNG, also written to ``path``."""
+    data = _png(figure)
+    _write(path, data)
+    return data
+
+
 def _write(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
