@@ -98,6 +98,7 @@ class Args:
     dataset_version: str | None = None  # tag or revision of the data, kept with the results: v1.2, say
     # -- model --
     model: Literal["transformer", "iv3_gru"] = "transformer"  # of keypoints, or of Inception features
+    weights: str | None = None  # start from an earlier run's: its best/, or a file; a head for other classes is new
     normalisation: Literal["body", "standard", "none"] | None = None  # transformer: default body; iv3_gru: none
     velocities: bool = False  # transformer: adds the change since the previous frame to the input
     relative_hands: bool = False  # transformer: adds each hand relative to its wrist, scaled by its size
@@ -293,7 +294,7 @@ def training_clips(args: Args, data: Data) -> TrainingClips:
 
 
 def build_model(args: Args, data: Data, accelerator: Accelerator) -> SignModel:
-    from accelerando.models.sign import SignGru, SignGruConfig, SignTransformer, SignTransformerConfig
+    from accelerando.models.sign import SignGru, SignGruConfig, SignTransformer, SignTransformerConfig, load_pretrained
 
     mean = std = None
     if data.normalisation == "standard":
@@ -309,6 +310,8 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> SignModel:
         model = SignTransformer(SignTransformerConfig(**common, **{name: getattr(args, name) for name in shape}))
     else:
         model = SignGru(SignGruConfig(**common, gru_sizes=args.gru_sizes))
+    if args.weights:
+        log.info("%s", load_pretrained(model, args.weights))
     if accelerator.device.type == "cpu" and not args.compile_model:
         speed_up_dropout(model)
     log_trained(model, f"Model {args.model}")

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, launch, results
+from harness import ROOT, launch, results, script_module
 from tasks import TASKS, trained_once
 from test_adapt import changed_script
 from tools import evaluate, export
 
 from accelerando.inference import named
 from accelerando.report.comparison import compare
+from accelerando.report.predictions import ensemble_logits
 
 pytestmark = pytest.mark.launch
 
@@ -353,8 +356,9 @@ def test_two_runs_side_by_side(trained, request, call, tmp_path: Path) -> None:
     code, out, err = call(one, two, "--output_dir", target)
     assert (code, err) == (0, ""), err
     rows = rows_of(target / "predictions.csv")
-    assert list(rows[0]) == ["text", "label", "text: predicted", "text: confidence", "cnn: predicted",
-                             "cnn: confidence"]  # fmt: skip
+    names = [name.removeprefix("p_") for name in rows[0] if name.startswith("p_")]
+    each = [f"{name}: {what}" for name in ("text", "cnn") for what in ("predicted", "confidence")]
+    assert list(rows[0]) == ["text", "label", "predicted", "confidence", *(f"p_{name}" for name in names), *each]
     right = {name: np.array([row[f"{name}: predicted"] == row["label"] for row in rows]) for name in ("text", "cnn")}
     written = json.loads((target / "results.json").read_text())
     (found,) = written["comparisons"]
@@ -369,11 +373,71 @@ def test_two_runs_side_by_side(trained, request, call, tmp_path: Path) -> None:
     assert f"{found['difference']:+.4f}" in line and f"{found['low']:+.4f} to {found['high']:+.4f}" in line
     assert max(map(len, out.splitlines()[3:-1])) <= 80
     page = (target / "report.html").read_text()
-    assert "Compared with text" in page and "Confusion matrix, cnn" in page and "Worst mistakes, text" in page
-    assert {path.name for path in target.glob("confusion*")} == {"confusion_run_1.png", "confusion_run_2.png"}
+    assert "Compared with text" in page and "Confusion matrix, ensemble" in page and "Worst mistakes" in page
+    assert {path.name for path in target.glob("confusion*")} == {"confusion.png"}
     assert json.loads(call(one, two, "--format", "json")[1])["comparisons"] == written["comparisons"]
     assert call(one, "--output_dir", target, "--overwrite")[0] == 0
     assert sorted(path.name for path in target.iterdir()) == sorted(evaluate.OURS)
+
+
+@pytest.mark.parametrize("pair", [("text", "cnn"), ("sign", "gru")])
+def test_an_ensemble_is_the_mean_of_probabilities(pair, trained, request, call, tmp_path: Path) -> None:
+    """Of every head; its loss is the mean of its runs' losses, which with plain cross-entropy is that of the mean."""
+    runs = [trained(request, name) for name in pair]
+    for run, name in zip(runs, pair, strict=True):
+        assert call(run, "--output_dir", tmp_path / name)[0] == 0
+    assert call(*runs, "--output_dir", tmp_path / "both")[0] == 0
+    found = json.loads((tmp_path / "both" / "results.json").read_text())
+    rows = {name: rows_of(tmp_path / name / "predictions.csv") for name in (*pair, "both")}
+    for head, metric in (
+        (("", "accuracy"),) if pair[0] == "text" else (("gloss_", "gloss_accuracy"), ("cat_", "cat_accuracy"))
+    ):
+        names = [name for name in rows["both"][0] if name.startswith(f"p_{head}")]
+        one, two, both = (np.array([[float(row[name]) for name in names] for row in rows[n]]) for n in rows)
+        np.testing.assert_allclose(both, (one + two) / 2, atol=2e-6)
+        labels = np.array([names.index(f"p_{head}{row[head.removesuffix('_') or 'label']}") for row in rows["both"]])
+        assert found["ensemble"][metric] == pytest.approx((both.argmax(axis=1) == labels).mean())
+        if pair[0] == "text":
+            plain = -np.log(both[np.arange(len(labels)), labels]).mean()
+            assert found["ensemble"]["loss"] == pytest.approx(plain, rel=1e-4)
+    assert found["ensemble"]["count"] == len(rows["both"]) and np.isfinite(found["ensemble"]["loss"])
+    table = call(*runs)[1]
+    assert re.search(r"run 1 +run 2 +ensemble", table)
+
+
+def test_an_ensemble_of_classes_in_another_order_or_of_other_classes(capsys, tmp_path: Path) -> None:
+    """By name; models of other classes have none, and a copy's loss may not be known."""
+    module = script_module(ROOT / "scripts" / "text_classify.py")
+    settings = module.Args(label_smoothing=0.1)
+    rng = np.random.default_rng(0)
+    logits, order = rng.normal(size=(2, 7, 3)).astype(np.float32), np.array([2, 0, 1])
+    labels = rng.integers(0, 3, 7)
+
+    def part(name: str, names: list[str], logits: np.ndarray, labels: np.ndarray) -> evaluate.Part:
+        data = SimpleNamespace(label_names=names, problem_type="single_label", class_counts=None)
+        found = {"labels": labels, "logits": logits, "losses": np.zeros(7, np.float32)}
+        return evaluate.Part(named.Named(name, tmp_path, "text", {}, None, {}), module, settings, data, "test", found)
+
+    first = part("first", ["a", "b", "c"], logits[0], labels)
+    second = part("second", ["c", "a", "b"], logits[1][:, order], np.argsort(order)[labels])
+    mean = evaluate.ensemble_of([first, second], is_copy=False)
+    right = torch.from_numpy(logits).softmax(-1).mean(0)
+    assert np.allclose(torch.from_numpy(mean.found["logits"]).softmax(-1), right, atol=1e-6)
+    loss = torch.nn.functional.cross_entropy(right.log(), torch.from_numpy(labels), label_smoothing=0.1)
+    assert mean.found["losses"].mean() == pytest.approx(loss.item(), rel=1e-5)
+    assert np.isnan(evaluate.ensemble_of([first, second], is_copy=True).found["losses"]).all()
+    other = part("other", ["a", "b", "d"], logits[1], labels)
+    assert evaluate.ensemble_of([first, other], is_copy=False) is None
+    assert capsys.readouterr().err == "note: no ensemble: other and first have different classes\n"
+
+
+def test_ensembles_of_several_labels_and_of_numbers() -> None:
+    logits = np.array([[[2.0, -1.0]], [[0.0, -3.0]]], np.float32)
+    mean = (1 / (1 + np.exp(-logits.astype(np.float64)))).mean(axis=0)
+    assert np.allclose(1 / (1 + np.exp(-ensemble_logits(logits, "multi_label").astype(np.float64))), mean, atol=1e-7)
+    assert ensemble_logits(logits, "regression").tolist() == [[1.0, -2.0]]
+    far = ensemble_logits(np.array([[[900.0, -900.0]]] * 2, np.float32), "multi_label")
+    assert np.isfinite(far).all() and far[0, 0] > 30 and far[0, 1] < -30
 
 
 def test_models_of_other_samples_or_tasks_are_not_compared(trained, request, call) -> None:

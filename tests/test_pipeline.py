@@ -19,6 +19,7 @@ import pytest
 from harness import CLIP, ENVIRONMENT, HAR, IMAGE, ROOT, SIGN, TEXT, begin, kill, start, wait_until, weights
 from hub_server import Hub, serve_hub
 from made_data import make_rows, write_json
+from PIL import Image
 
 from accelerando import launch, pipeline
 from accelerando.base.errors import Stopped, UserError
@@ -241,6 +242,53 @@ def test_folders_and_outputs_of_stages_are_versions_too(repository: Path, tmp_pa
     one = versions.version_at(repository, "HEAD", ["images/c1"])  # a part of a folder
     place = versions.fetch(one, tmp_path / "other")
     assert [path.name for path in sorted((place / "images").rglob("*.txt"))] == ["1.txt", "3.txt"]
+
+
+def test_dvc_files_in_folders_below_are_found_recorded_and_fetched(
+    pipe: Pipe, repository: Path, tmp_path: Path
+) -> None:
+    """A file's and two folders' .dvc files, at three depths of the folder that is named."""
+    from dvc.repo import Repo
+
+    from accelerando.data.folders import class_folders
+
+    (repository / "data" / "sub").mkdir()
+    write_json(repository / "data" / "sub" / "train.json", make_rows(40, 3))
+    for number in range(4):
+        place = repository / "data" / "sub" / "images" / f"c{number % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (number, 0, 0)).save(place / f"{number}.png")
+    with Repo() as repo:
+        repo.add(["data/sub/train.json", "data/sub/images/c0", "data/sub/images/c1"])
+        repo.push()
+    git(repository, "add", "-A")
+    git(repository, "commit", "-q", "-m", "below")
+    git(repository, "tag", "v3")
+    below = {"data/sub/train.json", "data/sub/images/c0", "data/sub/images/c1"}
+    version = versions.version_at(repository, "v3", ["data"])
+    assert {one.path: one.file for one in version.tracked if one.path in below} == {
+        path: f"{path}.dvc" for path in below
+    }
+    assert {one["path"] for one in version.record()["tracked"]} > below
+    assert sources.in_place([Path("data")]).digest == version.key
+    shutil.rmtree(repository / ".dvc" / "cache")  # from the remote
+    place = versions.fetch(version, tmp_path / "elsewhere")
+    assert (place / "data/sub/train.json").read_bytes() == (repository / "data/sub/train.json").read_bytes()
+    assert {path.name for path in class_folders(place / "data/sub/images")} == {"c0", "c1"}
+    assert [path.name for path in sorted((place / "data/sub/images").rglob("*.png"))] == [
+        f"{n}.png" for n in (0, 2, 1, 3)
+    ]
+    part = versions.version_at(repository, "v3", ["data/sub/images"])
+    assert {one.path for one in part.tracked} == {"data/sub/images/c0", "data/sub/images/c1"}
+    found = pipeline.make_job(
+        Args(config_file=CPU, dataset_version="v3",
+             words=(str(TEXT), "--config", "config.yaml", "--train_file", "data/sub/train.json"))
+    ).data  # fmt: skip
+    assert "data/sub/train.json" in {one.path for one in found.version.tracked}
+    assert found.places["train_file"].endswith("data/sub/train.json")
+    (repository / "data/sub/train.json").write_text("[]")
+    refused(r"data/sub/train.json: is not the data that data/sub/train.json.dvc names",
+            lambda: pipe("--train_file", "data/sub/train.json", dry_run=True))  # fmt: skip
 
 
 def refused(message: str, call: Callable[[], object]) -> None:
@@ -580,7 +628,8 @@ def test_earlier_weights_have_a_flag_of_each_task(
     refused("starts from random weights", lambda: flags(TEXT, [*rows, "--architecture", "cnn"], run))
     refused("says from_scratch", lambda: flags(TEXT, [*rows, "--from_scratch"], run))
     refused("is a file; clip_har.py takes the folder", lambda: flags(HAR, ["--data_dir", "d"], tmp_path / "net.pth"))
-    refused("sign_train.py has no flag for earlier weights", lambda: flags(SIGN, ["--smoke_test"], run))
+    assert flags(SIGN, ["--smoke_test"], run) == ["--weights", str(run / "best")]
+    assert flags(SIGN, ["--smoke_test"], tmp_path / "net.pth") == ["--weights", str(tmp_path / "net.pth")]
     refused("no such file or folder", lambda: flags(TEXT, rows, tmp_path / "none"))
 
 

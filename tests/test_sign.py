@@ -13,6 +13,7 @@ import torch
 import yaml
 from harness import SIGN, history, launch, weights
 from made_data import make_clip
+from safetensors.torch import load_file, save_file
 
 from accelerando.base.errors import UserError
 
@@ -247,6 +248,53 @@ def test_nothing_held_out(sign_here, sign_set: Path) -> None:
             sign_here(*more, base=base, name="wrong")
     run = sign_here("--report_on_train", base=base, name="train")
     assert results(run)["train"]["count"] == 75
+
+
+def test_weights_of_an_earlier_run_are_the_start(sign_here, tmp_path: Path) -> None:
+    """All of them, or all but a head whose classes are others; training goes on from there."""
+    first = sign_here("--epochs", "1", name="first")
+    start = load_file(first / "best" / "model.safetensors")
+    still = ("--lr", "1e-30", "--max_steps", "1")
+    folder = sign_here("--weights", first / "best", *still, name="folder")
+    assert results(folder)["validation"] == pytest.approx(results(first)["validation"], abs=1e-6)
+    file = sign_here("--weights", first / "best" / "model.safetensors", *still, name="file")
+    (tmp_path / "wrapped").mkdir()
+    wrapped = {"state_dict": {f"model.{name}": tensor for name, tensor in start.items()}}
+    torch.save(wrapped, tmp_path / "wrapped" / "other.ckpt")
+    lightning = sign_here("--weights", tmp_path / "wrapped" / "other.ckpt", *still, "--learned_weights", name="wrapped")
+    for run in (folder, file, lightning):
+        found = load_file(run / "last" / "model.safetensors")
+        assert set(found) - set(start) == ({"log_variances"} if run is lightning else set())
+        assert all(torch.allclose(found[name], start[name], atol=1e-20) for name in start), run
+    assert "whose names begin with model." in (lightning / "logs" / "train.log").read_text()
+    other = sign_here("--weights", first / "best", *still, "--num-gloss", "9", name="other")
+    assert "all except gloss_head, whose classes are others" in (other / "logs" / "train.log").read_text()
+    found = load_file(other / "last" / "model.safetensors")
+    kept = {name for name in start if not name.startswith("gloss_head.")}
+    assert all(torch.allclose(found[name], start[name], atol=1e-20) for name in kept)
+    assert not torch.allclose(found["gloss_head.0.weight"], start["gloss_head.0.weight"], atol=1e-3)
+
+
+def test_weights_of_another_model_are_refused(sign_here, tmp_path: Path) -> None:
+    best = sign_here("--max_steps", "1", name="first") / "best"
+    state = load_file(best / "model.safetensors")
+    save_file({name: tensor for name, tensor in state.items() if name != "project.weight"}, tmp_path / "a.safetensors")
+    torch.save({"epoch": 3}, tmp_path / "b.pth")
+    for flags, words in (
+        (("--weights", tmp_path / "nowhere"), "--weights .*nowhere: no such file or folder"),
+        (("--weights", tmp_path), "no weights in it"),
+        (("--weights", tmp_path / "a.safetensors"), "project.weight is missing"),
+        (("--weights", tmp_path / "b.pth"), "no state dict in it"),
+        (("--weights", best, *GRU), "a sign_transformer, not a sign_gru"),
+        (("--weights", best, "--num_attention_heads", "2"), "num_attention_heads 4, but this run has 2"),
+        (("--weights", best, "--velocities"), "velocities False, but this run has True"),
+        (("--weights", best, "--normalisation", "none"), "normalisation body, but this run has none"),
+        (("--weights", best, "--hidden_size", "16", "--num_attention_heads", "4"), "has the shape"),
+        (("--weights", best, "--num_layers", "1"), "is not in this model"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            sign_here(*flags, name="wrong")
+        assert str(error.value).startswith("--weights ") and "\n" not in str(error.value)
 
 
 def test_resume_by_folder_prolongs(sign_here) -> None:

@@ -28,10 +28,11 @@ script, so by those of a copy, too, if --script names it.
 
 Of several runs the first one is compared with each of the others on the same
 samples: the difference, an interval for it (paired bootstrap, 95 %), and on
-how many samples only the one or the other is right. Of images and videos their
-ensemble is scored too, which is the mean of their probabilities. Their loss is
-that of the run's training (label smoothing, class weights); with --data it is
-the plain cross-entropy, and an ensemble's is the mean over its runs.
+how many samples only the one or the other is right. Their ensemble is scored
+too, which is the mean of their probabilities (of numbers, the mean of these; a
+CLIP has none). The loss is that of the run's training (label smoothing, class
+weights), of images and videos with --data the plain cross-entropy; an
+ensemble's is the mean over its runs.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     import numpy as np
+    import torch
     from accelerate import Accelerator
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
@@ -139,6 +141,7 @@ class Part:
     data: Any
     split: str
     found: dict[str, np.ndarray]
+    log_variances: torch.Tensor | None = None  # sign_train: learned weights of its losses
 
     @property
     def dataset(self) -> Any:
@@ -198,7 +201,8 @@ def settings_for(module: ModuleType, model: Named, names: dict[str, list[str]], 
         if model.run is None or model.exported:
             settings = changed(settings, max_length=tokens_at_most(model))
     elif model.task == "sign":
-        settings = changed(settings, num_gloss=len(names["gloss"]), num_cat=len(names["cat"]), names_csv=None)
+        counts = {"num_gloss": len(names["gloss"]), "num_cat": len(names["cat"])}
+        settings = changed(settings, **counts, names_csv=None, weights=None)
         if model.exported:
             settings = changed(settings, normalisation="none")  # the graph does it
     elif model.task == "clip":
@@ -420,7 +424,7 @@ def score_with_script(model: Named, args: Args, own: ModuleType | None) -> Part:
     for name, values in found.items():
         if (name.endswith("logits") or name in ("image", "text")) and np.isnan(values).any():
             raise UserError(f"{model.name}: the model returns NaN: its weights are corrupted")
-    return Part(model, module, settings, data, split, found)
+    return Part(model, module, settings, data, split, found, getattr(net, "log_variances", None))
 
 
 def scores_of(part: Part) -> Scores:
@@ -433,6 +437,8 @@ def scores_of(part: Part) -> Scores:
 
     module, data, found = part.module, part.data, part.found
     metrics = as_floats(module.score(found, data, part.split, part.settings))
+    if "losses" in found and np.isnan(found["losses"]).all():  # of an ensemble of a copy's models
+        metrics.pop("loss", None)
     written = dict(Run(part.model.folder, None, part.settings, TrainState(), module.METRICS).written(metrics))
     heads = heads_of(part)
     right = {head.called("accuracy"): head.logits.argmax(axis=1) == head.labels for head in heads}
@@ -449,6 +455,67 @@ def scores_of(part: Part) -> Scores:
     # A copy may measure something else under the same name.
     right = {name: which for name, which in right.items() if abs(metrics.get(name, -1) - which.mean()) < 1e-6}
     return Scores(part.model.name, metrics, count, heads, right, written, columns)
+
+
+def ensemble_of(parts: list[Part], is_copy: bool) -> Part | None:
+    """The mean of the models' probabilities, with the classes in the order of the first one; None: they have none
+    (CLIP), or other classes. ``is_copy``: of a script, whose loss may need more than logits and is left out."""
+    import numpy as np
+
+    from accelerando.report.predictions import ensemble_logits
+
+    first, names = parts[0], classes_of(parts[0])
+    if not names:
+        return None
+    for part in parts[1:]:
+        if {key: {*own} for key, own in classes_of(part).items()} != {key: {*own} for key, own in names.items()}:
+            said = f"note: no ensemble: {part.model.name} and {first.model.name} have different classes"
+            print(one_line(said), file=sys.stderr)
+            return None
+    if more := set(first.found) - {"row", "valid", "losses", *names, *map(labels_of, names)}:
+        print(f"note: no ensemble: the script finds more than logits ({min(more)})", file=sys.stderr)
+        return None
+    problem_type = getattr(first.data, "problem_type", "single_label")
+    found, losses = dict(first.found), np.full(len(first.found["losses"]), np.nan)
+    columns = [{key: [own[key].index(name) for name in names[key]] for key in names} for own in map(classes_of, parts)]
+    for key in names:
+        logits = [part.found[key][:, own[key]] for part, own in zip(parts, columns, strict=True)]
+        found[key] = ensemble_logits(logits, problem_type)
+    if not is_copy:
+        in_own_order = [{key: found[key][:, np.argsort(own[key])] for key in names} for own in columns]
+        losses = np.mean([losses_of(part, own) for part, own in zip(parts, in_own_order, strict=True)], axis=0)
+    # Thresholds were chosen for one model's probabilities.
+    data = replace(first.data, thresholds=None) if hasattr(first.data, "thresholds") else first.data
+    return replace(first, model=replace(first.model, name="ensemble"), data=data, found=found | {"losses": losses})
+
+
+def classes_of(part: Part) -> dict[str, list[str]]:
+    """The classes, labels or numbers of each array of logits that the script found."""
+    named = getattr(part.data, "names", None)
+    heads = {f"{head}_logits": names for head, names in named.items()} if isinstance(named, dict) else {}
+    heads = heads or {"logits": list(getattr(part.data, "label_names", ()))}
+    return {key: names for key, names in heads.items() if key in part.found}
+
+
+def labels_of(logits: str) -> str:
+    """The name of the labels that belong to logits: gloss_logits -> gloss, logits -> labels."""
+    return logits.removesuffix("_logits") if logits != "logits" else "labels"
+
+
+def losses_of(part: Part, logits: dict[str, np.ndarray]) -> np.ndarray:
+    """The script's loss of each sample, float32 [n], for other ``logits`` than those of its model."""
+    from types import SimpleNamespace
+
+    import torch
+
+    class Given(torch.nn.Module):
+        def forward(self, **_: torch.Tensor) -> SimpleNamespace:
+            given = {key: torch.from_numpy(values) for key, values in logits.items()}
+            return SimpleNamespace(**given, log_variances=part.log_variances)
+
+    batch = {name: torch.from_numpy(part.found[name]) for name in map(labels_of, logits)}
+    with torch.no_grad():
+        return part.module.compute_loss(Given().eval(), batch, part.data, part.settings)[0].numpy()
 
 
 def heads_of(part: Part) -> list[Head]:
@@ -591,11 +658,14 @@ def evaluate_with_scripts(models: list[Named], args: Args, own: ModuleType | Non
             warn_of_other_count(part, found.count)
     source, split = source_of(first), "data" if args.data else first.split
     columns = sample_columns(first) if args.output_dir else {}
+    mean = ensemble_of(parts, bool(args.script)) if len(parts) > 1 else None
+    together = scores_of(mean) if mean else None
     evaluation = Evaluation(
-        source, split, first.nouns, scores, columns, left_out=len(first.dataset) - scores[0].count
+        source, split, first.nouns, scores, columns, together, left_out=len(first.dataset) - scores[0].count
     )  # fmt: skip
     if args.output_dir:
-        evaluation.blocks = [block for part in parts if is_of_targets(part) for block in target_blocks(part)]
+        shown = [mean] if mean else parts
+        evaluation.blocks = [block for part in shown if is_of_targets(part) for block in target_blocks(part)]
     if first.model.task == "clip" and args.output_dir:
         titles = evaluation.titles
         found = {title: retrieval_examples(part.found, part.data.galleries[part.split])

@@ -36,7 +36,7 @@ from accelerando.base.log import quiet_libraries
 from accelerando.base.model_folder import read_json
 from accelerando.inference.named import kind_of
 from accelerando.inference.outputs import aligned_rows, printable
-from accelerando.inference.packages import PRECISIONS, Formats, Precisions, check_precisions
+from accelerando.inference.packages import PRECISIONS, Formats, Precisions, check_available, check_precisions
 from accelerando.inference.runs import model_folder, read_results, read_settings, run_of
 from accelerando.inference.scripts import SCRIPT_OF, import_script, settings_of_run
 from accelerando.train.trackers import KEEP_FILES
@@ -179,7 +179,7 @@ def text(folder: Path, found: RunData | None, args: Args, module: ModuleType | N
     names = ("input_ids", "attention_mask", *(["token_type_ids"] if "token_type_ids" in rows[0] else []))
     batches = [{name: collate(part)[name] for name in names} for part in batched(rows, 8)]
     axes = {name: {0: "batch", 1: "length"} for name in names}
-    graph = Graph("model", Logits(model), twice(batches[0]), axes, ("logits",))
+    graph = Graph("model", Logits(model), twice(batches[0]), axes, ("logits",), most={"length": longest})
     compare_with(graph, batches, batches, lambda batch: model(**batch).logits)
     labels = labels_of(model.config)
     thresholds = label_thresholds(read_json(folder / "config.json"), labels)
@@ -311,7 +311,7 @@ def har(folder: Path, found: RunData | None, args: Args, module: ModuleType | No
     batches = [{"pixels": clip[None].contiguous()} for clip in clips]
     example = {"pixels": stacked([stacked(made_images(2, transform.size))] * 2)}
     axes = {"pixels": {0: "batch", 1: "frames"}}
-    graph = Graph("model", FrameLogits(model, *colours), example, axes, ("logits",))
+    graph = Graph("model", FrameLogits(model, *colours), example, axes, ("logits",), most={"frames": 32})
 
     def logits(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         frames = batch["pixels"][0]
@@ -357,7 +357,7 @@ def clip(folder: Path, found: RunData | None, args: Args, module: ModuleType | N
     lengths = {0: "batch"} if preprocessing.full_length else {0: "batch", 1: "length"}
     text_graph = Graph(
         "text", TextEmbedding(model), twice(texts[0]), dict.fromkeys(names, lengths), ("embedding",),
-        classifies=False,
+        classifies=False, most={"length": preprocessing.max_length},
     )  # fmt: skip
 
     def unit(output: Any) -> torch.Tensor:
@@ -489,10 +489,8 @@ class Written:
 def write_all(exported: Exportable, folder: Path, args: Args) -> list[Written]:
     """Writes each graph in each format and precision, and compares it."""
     from accelerando.inference.exported import parity
-    from accelerando.inference.formats import MADE_OF_ONNX, check_available, runner, write
+    from accelerando.inference.formats import MADE_OF_ONNX, runner, write
 
-    for kind in args.export_format:
-        check_available(kind)
     written: list[Written] = []
     for graph in exported.graphs:
         for kind in args.export_format:
@@ -501,7 +499,7 @@ def write_all(exported: Exportable, folder: Path, args: Args) -> list[Written]:
                     continue
                 show(f"writing {graph.file_name(kind, precision)}")
                 source = folder / graph.file_name("onnx", "float32")
-                if MADE_OF_ONNX[kind] and not source.exists() and (kind, precision) != ("onnx", "float32"):
+                if kind in MADE_OF_ONNX and not source.exists() and (kind, precision) != ("onnx", "float32"):
                     write(graph, "onnx", "float32", folder, args.opset)
                 path, left = write(graph, kind, precision, folder, args.opset, args.agreement)
                 run = runner(path, kind, args.num_threads)
@@ -659,6 +657,7 @@ def check(args: Args) -> None:
         raise UserError("--batch_sizes: use numbers of at least 1")
     for kind in args.export_format:
         check_precisions(kind, args.precision)
+        check_available(kind)
 
 
 def records_of(run: Path | None) -> dict[str, str]:

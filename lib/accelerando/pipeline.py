@@ -51,7 +51,7 @@ from accelerando.data.sources import Sources, digest_of, digest_of_path, resolve
 from accelerando.inference import runs
 from accelerando.inference.hub import check_push
 from accelerando.inference.outputs import aligned_rows
-from accelerando.inference.packages import Formats, Precisions, check_installed, check_precisions
+from accelerando.inference.packages import Formats, Precisions, check_available, check_precisions
 from accelerando.inference.scripts import SCRIPT_OF, import_script
 from accelerando.launch import (
     Signals,
@@ -92,7 +92,7 @@ class Args:
     words: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar=WORDS)] = ()  # see above
     config_path: str | None = None  # YAML file of the training script
     task: Literal["clip", "har", "image", "sign", "text"] | None = None  # whose script (default: the one that takes it)
-    checkpoint_path: str | None = None  # start from these weights: a run, a model folder; images: a file too
+    checkpoint_path: str | None = None  # start from these weights: a run, a model folder; images and signs: a file too
     # -- data --
     dataset_version: str | None = None  # git revision of data under DVC: v1.2, say (default: as it lies)
     data_repo: str | None = None  # its git repository (default: the one that holds the data)
@@ -271,13 +271,15 @@ def checkpoint_flags(path: str, settings: Any, script: Path) -> list[str]:
             raise UserError(
                 f"--checkpoint_path {path}: is a file; {script.name} takes the folder of a run or of a model"
             )
-        return ["--weights", path, *(["--model_name", "None"] if settings.model_name else [])]
-    if "model_name" not in known:
+        return ["--weights", path, *(["--model_name", "None"] if getattr(settings, "model_name", None) else [])]
+    if not known & {"model_name", "weights"}:
         raise UserError(f"--checkpoint_path {path}: {script.name} has no flag for earlier weights")
     if place.is_dir():
         path = str(runs.model_folder(place, adapters=True))
     elif "/" not in path or path.startswith((".", "/")) or path.count("/") > 1:  # no name on the Hub either
         raise UserError(f"--checkpoint_path {path}: no such file or folder")
+    if "model_name" not in known:
+        return ["--weights", path]
     return ["--model_name", path, *(["--weights", "None"] if getattr(settings, "weights", None) else [])]
 
 
@@ -632,14 +634,14 @@ def check_before(args: Args, plan: list[tuple[Step, bool, str]]) -> None:
     """What would fail after hours of training.
 
     Raises:
-        UserError: a package of an export format is missing; not logged in to the Hub.
+        UserError: a package of an export format is missing, or its GPU; not logged in to the Hub.
     """
     names = {step.name for step, runs_now, _ in plan if runs_now}
     if "push" in names:
         check_push(args.push_to_hub, args.hub_repo_id)
     if "export" in names:
         for kind in args.export_format:
-            check_installed(kind)
+            check_available(kind)
 
 
 @contextlib.contextmanager

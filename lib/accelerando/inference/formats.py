@@ -1,4 +1,4 @@
-"""Writes models for deployment and runs what was written: ONNX, TorchScript, torch.export, OpenVINO, TensorRT.
+"""Writes models for deployment and runs them: ONNX, TorchScript, torch.export, OpenVINO, ExecuTorch, TensorRT.
 
 A :class:`Graph` is a torch module with tensors as inputs and outputs. Each function here writes it to one file or
 returns a function that computes a written file's outputs with numpy, so that all formats are compared in the same way.
@@ -20,13 +20,15 @@ import torch
 
 from accelerando.base.errors import UserError, first_line
 from accelerando.inference.exported import Equals, Runner, onnx_runner, torch_runner
-from accelerando.inference.packages import check_installed
 from accelerando.inference.quantisation import quantise
 
-SUFFIXES = {"onnx": ".onnx", "torchscript": ".torchscript.pt", "pt2": ".pt2", "openvino": ".xml", "tensorrt": ".plan"}
-MADE_OF_ONNX = {"onnx": True, "openvino": True, "tensorrt": True, "torchscript": False, "pt2": False}
+SUFFIXES = {
+    "onnx": ".onnx", "torchscript": ".torchscript.pt", "pt2": ".pt2", "openvino": ".xml", "executorch": ".pte",
+    "tensorrt": ".plan",
+}  # fmt: skip
+MADE_OF_ONNX = ("onnx", "openvino", "tensorrt")
 LARGEST_FILE = 1_900_000_000  # bytes of weights in one ONNX file, whose limit is 2 GiB; more stand in a file beside it
-LARGEST_BATCH = 32  # that a TensorRT engine takes
+MOST = {"batch": 32, "frames": 256, "length": 512}  # that ExecuTorch and TensorRT plan their memory for
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Graph:
     ``variants``: format -> module, where a format needs another form of the same computation. ``samples``: batches of
     inputs; ``expected``: the outputs that the model itself gives for them. ``classifies``: each output is a score for
     each class; otherwise an embedding of unit length. ``equals``: when predictions are equal, if not by the best class.
+    ``most``: what varies -> its largest size, where that is not ``MOST``'s; formats that need no limit have none.
     """
 
     name: str
@@ -49,6 +52,11 @@ class Graph:
     classifies: bool = True
     equals: Equals | None = None
     variants: dict[str, torch.nn.Module] = field(default_factory=dict)
+    most: dict[str, int] = field(default_factory=dict)
+
+    def limits(self, name: str) -> dict[int, int]:
+        """Axis of the input ``name`` -> its largest size."""
+        return {axis: self.most.get(what, MOST[what]) for axis, what in self.axes.get(name, {}).items()}
 
     def file_name(self, kind: str, precision: str) -> str:
         """model.onnx, model_int8.onnx, image.torchscript.pt, ..."""
@@ -58,13 +66,6 @@ class Graph:
         """Bytes of the weights in float32."""
         tensors = (*self.module.parameters(), *self.module.buffers())
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def check_available(kind: str) -> None:
-    """UserError if a package that a format needs is missing, or its device."""
-    check_installed(kind)
-    if kind == "tensorrt" and not torch.cuda.is_available():
-        raise UserError("--export_format tensorrt builds for the GPU that it runs on; there is none here")
 
 
 # ----------------------------------------------------------------------------------------------------------- writing
@@ -89,6 +90,8 @@ def write(
                 _write_torch(graph, kind, precision, path)
             elif kind == "openvino":
                 _write_openvino(graph, precision, path)
+            elif kind == "executorch":
+                _write_executorch(graph, path)
             else:
                 _write_tensorrt(graph, precision, path)
     except UserError:
@@ -114,8 +117,12 @@ def _quietly() -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
-def _exported(graph: Graph, kind: str) -> torch.export.ExportedProgram:
-    dynamic = [dict.fromkeys(graph.axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in graph.inputs]
+def _exported(graph: Graph, kind: str, limited: bool = False) -> torch.export.ExportedProgram:
+    varying = torch.export.Dim.DYNAMIC
+    dynamic = [
+        {axis: varying(max=most) if limited else varying for axis, most in graph.limits(name).items()}
+        for name in graph.inputs
+    ]
     module = graph.variants.get(kind, graph.module).eval()
     shapes = (tuple(dynamic),) if isinstance(module, InPrecision) else tuple(dynamic)  # whose inputs are one argument
     with torch.no_grad():
@@ -186,6 +193,25 @@ def _write_openvino(graph: Graph, precision: str, path: Path) -> None:
     openvino.save_model(model, path, compress_to_fp16=precision == "float16")
 
 
+def _write_executorch(graph: Graph, path: Path) -> None:
+    """For CPUs: XNNPACK computes what it can, ExecuTorch's own kernels the rest."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.extension.pybindings.portable_lib import _get_operator_names
+
+    lowered = to_edge_transform_and_lower(_exported(graph, "pt2", limited=True), partitioner=[XnnpackPartitioner()])
+    config = ExecutorchBackendConfig(memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False))
+    program = lowered.to_executorch(config)
+    schemas = [
+        node.target._schema for node in program.exported_program().graph.nodes if hasattr(node.target, "_schema")
+    ]
+    lacking = {f"{one.name}.{one.overload_name}".rstrip(".") for one in schemas} - {*_get_operator_names()}
+    if lacking := sorted(name for name in lacking if name.startswith("aten::")):
+        raise UserError(f"{path.name}: ExecuTorch has no {lacking[0].removeprefix('aten::')}, which the model computes")
+    path.write_bytes(program.buffer)
+
+
 def _write_tensorrt(graph: Graph, precision: str, path: Path) -> None:
     import tensorrt
 
@@ -199,7 +225,7 @@ def _write_tensorrt(graph: Graph, precision: str, path: Path) -> None:
     if precision == "float16":
         config.set_flag(tensorrt.BuilderFlag.FP16)
     for name, example in graph.inputs.items():
-        longest = {axis: LARGEST_BATCH if axis == 0 else 4 * example.shape[axis] for axis in graph.axes.get(name, {})}
+        longest = graph.limits(name)
         least = [1 if axis in longest else size for axis, size in enumerate(example.shape)]
         most = [longest.get(axis, size) for axis, size in enumerate(example.shape)]
         profile.set_shape(name, least, list(example.shape), most)
@@ -235,6 +261,8 @@ def runner(path: Path, kind: str, threads: int = 0) -> Runner:
         return torch_runner(module)
     if kind == "openvino":
         return _openvino_runner(path, threads)
+    if kind == "executorch":
+        return _executorch_runner(path)
     return _tensorrt_runner(path)
 
 
@@ -247,6 +275,18 @@ def _openvino_runner(path: Path, threads: int) -> Runner:
 
     def run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         return list(model({name: np.ascontiguousarray(each) for name, each in inputs.items()}).values())
+
+    return run
+
+
+def _executorch_runner(path: Path) -> Runner:
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+
+    def run(inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        found = method.execute([torch.from_numpy(np.ascontiguousarray(each)) for each in inputs.values()])
+        return [each.clone().numpy() for each in found]  # whose memory the next call writes to
 
     return run
 

@@ -210,7 +210,8 @@ def normalised_by_body(
 
 def _median(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     """The median of each row's ``counted`` values [B, T], 0 for a row without one: [B]."""
-    ordered = torch.where(counted, values, torch.finfo(values.dtype).max).sort(dim=1).values
+    far = torch.where(counted, values, torch.finfo(values.dtype).max)
+    ordered = far.topk(values.shape[1], dim=1, largest=False).values  # sorted; ExecuTorch has no sort
     count = counted.sum(1)
     places = torch.stack([(count - 1).clamp(min=0) // 2, count // 2], dim=1)
     pair = ordered.gather(1, places.clamp(max=values.shape[1] - 1))

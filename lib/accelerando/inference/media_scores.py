@@ -403,13 +403,11 @@ def ensemble(runs: list[Classifier], samples: list[Samples], scores: list[Score]
     """The mean of the runs' probabilities, as logits, for the classes in the order of the first run."""
     import numpy as np
 
-    from accelerando.report.predictions import probabilities
+    from accelerando.report.predictions import ensemble_logits
 
     first = scores[0]
     order = [[run.label_names.index(name) for name in runs[0].label_names] for run in runs]
-    together = [probabilities(found.logits)[:, columns] for found, columns in zip(scores, order, strict=True)]
-    # Zero probability would be an infinite loss.
-    logits = np.log(np.maximum(np.mean(together, axis=0), np.finfo(np.float32).tiny)).astype(np.float32)
+    logits = ensemble_logits([found.logits[:, columns] for found, columns in zip(scores, order, strict=True)])
     losses = [
         losses_of(run, own, logits[:, np.argsort(columns)], found.labels)
         for run, own, found, columns in zip(runs, samples, scores, order, strict=True)

@@ -50,7 +50,7 @@ def quantise(
         draft = Path(folder) / "draft.onnx"
 
         def write(left: Sequence[str], batches: int | None = None) -> Parity:
-            _quantise(prepared, draft, left, samples[:batches], static)
+            _quantise(prepared, draft, left, samples, Path(folder) / "ranges.json" if static else None)
             return parity(onnx_runner(draft), samples[:batches], expected[:batches], classifies, equals)
 
         left: list[str] = []
@@ -116,8 +116,9 @@ def _layers(path: Path) -> list[str]:
 
 
 def _quantise(
-    source: Path, target: Path, left: Sequence[str], samples: Sequence[Mapping[str, np.ndarray]], static: bool
+    source: Path, target: Path, left: Sequence[str], samples: Sequence[Mapping[str, np.ndarray]], ranges: Path | None
 ) -> None:
+    """``ranges``: static; keeps the ranges of activations, which are the same whatever is left in float."""
     from onnxruntime.quantization import (
         CalibrationDataReader,
         CalibrationMethod,
@@ -130,7 +131,7 @@ def _quantise(
     # ONNX Runtime makes a MatMul of a Gemm and calls it so.
     excluded = [*left, *(f"{name}_MatMul" for name in left)]
     options = {"per_channel": True, "reduce_range": not _multiplies_exactly(), "nodes_to_exclude": excluded}
-    if not static:
+    if ranges is None:
         kinds = [kind for kind in LAYERS if kind != "Conv"]  # whose scales ONNX Runtime computes slowly
         quantize_dynamic(source, target, op_types_to_quantize=kinds, weight_type=QuantType.QInt8, **options)
         return
@@ -146,7 +147,7 @@ def _quantise(
     quantize_static(
         source, target, Samples(), quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv", "MatMul", "Gemm"],
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, calibrate_method=CalibrationMethod.MinMax,
-        **options,
+        calibration_cache_path=ranges, **options,
     )  # fmt: skip
 
 

@@ -221,7 +221,7 @@ def write_files(folder: Path, evaluation: Evaluation, results: Mapping[str, Any]
 
 def write_predictions(path: Path, evaluation: Evaluation) -> None:
     """A CSV with a row for each sample: what it is, its class, and each model's answer and how sure it is; of a single
-    model also the probability of each class as ``p_<class>``. It is safe to open in a spreadsheet."""
+    model, or an ensemble, also the probability of each class as ``p_<class>``. Safe to open in a spreadsheet."""
     shown = evaluation.shown
     one = len(shown) == 1
     columns: dict[str, list[object]] = {name: list(values) for name, values in evaluation.samples.items()}
@@ -239,17 +239,23 @@ def write_predictions(path: Path, evaluation: Evaluation) -> None:
 
     for head in first.heads:
         add_texts(head.name or "label", head.labels, head.label_names)
-    for title, scores in shown.items():
-        before = "" if one else f"{title}: "
+
+    def add_answers(before: str, scores: Scores) -> None:
         for head in scores.heads:
             add_texts(before + head.called("predicted"), head.logits.argmax(axis=1), head.label_names)
             add_numbers(before + head.called("confidence"), head.probabilities.max(axis=1))
-        columns |= {before + name: list(values) for name, values in scores.columns.items()}
-        texts |= {before + name for name in scores.columns}
+        columns.update({before + name: list(values) for name, values in scores.columns.items()})
+        texts.update(before + name for name in scores.columns)
+
+    for title, scores in shown.items():
+        add_answers("" if one else f"{title}: ", scores)
     if one:
         for head in first.heads:
             for number, name in enumerate(head.label_names):
                 add_numbers(f"p_{head.called(name)}", head.probabilities[:, number])
+    if evaluation.ensemble:
+        for title, scores in zip(evaluation.titles, evaluation.models, strict=True):
+            add_answers(f"{title}: ", scores)
     safe = [[formula_safe(str(cell)) for cell in cells] if name in texts else cells for name, cells in columns.items()]
     with open_whole(path) as file:
         writer = csv.writer(file, lineterminator="\n")

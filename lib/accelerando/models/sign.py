@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,8 +18,14 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.modeling_outputs import ModelOutput
 
 from accelerando.base.errors import UserError
+from accelerando.base.model_folder import read_json
 from accelerando.data.keypoints import LEFT_HAND, NUM_POINTS, RIGHT_HAND, WIDTH
+from accelerando.models.checkpoints import read_state, without_prefixes
 
+HEADS = {"gloss_head": "gloss_names", "cat_head": "cat_names"}  # and where the config names their classes
+# What does not change the shape of a tensor, but what the model computes.
+COMPUTED = ("input_key", "normalisation", "num_attention_heads", "pooling", "final_norm", "velocities",
+            "relative_hands", "use_mask")  # fmt: skip
 CHANGE_SCALE = 5.0  # of velocities: neighbouring frames differ little, and small inputs slow down learning
 
 
@@ -313,6 +320,92 @@ class SignGru(SignModel):
             gru._flat_weights = [getattr(gru, name) for name in gru._flat_weights_names]
             packed, last = gru(packed)
         return self.heads(self.dropout(last[0]))
+
+
+def load_pretrained(model: SignModel, weights: str) -> str:
+    """Loads ``weights`` of an earlier run into ``model``, except heads for other classes; a line says what was loaded.
+
+    ``weights`` is a run's best/ or last/, or a file (:func:`checkpoints.read_state`); known prefixes of its names are
+    taken off. A head is another one if its shape differs, or the names of its classes in the config.json beside it.
+    The log variances of a loss with learned weights may be missing.
+
+    Raises:
+        UserError: they cannot be read, or belong to another model or input.
+    """
+    place = Path(weights)
+    if not place.exists():
+        raise UserError(f"--weights {weights}: no such file or folder; it takes best/ of a run, or a file of weights")
+    try:
+        config = _config_beside(place)
+        state = read_state(place)
+    except UserError as error:
+        raise UserError(f"--weights {error}") from None
+    _check_same_kind(model, config, weights)
+    prefix, state, new, unfit = min(
+        ((prefix, *_without_other_heads(model, found, config)) for prefix, found in without_prefixes(state)),
+        key=lambda candidate: len(candidate[3]),
+    )
+    own = model.state_dict()
+    if unfit:
+        fitted = sum(name in own and own[name].shape == tensor.shape for name, tensor in state.items())
+        name = next(iter(unfit))
+        raise UserError(
+            f"--weights {weights}: not the weights of this {model.config.model_type}: {fitted} of its {len(own)} "
+            f"tensors fit; {name} {unfit[name]}"
+        )
+    model.load_state_dict(state, strict=False)
+    return (
+        f"Loaded {len(state)} tensors from {weights}"
+        + (f", whose names begin with {prefix}" if prefix else "")
+        + (f", all except {' and '.join(new)}, whose classes are others" if new else "")
+    )
+
+
+def _config_beside(place: Path) -> dict:
+    """The config.json of a sign model beside its weights; empty: there is none."""
+    path = (place if place.is_dir() else place.parent) / "config.json"
+    config = read_json(path) if path.is_file() else {}
+    return config if place.is_dir() or str(config.get("model_type")).startswith("sign_") else {}
+
+
+def _check_same_kind(model: SignModel, config: dict, weights: str) -> None:
+    """UserError where the config beside the weights names another model, or a setting that no shape shows."""
+    if config and config.get("model_type") != model.config.model_type:
+        raise UserError(f"--weights {weights}: a {config.get('model_type')}, not a {model.config.model_type}")
+    usual = type(model.config)()
+    for name in COMPUTED:
+        ours = getattr(model.config, name, None)
+        theirs = config.get(name, getattr(usual, name, None)) if config else ours
+        if ours != theirs:
+            raise UserError(f"--weights {weights}: trained with {name} {theirs}, but this run has {ours}")
+
+
+def _without_other_heads(
+    model: SignModel, state: dict[str, torch.Tensor], config: dict
+) -> tuple[dict[str, torch.Tensor], list[str], dict[str, str]]:
+    """``state`` without heads for other classes; those heads; and what does not fit: name, why."""
+    own = model.state_dict()
+    new = [
+        head
+        for head, names in HEADS.items()
+        if (names in config and list(config[names]) != list(getattr(model.config, names)))
+        or any(name.startswith(f"{head}.") and state[name].shape != own[name].shape for name in own if name in state)
+        or not any(name.startswith(f"{head}.") for name in state)
+    ]
+    free = (*(f"{head}." for head in new), "log_variances")  # which may be missing
+    kept = {
+        name: tensor
+        for name, tensor in state.items()
+        if not name.startswith(free[:-1]) and (name in own or name != "log_variances")
+    }
+    unfit = {name: "is not in this model" for name in kept if name not in own}
+    unfit |= {
+        name: f"has the shape {list(tensor.shape)}, not {list(own[name].shape)}"
+        for name, tensor in kept.items()
+        if name in own and own[name].shape != tensor.shape
+    }
+    unfit |= {name: "is missing" for name in own if name not in kept and not name.startswith(free)}
+    return kept, new, unfit
 
 
 AutoConfig.register(SignTransformerConfig.model_type, SignTransformerConfig, exist_ok=True)

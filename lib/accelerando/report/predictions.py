@@ -56,6 +56,23 @@ def scored_examples(
     ]
 
 
+def ensemble_logits(logits: Sequence[np.ndarray], problem_type: str = "single_label") -> np.ndarray:
+    """Logits float32 [n, C] of the mean of several models' probabilities; ``logits``: [n, C] of each model.
+
+    ``problem_type``: ``multi_label`` takes the probability of each label by itself; of ``regression`` the outputs
+    themselves are averaged.
+    """
+    from accelerando.report.target_metrics import sigmoid
+
+    if problem_type == "regression":
+        return np.mean(logits, axis=0, dtype=np.float64).astype(np.float32)
+    of_each = sigmoid if problem_type == "multi_label" else probabilities
+    # Zero probability would be an infinite loss.
+    mean = np.maximum(np.mean([of_each(own) for own in logits], axis=0), np.finfo(np.float32).tiny)
+    other = np.maximum(1 - mean, 1e-16) if problem_type == "multi_label" else 1.0
+    return np.log(mean / other).astype(np.float32)
+
+
 def probabilities(logits: np.ndarray) -> np.ndarray:
     """Softmax over the classes, float64 [n, C]."""
     logits = logits.astype(np.float64)
