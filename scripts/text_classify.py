@@ -16,6 +16,7 @@ scored on the test rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +28,7 @@ from accelerando.base.processes import main_process_first
 from accelerando.data.augment import NEED_SYNONYMS, AugmentedTexts, Technique, TextAugmentation
 from accelerando.data.collate import TextCollate
 from accelerando.data.curriculum import Curriculum, losses_of_predictions, rarity
+from accelerando.data.mixing import MixedRows
 from accelerando.data.splits import stratified_split
 from accelerando.data.tables import ProblemType, TextTable, encode_labels, label_names, read_text_table
 from accelerando.data.targets import PROBLEM_TYPES, as_targets, strata
@@ -34,6 +36,7 @@ from accelerando.data.tokenizer import open_tokenizer, train_tokenizer
 from accelerando.data.tokens import TokenTable, tokenize_table, warn_of_cut_texts
 from accelerando.inference.hub import Hub, check_push
 from accelerando.models.cpu import attention_for_cpu, speed_up_dropout
+from accelerando.models.mixing import mix_texts, token_inputs
 from accelerando.models.neighbours import synonyms_of_texts
 from accelerando.models.overrides import override_config
 from accelerando.models.pretrained import (
@@ -58,7 +61,14 @@ from accelerando.report.target_metrics import (
 from accelerando.train.accelerator import is_sharded, log_trained, make_accelerator, prepare
 from accelerando.train.averages import Ema, averaged
 from accelerando.train.batches import Rows, TrainBatches, first_batch
-from accelerando.train.class_losses import class_losses, inverse_frequency, log_frequency, r_drop, twice
+from accelerando.train.class_losses import (
+    class_losses,
+    inverse_frequency,
+    log_frequency,
+    mixed_loss,
+    r_drop,
+    twice,
+)
 from accelerando.train.evaluation import EvaluationRows, check_validation
 from accelerando.train.gradients import step_is_repeated
 from accelerando.train.layerwise import layers_of, reinitialise, train_from
@@ -110,6 +120,7 @@ class Args:
     augment: tuple[Technique, ...] = ()  # training texts change in each epoch: synonym, insert, swap, delete
     augment_rate: float = 0.1  # augment: share of a text's words that are changed
     augment_share: float = 0.5  # augment: share of the training rows that are changed
+    mixup: float = 0.0  # embeddings of two texts in one, shares from Beta(mixup, mixup): 0.2, say
     synonyms: str | None = None  # augment: table or WordNet folder (default: neighbours in model_name's embedding)
     cache_dir: str | None = None  # where tokenized text is kept (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
     dataset_version: str | None = None  # tag or revision of the data, kept with the results: v1.2, say
@@ -341,7 +352,7 @@ def best_metric(args: Args, problem_type: ProblemType) -> str:
 
 
 def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
-    """The training rows in the order of each epoch, and with ``augment`` a share of them changed."""
+    """The training rows in the order of each epoch, with ``augment`` a share of them changed, with ``mixup`` mixed."""
     table, rows = data.tables["train"], data.splits["train"]
     lengths, classes = rows.lengths if args.length_buckets else None, rows.labels if args.balanced else None
     curriculum = None
@@ -362,6 +373,8 @@ def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
             )  # fmt: skip
         change = TextAugmentation(args.augment, args.augment_rate, synonyms, args.seed)
         rows = AugmentedTexts(table, rows, data.tokenizer, args.max_length, change, args.augment_share)
+    if args.mixup:
+        rows = MixedRows(rows, args.mixup, args.seed)
     return Rows(rows, lengths, classes, curriculum)
 
 
@@ -391,6 +404,8 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> torch.nn.Mo
         parameter.requires_grad = is_trained(name)
     if on_cpu and not args.compile_model:
         speed_up_dropout(model)
+    if args.mixup:
+        mix_texts(model)
     log_trained(model, f"Strategy {args.strategy}")
     return model
 
@@ -450,19 +465,22 @@ def compute_loss(
     """The loss of each row, [B], and the logits, [B, C]; of several labels or numbers the mean over them."""
     import torch
 
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    inputs = token_inputs(batch)
     two_passes = args.r_drop > 0 and model.training
     logits = model(**(twice(inputs) if two_passes else inputs)).logits.float()
     weight = inverse_frequency(data.class_counts).to(logits) if args.class_weights else None
     prior = args.logit_adjustment * log_frequency(data.class_counts).to(logits) if args.logit_adjustment else None
 
-    def loss(logits: torch.Tensor) -> torch.Tensor:
+    def loss_for(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if data.problem_type == "multi_label":
             binary = torch.nn.functional.binary_cross_entropy_with_logits
-            return binary(logits, batch["labels"], reduction="none").mean(dim=1)
+            return binary(logits, labels, reduction="none").mean(dim=1)
         if data.problem_type == "regression":
-            return torch.nn.functional.mse_loss(logits, batch["labels"], reduction="none").mean(dim=1)
-        return class_losses(logits, batch["labels"], weight, args.label_smoothing, args.focal_gamma, prior)
+            return torch.nn.functional.mse_loss(logits, labels, reduction="none").mean(dim=1)
+        return class_losses(logits, labels, weight, args.label_smoothing, args.focal_gamma, prior)
+
+    def loss(logits: torch.Tensor) -> torch.Tensor:
+        return mixed_loss(partial(loss_for, logits), batch)
 
     return r_drop(loss, logits, args.r_drop) if two_passes else (loss(logits), logits)
 
@@ -585,8 +603,10 @@ def check_args(args: Args) -> None:
         args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9), label_smoothing=(0, 0.999), focal_gamma=(0, 100),
         logit_adjustment=(0, 100), r_drop=(0, 1000), unfreeze_every=(1, 2**20), layer_decay=(0.001, 1),
         reinit_layers=(0, 4096), initial_difficulty=(0.001, 1), final_difficulty=(0.001, 1),
-        curriculum_epochs=(1, 2**30), augment_rate=(1e-6, 1), augment_share=(0, 1),
+        curriculum_epochs=(1, 2**30), augment_rate=(1e-6, 1), augment_share=(0, 1), mixup=(0, 100),
     )  # fmt: skip
+    if args.mixup and args.compile_model:
+        raise UserError("--mixup cannot go with --compile_model: compiled code does not see that embeddings are mixed")
     if args.balanced and args.curriculum:
         raise UserError("--balanced and --curriculum both choose the rows of an epoch: drop one")
     if args.layer_decay < 1 and args.strategy in ("head", "lora"):

@@ -22,6 +22,7 @@ from accelerando.data.digest import digest, digest_of, file_contents, file_facts
 from accelerando.data.folders import IMAGE_SUFFIXES, Wanted, class_folders, read_class_folders, read_splits
 from accelerando.data.images import ImageAugmentation, blank_image, cut_mix, mix_up
 from accelerando.data.mapped import by_file, opened
+from accelerando.data.mixing import draw_partner, draw_share, sample_key
 from accelerando.data.order import order_of_classes
 from accelerando.data.table_formats import read_datasets, table_suffix
 from accelerando.data.tables import read_text_table
@@ -497,21 +498,20 @@ class TrainingMedia:
 
     def at(self, row: int, epoch: int, draw: int = 0) -> dict[str, Any]:
         """The sample as augmented in ``epoch``; each ``draw`` of it is augmented differently."""
-        seed = (self.seed, epoch, row, *([3, draw] if draw else []))
+        seed = sample_key(self.seed, epoch, row, draw)
         label = int(self.classes[row])
         pixels = self._pixels(row, seed)
         sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
         if pixels is None:
             return sample | {"pixel_values": blank_image(self.transform.size)[None], "frames": [1]}
         if self.mixup or self.cutmix:
-            rng = np.random.default_rng([*seed, 1])
-            other = int(rng.integers(len(self)))
+            other, rng = draw_partner(seed, len(self))
             cut = self.cutmix > 0 and (not self.mixup or rng.random() < 0.5)
             second = self._pixels(other, (*seed, 2))
             if second is not None:
                 alpha = self.cutmix if cut else self.mixup
                 second = second[np.arange(len(pixels)) % len(second)]  # an image is in every frame of a video
-                pixels, share = (cut_mix if cut else mix_up)(pixels, second, float(rng.beta(alpha, alpha)), rng)
+                pixels, share = (cut_mix if cut else mix_up)(pixels, second, draw_share(alpha, rng), rng)
                 sample |= {"other_label": int(self.classes[other]), "share": share}
         return sample | {"pixel_values": pixels, "frames": [len(pixels)]}
 

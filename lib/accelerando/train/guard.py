@@ -66,15 +66,16 @@ class Watch:
         self._found = True
 
     def look(self, value: torch.Tensor, cause: Callable[[], str]) -> None:
-        """Notes the samples of ``value`` [B, ...] that are not finite, the first time there are any in a batch."""
+        """Notes the cause when a value is not finite for the first time, and the samples of the first such [B, ...]."""
         import torch
 
         finite = torch.isfinite(value.detach())
         if self._found or bool(finite.all()):
             return
-        self._found = True
         self.cause = self.cause or cause()
+        # An output may have two rows for each sample (R-Drop, MixUp): a later one then says which samples they are.
         if self._batch is not None and finite.ndim and len(finite) == len(self._batch):
+            self._found = True
             self.rows |= set(self._batch[~finite.reshape(len(finite), -1).all(dim=1)].tolist())
 
     def stop(self) -> None:
