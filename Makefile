@@ -108,6 +108,10 @@ bench_text: setup
 	test -n "$(DATA)" || $(BIN)/python data/make_text_demo.py --output_dir data/demo_text
 	$(BIN)/python benchmarks/text.py --train_file "$(or $(DATA),data/demo_text/train.json)"
 
+# Whether augmentation, curriculum, R-Drop and MixUp help with 500 rows; DATA=folder with train.json and test.json.
+bench_techniques: setup
+	$(BIN)/python benchmarks/text_techniques.py --train_file "$(DATA)/train.json" --test_file "$(DATA)/test.json"
+
 bench_sign: setup
 	$(BIN)/python benchmarks/sign.py
 

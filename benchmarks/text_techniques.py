@@ -3,9 +3,9 @@
   python benchmarks/text_techniques.py --train_file AG_NEWS_train.json --test_file AG_NEWS_test.json
 
 Each seed draws its own training rows (500) and as many validation rows from the training file, and trains
-text_classify.py on them: plainly, and with one technique at a time. All score the same test rows (1,900, evenly spread),
-with the weights that are best on the validation rows. The settings are those of the papers, or of the recipes in configs/,
-and none was chosen on these rows:
+text_classify.py on them: plainly, and with one technique at a time. All score the same test rows (1,900, evenly
+spread), with the weights that are best on the validation rows. The settings are those of the papers, or of the recipes
+in configs/, and none was chosen on these rows:
 
   plain       configs/text_ag_news.yaml with 8 epochs
   augment     EDA (arXiv:1901.11196, table 3 for 500 rows): 5 % of the words, 8 changed copies for each row as it is
@@ -13,9 +13,9 @@ and none was chosen on these rows:
   r_drop      R-Drop (arXiv:2106.14448): weight 1, the largest of those that it has for classification
   mixup       wordMixup (arXiv:1905.08941): shares from Beta(1, 1), that is, all equally likely
 
-Runs stay in --output_dir: the same command goes on where it was stopped. It prints a table with the mean over the seeds
-and the difference from the plain run of the same seed, each with its 95 % interval (Student's t), a verdict, and one line
-of JSON.
+Runs stay in --output_dir: the same command goes on where it was stopped. It prints a table with the mean over the
+seeds and the difference from the plain run of the same seed, each with its 95 % interval (Student's t), a verdict, and
+one line of JSON.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from pathlib import Path
 from text import minilm_folder
 
 ROOT = Path(__file__).resolve().parent.parent
+EDA = ("synonym", "insert", "swap", "delete")
 TECHNIQUES = {
     "plain": [],
     "augment": [

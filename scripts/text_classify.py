@@ -16,7 +16,6 @@ scored on the test rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -480,7 +479,7 @@ def compute_loss(
         return class_losses(logits, labels, weight, args.label_smoothing, args.focal_gamma, prior)
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
-        return mixed_loss(partial(loss_for, logits), batch)
+        return mixed_loss(lambda labels: loss_for(logits, labels), batch)
 
     return r_drop(loss, logits, args.r_drop) if two_passes else (loss(logits), logits)
 

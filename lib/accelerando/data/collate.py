@@ -132,8 +132,11 @@ class PairCollate:
 
 
 class ImageCollate:
-    """Collate for images: ``pixel_values`` uint8 [B, 3, S, S], ``labels`` and ``other_labels`` int64 [B], ``share``
-    and ``valid`` float32 [B]. A class because worker processes need to pickle it."""
+    """Collate for images: ``pixel_values`` uint8 [B, 3, S, S], ``labels`` and ``other_labels`` int64 [B] (of several
+    labels or numbers float32 [B, C]), ``share`` and ``valid`` float32 [B].
+
+    A class because worker processes need to pickle it.
+    """
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         import torch
@@ -142,7 +145,8 @@ class ImageCollate:
         pixels = torch.stack([sample["pixel_values"].permute(1, 2, 0) for sample in samples])
         batch = {"pixel_values": pixels.permute(0, 3, 1, 2)}
         for name, column in (("labels", "label"), ("other_labels", "other_label")):
-            batch[name] = torch.tensor([sample[column] for sample in samples], dtype=torch.int64)
+            labels = np.array([sample[column] for sample in samples])
+            batch[name] = torch.from_numpy(labels.astype(np.float32 if labels.ndim > 1 else np.int64))
         for name in ("share", "valid"):
             batch[name] = torch.tensor([sample[name] for sample in samples], dtype=torch.float32)
         return batch

@@ -19,7 +19,14 @@ from accelerando.base.errors import UserError, first_line
 from accelerando.base.log import log, with_progress
 from accelerando.data.decode import is_unreadable, pixels_of, to_channels_last
 from accelerando.data.digest import digest, digest_of, file_contents, file_facts, file_stamps
-from accelerando.data.folders import IMAGE_SUFFIXES, Wanted, class_folders, read_class_folders, read_splits
+from accelerando.data.folders import (
+    IMAGE_SUFFIXES,
+    Wanted,
+    class_folders,
+    files_of_table,
+    read_class_folders,
+    read_splits,
+)
 from accelerando.data.images import ImageAugmentation, blank_image, cut_mix, mix_up
 from accelerando.data.mapped import by_file, opened
 from accelerando.data.mixing import draw_partner, draw_share, sample_key
@@ -215,11 +222,7 @@ def open_media(
 
     if table_suffix(where):
         table = read_text_table(where, text_column=file_column, label_column=label_column)
-        home = Path(folder) if folder else Path(where).parent
-        names = table.texts.to_pylist()
-        for row, name in enumerate(names, 1):
-            if not (home / name).exists():
-                raise UserError(f"{where}: row {row}: no file {home / name}; --media_folder says where the files are")
+        home, names = files_of_table(table, folder)
         whole_folders = any((home / name).is_dir() for name in names)
         return media_files(home, names, [str(label) for label in table.labels.to_pylist()], whole_folders)
     if "://" in where or where.endswith(".tar") or any(Path(where).glob("*.tar")):
