@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONPATH := $(CURDIR)/lib
 
-.PHONY: setup demo demo_clip demo_har demo_text demo_sign demo_image compiled test test-fast test-all bench bench_clip bench_text bench_sign bench_image bench_har bench_gpu torture fuzz lint link
+.PHONY: setup demo demo_clip demo_har demo_text demo_sign demo_image compiled test test-fast test-all bench bench_clip bench_text bench_techniques bench_sign bench_image bench_har bench_gpu torture fuzz lint link
 
 setup: $(STAMP) link
 
