@@ -427,7 +427,7 @@ def test_what_the_script_refuses(train, flags, made: Path, image_set: Path, tmp_
     (tmp_path / "elsewhere").mkdir()
     Image.new("RGB", (40, 40)).save(tmp_path / "elsewhere" / "a.png")
     odd = write_csv(tmp_path / "elsewhere" / "odd.csv", [{"image": "a.png", "label": "x|weather"}])
-    lists = ("--label_column", "label", "--label_delimiter", "|")
+    several = ("--label_column", "label", "--label_delimiter", "|")
     cases = [
         ((*flags["squares"], "--data_dir", image_set), "--data_dir and --train_file both name the data"),
         ((*flags["squares"], "--train_file", missing), "no column 'colours'"),
@@ -441,8 +441,8 @@ def test_what_the_script_refuses(train, flags, made: Path, image_set: Path, tmp_
         ((*flags["squares"], "--label_delimiter", ""), "--label_delimiter"),
         ((*flags["grey"], "--problem_type", "multi_label"), "numbers with fractions, but multi_label wants"),
         (("--data_dir", image_set, "--problem_type", "multi_label", *flags["vit"][-10:]), "name a --train_file"),
-        (("--train_file", odd, *lists, "--validation_file", made / "squares_train.jsonl", *flags["vit"][-10:]), "no 'label'"),
-        (("--train_file", odd, *lists, "--validation_file", "None", "--test_file", odd, "--validation_fraction", "0",
+        (("--train_file", odd, *several, "--validation_file", made / "squares_train.jsonl", *flags["vit"][-10:]), "no 'label'"),
+        (("--train_file", odd, *several, "--validation_file", "None", "--test_file", odd, "--validation_fraction", "0",
           "--test_file", made / "text.csv", *flags["vit"][-10:]), "text.csv"),
     ]  # fmt: skip
     for words, message in cases:
@@ -450,19 +450,11 @@ def test_what_the_script_refuses(train, flags, made: Path, image_set: Path, tmp_
             train(*words, name="refused")
         assert "\n" not in str(caught.value)
     assert not Path("runs/refused").exists()
-    both = ("--train_file", made / "squares_train.jsonl", "--test_file", odd)
-    write_csv(odd, [{"image": "a.png", "colours": "red"}])
+    lists = tmp_path / "elsewhere" / "lists.jsonl"
+    lists.write_text(json.dumps({"image": "a.png", "colours": ["red"]}) + "\n")
+    cached = ("--test_file", lists, "--cache", "--cache_dir", tmp_path / "cache")
     with pytest.raises(UserError, match=r"--cache: the images are in .* --media_folder"):
-        train(
-            *flags["squares"],
-            *both,
-            "--label_delimiter",
-            "|",
-            "--cache",
-            "--cache_dir",
-            tmp_path / "cache",
-            name="cache",
-        )
+        train(*flags["squares"], *cached, name="cache")
     code, out, err = call_tool(predict, trained("grey"), made / "files" / "grey_test_000.png", "--threshold", "0.2")
     assert (code, out) == (2, "") and "does not give several labels an image" in err
 
