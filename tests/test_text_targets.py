@@ -43,6 +43,7 @@ CNN = (
     "--architecture", "cnn", "--vocab_size", "300", "--embed_size", "16", "--num_filters", "32", "--filter_sizes", "1",
     "--dropout_prob", "0", "--lr", "2e-2", "--batch_size", "16", "--max_length", "48", "--report_to", "none",
 )  # fmt: skip
+WIDE = ("--num_filters", "64", "--embed_size", "32")
 EXACT = ("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0")
 
 
@@ -248,12 +249,12 @@ def test_pairs_are_scored_as_in_sts_b(train, flags, tmp_path: Path, call_tool) -
         named = zip(("train", "validation", "test"), ("train", "dev", "test"), strict=True)
         data = [word for split, name in named for word in (f"--{split}_file", tmp_path / f"{name}.{suffix}")]
         columns = ("--text_column", "sentence1", "--label_column", "score")
-        return train(*data, *columns, *CNN, *flags["cache"], *more, name=f"sts_{suffix}{len(more)}")
+        return train(*data, *columns, *CNN, *flags["cache"], *WIDE, *more, name=f"sts_{suffix}{len(more)}")
 
     pair = ("--text_pair_column", "sentence2")
     few = ("--max_steps", "6")
     assert weights(sts("json", *pair, *few) / "last") == weights(sts("tsv", *pair, *few) / "last")
-    table, alone = sts("tsv", *pair, "--epochs", "20", "--eval_every", "64"), sts("json", "--epochs", "4")
+    table, alone = sts("tsv", *pair, "--epochs", "10", "--eval_every", "80"), sts("json", "--epochs", "4")
     found = results(table)["test"]
     assert found["pearson"] > 0.99 and found["spearman"] > 0.98 and found["mse"] < 0.05
     assert results(alone)["test"]["pearson"] < 0.8
