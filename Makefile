@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONPATH := $(CURDIR)/lib
 
-.PHONY: setup demo demo_clip demo_har demo_text demo_sign demo_image compiled test test-fast test-all bench bench_clip bench_text bench_sign bench_image bench_har bench_gpu torture fuzz lint link
+.PHONY: setup demo demo_clip demo_har demo_text demo_sign demo_image compiled test test-fast test-all bench bench_clip bench_text bench_techniques bench_sign bench_image bench_har bench_gpu torture fuzz lint link
 
 setup: $(STAMP) link
 
@@ -107,6 +107,10 @@ bench_clip: setup
 bench_text: setup
 	test -n "$(DATA)" || $(BIN)/python data/make_text_demo.py --output_dir data/demo_text
 	$(BIN)/python benchmarks/text.py --train_file "$(or $(DATA),data/demo_text/train.json)"
+
+# Whether augmentation, curriculum, R-Drop and MixUp help with 500 rows; DATA=folder with train.json and test.json.
+bench_techniques: setup
+	$(BIN)/python benchmarks/text_techniques.py --train_file "$(DATA)/train.json" --test_file "$(DATA)/test.json"
 
 bench_sign: setup
 	$(BIN)/python benchmarks/sign.py

@@ -2,11 +2,12 @@
 # requires-python = ">=3.11"
 # dependencies = ["accelerando"]
 # ///
-"""Classify images: class folders, folds of them, any net of torchvision or timm, any classifier of transformers.
+"""Classify images: class folders or tables, any net of torchvision or timm, any classifier of transformers.
 
 data_dir holds raw/<class>/* and the splits/ that tools/split_folds.py made of it, or train/<class>/*, val/<class>/* and
-perhaps test/<class>/*; see data/README.md. Trained with cross-entropy; the weights that are best on the validation
-images are scored on the test images, which are the same for every fold.
+perhaps test/<class>/*; or train_file is a table of files and labels; see data/README.md. Trained with cross-entropy, or
+on several labels or numbers an image; the weights that are best on the validation images are scored on the test images,
+which are the same for every fold.
 
   python tools/split_folds.py --raw_data data/insects/raw --folds 5
   accelerate launch --config_file accelerate_configs/cpu.yaml scripts/image_classify.py --data_dir data/insects --fold 0
@@ -20,16 +21,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from accelerando.base.config import check_ranges, parse_args, without_effect
+from accelerando.base.config import check_ranges, parse_args, was_given, without_effect
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import cache_folder
 from accelerando.base.log import log
 from accelerando.data.collate import ImageCollate
 from accelerando.data.decode import evaluation_side
-from accelerando.data.folders import ImageFiles, read_splits
+from accelerando.data.folders import ImageFiles, listed_images, read_splits
 from accelerando.data.image_cache import cached_images
 from accelerando.data.images import EvaluationImages, ImageAugmentation, TrainingImages, write_image_processor
 from accelerando.data.splits import stratified_split
+from accelerando.data.tables import ProblemType, encode_labels, label_names, read_text_table
+from accelerando.data.targets import PROBLEM_TYPES, as_targets, strata
 from accelerando.data.transforms import normalise
 from accelerando.inference.hub import Hub, check_push
 from accelerando.models.cpu import speed_up_dropout
@@ -40,11 +43,17 @@ from accelerando.models.pretrained import (
     open_classifier,
     own_image_size,
 )
-from accelerando.report import page, results
+from accelerando.report import page, results, target_reports
 from accelerando.report.metrics import classification_metrics
 from accelerando.report.model_card import write_model_card
 from accelerando.report.predictions import probabilities, worst_mistakes, write_predictions
 from accelerando.report.saliency import add_images
+from accelerando.report.target_metrics import (
+    best_thresholds,
+    multi_label_metrics,
+    regression_metrics,
+    tuned_metrics,
+)
 from accelerando.train.accelerator import (
     is_sharded,
     log_trained,
@@ -54,9 +63,9 @@ from accelerando.train.accelerator import (
 )
 from accelerando.train.averages import Ema, averaged
 from accelerando.train.batches import TrainBatches, check_no_batch_of_one, first_batch
-from accelerando.train.class_losses import class_losses, inverse_frequency, log_frequency
+from accelerando.train.class_losses import class_losses, inverse_frequency, log_frequency, mixed_loss
 from accelerando.train.distillation import Teacher, distilled, open_image_teacher, teacher_folder
-from accelerando.train.evaluation import EvaluationRows, check_validation
+from accelerando.train.evaluation import EvaluationRows, check_validation, mirrored_mean
 from accelerando.train.gradients import step_is_repeated
 from accelerando.train.layerwise import layers_of, train_from, train_mode
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
@@ -83,14 +92,32 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel
 
+    Found = dict[str, dict[str, np.ndarray]]  # by split: what `evaluate` found
+    Shown = tuple[dict[str, object], list[str], list[dict]]  # entries of results.json, blocks of the report, worst rows
+
+
+BestMetric = Literal[
+    "accuracy", "f1_macro", "f1_weighted", "loss", "f1_micro", "mAP", "subset_accuracy", "pearson", "spearman",
+    "mse", "mae",
+]  # fmt: skip
+
 
 @dataclass
 class Args:
     # -- data --
     data_dir: str = ""  # folder with raw/ and splits/, or with train/ and val/ (and test/)
-    dataset_name: str | None = None  # what to call it (default: the folder's name)
-    fold: int = 0  # which fold is validated on; the others are trained on
-    validation_fraction: float = 0.1  # share of train/ held out, stratified, where there is no val/; 0: none
+    train_file: str | None = None  # instead: a table of files and labels: .json, .jsonl, .csv, .tsv or .parquet
+    validation_file: str | None = None  # the same, for choosing the best weights
+    test_file: str | None = None  # the same, scored once at the end with the best weights
+    media_folder: str | None = None  # tables: folder of the files (default: the table's own)
+    file_column: str = "image"  # tables: column of the file
+    label_column: str = "label"  # tables: column of the label: names or whole numbers; lists of them; or a number
+    label_delimiter: str | None = None  # what separates several labels of a row in label_column: "|", say
+    label_columns: tuple[str, ...] = ()  # instead of label_column: a column of 0 and 1 for each label, or of numbers
+    problem_type: ProblemType | None = None  # what is learned of each row (default: found from the training rows)
+    dataset_name: str | None = None  # what to call it (default: the folder's name, or the table's)
+    fold: int = 0  # data_dir with splits/: which fold is validated on; the others are trained on
+    validation_fraction: float = 0.1  # share of the training images held out where none are named; 0: none
     image_size: int | None = None  # side of the images in pixels (default: what the model was made for)
     crop_scale: float = 0.08  # augmentation: the smallest share of an image that is cut out; 1: the middle, as it is
     flip: float = 0.5  # augmentation: probability of a left-right mirror
@@ -162,7 +189,7 @@ class Args:
     compile_model: bool = False  # torch.compile
     deterministic: bool = False  # GPU: only kernels that give the same bits each time; slows convolutions
     channels_last: bool = True  # memory layout in which convolutions are fastest
-    best_metric: Literal["accuracy", "f1_macro", "f1_weighted", "loss"] = "accuracy"  # chooses the best weights
+    best_metric: BestMetric = "accuracy"  # chooses the best weights (of several labels f1_macro, of numbers pearson)
     early_stop: int | None = None  # evaluations without improvement before the run ends
     early_stop_min_delta: float = 0.0  # what counts as an improvement
     eval_every: int = 0  # optimizer steps between evaluations; 0: every epoch
@@ -205,9 +232,16 @@ ALIASES = {
     "alpha": "distill_alpha",
 }
 
+# Settings that need a single label of each image.
+ONE_LABEL = ("label_smoothing", "class_weights", "focal_gamma", "logit_adjustment", "balanced")
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rank_stabilised", "lora_dora")
 # Settings that matter only together with another one.
 ONLY_WITH = {
+    "train_file": (
+        "validation_file", "test_file", "media_folder", "file_column", "label_column", "label_delimiter",
+        "label_columns",
+    ),
+    "data_dir": ("fold",),
     "cache": ("cache_side", "cache_dir"),
     "strategy gradual": ("unfreeze_every",),
     "strategy lora": LORA,
@@ -216,14 +250,25 @@ ONLY_WITH = {
     "not model_name": ("architecture", "weights"),
     "model_name": ("trust_remote_code",),
     "GPU": ("deterministic", "pin_memory"),
-}
+}  # fmt: skip
 
 # What is measured, in the order in which it is shown; a metric that `score` adds is shown after these.
 METRICS = (
     Metric("loss", in_log=True, higher_is_better=False),
-    *(Metric(name, in_log=True) for name in ("accuracy", "f1_macro")),
-    *map(Metric, ("f1_weighted", "precision_macro", "precision_weighted", "recall_macro", "recall_weighted")),
+    *(Metric(name, in_log=True) for name in ("accuracy", "f1_macro", "f1_micro")),
+    Metric("f1_weighted"),
+    *(Metric(name, in_log=True) for name in ("mAP", "subset_accuracy", "pearson", "spearman")),
+    *(Metric(name, in_log=True, higher_is_better=False) for name in ("mse", "mae")),
+    *map(Metric, ("precision_macro", "precision_micro", "precision_weighted")),
+    *map(Metric, ("recall_macro", "recall_micro", "recall_weighted")),
 )
+# How each kind of target is scored, and by what the best weights may be chosen; the first is the default.
+SCORES = {"single_label": classification_metrics, "multi_label": multi_label_metrics, "regression": regression_metrics}
+BEST_METRICS = {
+    "single_label": ("accuracy", "f1_macro", "f1_weighted", "loss"),
+    "multi_label": ("f1_macro", "f1_micro", "mAP", "subset_accuracy", "loss"),
+    "regression": ("pearson", "spearman", "mse", "mae", "loss"),
+}
 
 
 # ------------------------------------------------------------------------------------------------------------- data
@@ -231,49 +276,90 @@ METRICS = (
 
 @dataclass
 class Data:
-    """Image files of the splits, the class names, and how images become numbers."""
+    """Image files of the splits, the names of classes, labels or numbers, and how images become numbers."""
 
     splits: dict[str, ImageFiles]  # train, and validation and test if there are any
     label_names: list[str]
-    class_counts: torch.Tensor  # training images of each class, int64 [C]
+    class_counts: torch.Tensor | None  # training images of each class, int64 [C]; None for several labels or numbers
     mean: tuple[float, ...]  # of each colour, 0 to 1
     std: tuple[float, ...]
     collate: ImageCollate
+    problem_type: ProblemType = "single_label"
+    thresholds: np.ndarray | None = None  # several labels: of each one's probability, [C], once they are chosen
     teacher: Teacher | None = None  # in training alone
 
 
 def load_data(args: Args, accelerator: Accelerator) -> Data:
     import torch
 
-    folder = Path(args.data_dir)
-    if not args.data_dir:
-        raise UserError("--data_dir is missing: a folder with raw/<class>/ or with train/<class>/ and val/<class>/")
     args.image_size = args.image_size or own_image_size(args.model_name, args.architecture, args.trust_remote_code)
     if any(not 8 <= size <= args.image_size for size in args.progressive_sizes):
         raise UserError(f"--progressive_sizes: sides from 8 up to --image_size {args.image_size}")
+    names, splits, problem_type = open_splits(args)
+    args.best_metric = best_metric(args, problem_type)
+    for name in ONE_LABEL if problem_type != "single_label" else ():
+        if getattr(args, name):
+            raise UserError(f"--{name} is for one label an image; these are {problem_type} targets")
+    where, noun = args.train_file or args.data_dir, "classes" if problem_type == "single_label" else "outputs"
+    if problem_type == "single_label" and len(names) < 2:
+        raise UserError(f"{where}: one class, {names[0]}; a classifier needs at least two")
+    if args.num_classes not in (None, len(names)):
+        raise UserError(f"--num_classes {args.num_classes}, but {where} has {len(names)} {noun}")
+    check_validation(args, splits, args.report_on_train)
+    if "validation" not in splits and args.validation_fraction:
+        images = splits.pop("train")
+        kept, held_out = stratified_split(strata(images.classes, problem_type), args.validation_fraction, args.seed)
+        splits = {"train": images.take(kept), "validation": images.take(held_out), **splits}
+    sizes = ", ".join(f"{split} {len(found):,}" for split, found in splits.items())
+    log.info("Images: %s; %d %s: %s", sizes, len(names), noun, ", ".join(names[:12]) + " ..." * (len(names) > 12))
+    log.info("Problem type: %s, the best weights by %s", problem_type, args.best_metric)
+    if args.cache:
+        side = args.cache_side or evaluation_side(args.image_size)
+        splits = cached_images(splits, side, cache_folder(args.cache_dir), args.num_workers)
+    counts = None
+    if problem_type == "single_label":
+        counts = torch.bincount(torch.as_tensor(splits["train"].classes), minlength=len(names))
+    mean, std = colour_statistics(args.model_name, args.architecture, args.trust_remote_code)
+    return Data(splits, names, counts, mean, std, ImageCollate(), problem_type)
+
+
+def open_splits(args: Args) -> tuple[list[str], dict[str, ImageFiles], ProblemType]:
+    """The names of classes, labels or numbers, the images of each split, and what is learned of each image."""
+    if args.data_dir and args.train_file:
+        raise UserError("--data_dir and --train_file both name the data: drop one")
+    if args.train_file:
+        named = ("label_column", "label_columns", "label_delimiter", "problem_type")
+        columns = {"text_column": args.file_column, **{name: getattr(args, name) for name in named}}
+        files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+        tables = {split: read_text_table(file, split=split, **columns) for split, file in files.items() if file}
+        tables, problem_type = as_targets(tables, args.problem_type, args.label_column)
+        names = label_names(tables["train"])
+        targets = {split: encode_labels(table, names) for split, table in tables.items()}
+        splits = {split: listed_images(tables[split], args.media_folder, targets[split]) for split in tables}
+        return names, splits, problem_type
+    folder = Path(args.data_dir)
+    if not args.data_dir:
+        raise UserError("--data_dir is missing: a folder with raw/<class>/ or train/<class>/, or --train_file a table")
+    if args.problem_type not in (None, "single_label"):
+        raise UserError(f"--problem_type {args.problem_type}: a class folder gives one label: name a --train_file")
     left_out: list[str] = []
     classes, splits = read_splits(folder, args.fold, lambda name, why: left_out.append(f"{folder / name}: {why}"))
     for line in left_out[:5]:
         log.warning("Left out: %s", line)
     if len(left_out) > 5:
         log.warning("... and %d more", len(left_out) - 5)
-    if len(classes) < 2:
-        raise UserError(f"{folder}: one class, {next(iter(classes))}; a classifier needs at least two")
-    if args.num_classes not in (None, len(classes)):
-        raise UserError(f"--num_classes {args.num_classes}, but {folder} has {len(classes)} classes")
-    check_validation(args, splits, args.report_on_train)
-    if "validation" not in splits and args.validation_fraction:
-        images = splits.pop("train")
-        kept, held_out = stratified_split(images.classes, args.validation_fraction, args.seed)
-        splits = {"train": images.take(kept), "validation": images.take(held_out), **splits}
-    names, sizes = list(classes), ", ".join(f"{split} {len(found):,}" for split, found in splits.items())
-    log.info("Images: %s; %d classes: %s", sizes, len(names), ", ".join(names[:12]) + " ..." * (len(names) > 12))
-    if args.cache:
-        side = args.cache_side or evaluation_side(args.image_size)
-        splits = cached_images(splits, side, cache_folder(args.cache_dir), args.num_workers)
-    counts = torch.bincount(torch.as_tensor(splits["train"].classes), minlength=len(names))
-    mean, std = colour_statistics(args.model_name, args.architecture, args.trust_remote_code)
-    return Data(splits, names, counts, mean, std, ImageCollate())
+    return list(classes), splits, "single_label"
+
+
+def best_metric(args: Args, problem_type: ProblemType) -> str:
+    """The metric that chooses the best weights; UserError: what was asked for is none of this kind of target."""
+    fitting, known = BEST_METRICS[problem_type], {name for names in BEST_METRICS.values() for name in names}
+    if args.best_metric in fitting or args.best_metric not in known:  # a copy may have a metric of its own
+        return args.best_metric
+    if args.best_metric == Args.best_metric and not was_given("best_metric"):
+        return fitting[0]
+    what = f"--best_metric {args.best_metric} is not measured on {problem_type} targets"
+    raise UserError(f"{what}: use one of {', '.join(fitting)}")
 
 
 def training_images(args: Args, data: Data) -> TrainingImages:
@@ -294,9 +380,10 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
     from accelerando.models.trial import try_image_sizes
     from accelerando.models.vision import VisionNet, VisionNetConfig, load_pretrained
 
-    labels = class_labels(data.label_names)
+    labels = class_labels(data.label_names) | {"problem_type": PROBLEM_TYPES[data.problem_type]}
     if args.model_name:
         model = open_classifier(args.model_name, args.trust_remote_code, **labels)
+        vars(model.config).pop("thresholds", None)  # of the labels that model_name was trained on
     else:
         # Batch norms mix the images of a batch, which leaves no image a gradient of its own.
         group_norm = args.trainer_type == "dp" and args.strategy == "full"
@@ -350,9 +437,10 @@ def unfreeze(model: PreTrainedModel, args: Args, epoch: int) -> None:
 def compute_loss(
     model: torch.nn.Module, batch: dict[str, torch.Tensor], data: Data, args: Args
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of each image, [B], and the logits, [B, C]; where two were mixed, each label has its share.
+    """The loss of each image, [B], and the logits, [B, C]; of several labels or numbers the mean over them.
 
-    In training with a teacher, what it says of the same image has its share of the loss.
+    Where two images were mixed, each label has its share. In training with a teacher, what it says of the same image
+    has its share of the loss.
     """
     import torch
 
@@ -360,23 +448,28 @@ def compute_loss(
     pixels = normalise(batch["pixel_values"].contiguous(memory_format=layout), data.mean, data.std)
     logits = model(pixel_values=pixels).logits.float()
     if args.tta and not model.training:
-        logits = (logits + model(pixel_values=pixels.flip(-1)).logits.float()) / 2
+        logits = mirrored_mean(logits, model(pixel_values=pixels.flip(-1)).logits.float(), data.problem_type)
     weight = inverse_frequency(data.class_counts).to(logits) if args.class_weights else None
     prior = args.logit_adjustment * log_frequency(data.class_counts).to(logits) if args.logit_adjustment else None
 
     def loss(labels: torch.Tensor) -> torch.Tensor:
+        if data.problem_type == "multi_label":
+            binary = torch.nn.functional.binary_cross_entropy_with_logits
+            return binary(logits, labels, reduction="none").mean(dim=1)
+        if data.problem_type == "regression":
+            return torch.nn.functional.mse_loss(logits, labels, reduction="none").mean(dim=1)
         return class_losses(logits, labels, weight, args.label_smoothing, args.focal_gamma, prior)
 
-    share = batch["share"]
-    losses = share * loss(batch["labels"]) + (1 - share) * loss(batch["other_labels"])
+    losses = mixed_loss(loss, batch)
     if data.teacher and model.training:
         lesson = data.teacher.of_images(batch["pixel_values"])
-        losses = distilled(losses, logits, lesson.logits, args.distill_alpha, args.temperature)
+        losses = distilled(losses, logits, lesson.logits, args.distill_alpha, args.temperature, data.problem_type)
     return losses, logits
 
 
 def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Args) -> dict[str, np.ndarray]:
-    """Labels [n], logits [n, C], losses [n] and row [n] of every image once, in order, without the unreadable ones."""
+    """Labels [n] (of several labels or numbers [n, C]), logits [n, C], losses [n] and row [n] of every image once, in
+    order, without the unreadable ones."""
     import torch
 
     dataset = EvaluationImages(data.splits[split], args.image_size)
@@ -391,7 +484,8 @@ def evaluate(model: torch.nn.Module, data: Data, split: str, run: Run, args: Arg
 
 def score(found: dict[str, np.ndarray], data: Data, split: str, args: Args) -> dict[str, float]:
     """The metrics of what :func:`evaluate` found."""
-    return classification_metrics(found["labels"], found["logits"], found["losses"])
+    metrics = SCORES[data.problem_type](found["labels"], found["logits"], found["losses"])
+    return metrics | tuned_metrics(found["labels"], found["logits"], data.thresholds)
 
 
 # ----------------------------------------------------------------------------------------------------------- output
@@ -405,55 +499,88 @@ import accelerando.models.vision  # makes transformers know this model
 model = AutoModelForImageClassification.from_pretrained("{folder}").eval()
 processor = AutoImageProcessor.from_pretrained("{folder}")
 logits = model(**processor(load_image("image.jpg"), return_tensors="pt")).logits
-print(model.config.id2label[logits.argmax().item()])
+print({answer})
 """
+ANSWERS = {
+    "single_label": "model.config.id2label[logits.argmax().item()]",
+    "multi_label": "logits.sigmoid()",
+    "regression": "logits",
+}
 
 
 def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None:
     """What stands beside the saved weights: image processor and model card."""
     write_image_processor(folder, args.image_size, data.mean, data.std)
-    usage = USAGE.format(folder=run.directory / "best")
+    usage = USAGE.format(folder=run.directory / "best", answer=ANSWERS[data.problem_type])
     write_model_card(folder, run, "image-classification", args.model_name, usage, data_title(args))
 
 
-def write_report(
-    run: Run, model: torch.nn.Module, data: Data, found: dict[str, dict[str, np.ndarray]], args: Args
-) -> None:
-    """Results and report of the best weights; ``found``: what :func:`evaluate` found in each split. Main process."""
-    metrics = {split: score(rows, data, split, args) for split, rows in found.items()}
-    matrices = results.write_class_reports(run, found, data.label_names)
-    files = {
-        split: [data.splits[split].names[row].as_py() for row in rows["row"].tolist()] for split, rows in found.items()
-    }
-    for split, rows in found.items():
-        path = run.directory / f"predictions_{split}.csv"
-        write_predictions(path, files[split], data.label_names, probabilities(rows["logits"]), rows["labels"])
-    last = results.split_to_show(found)
-    worst = worst_mistakes(found[last]["labels"], found[last]["logits"], data.label_names)
-    for mistake in worst:
-        mistake["text"] = files[last][mistake["row"]]
-    # One process alone cannot ask a sharded net what it looked at.
-    sharded = is_sharded(run.accelerator)
-    net = open_classifier(str(run.directory / "best")) if sharded else unwrapped(run.accelerator, model)
-    add_images(worst, found[last], EvaluationImages(data.splits[last], args.image_size), net, data.mean, data.std)
-    counts = {split: len(rows["labels"]) for split, rows in found.items()}
+def show_classes(run: Run, data: Data, found: Found, last: str) -> Shown:
+    """Of one label an image: reports of all splits; of ``last`` confusion matrix and the most confident mistakes."""
+    matrices, rows = results.write_class_reports(run, found, data.label_names), found[last]
     calibration, calibrated = results.write_calibration(run, found, last)
     details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist(), "calibration": calibration}
+    blocks = [*results.class_blocks(matrices[last], data.label_names, last), *calibrated]
+    return details, blocks, worst_mistakes(rows["labels"], rows["logits"], data.label_names)
+
+
+def show_labels(run: Run, data: Data, found: Found, last: str) -> Shown:
+    """Of several labels an image: reports of all splits; of ``last`` a table of the labels and the highest losses."""
+    tables = target_reports.write_label_reports(run, found, data.label_names, data.thresholds)
+    details: dict[str, object] = {"label_names": data.label_names}
+    if data.thresholds is not None:
+        details["thresholds"] = dict(zip(data.label_names, data.thresholds.tolist(), strict=True))
+    blocks = [target_reports.label_table(tables[last], data.label_names, last)]
+    return details, blocks, target_reports.worst_labels(found[last], data.label_names, data.thresholds)
+
+
+def show_numbers(run: Run, data: Data, found: Found, last: str) -> Shown:
+    """Of numbers: plots of all splits; of ``last`` predicted over true ones, and the highest losses."""
+    plots = target_reports.write_number_plots(run, found, data.label_names)
+    blocks = target_reports.number_blocks(found[last], plots[last].read_bytes(), data.label_names, last)
+    return {"label_names": data.label_names}, blocks, target_reports.worst_numbers(found[last], data.label_names)
+
+
+# What is shown of each kind of target, beside metrics and curves.
+SHOWN = {"single_label": show_classes, "multi_label": show_labels, "regression": show_numbers}
+
+
+def write_report(run: Run, model: torch.nn.Module, data: Data, found: Found, args: Args) -> None:
+    """Results and report of the best weights; ``found``: what :func:`evaluate` found in each split. Main process."""
+    one_label = data.problem_type == "single_label"
+    if data.problem_type == "multi_label" and "validation" in found:
+        data.thresholds = best_thresholds(found["validation"]["labels"], found["validation"]["logits"])
+        target_reports.keep_thresholds(run.directory / "best", data.label_names, data.thresholds)
+    metrics = {split: score(rows, data, split, args) for split, rows in found.items()}
+    last = results.split_to_show(found)
+    details, blocks, worst = SHOWN[data.problem_type](run, data, found, last)
+    for split, rows in found.items():
+        files = [data.splits[split].names[row].as_py() for row in rows["row"].tolist()]
+        path = run.directory / f"predictions_{split}.csv"
+        if one_label:
+            write_predictions(path, files, data.label_names, probabilities(rows["logits"]), rows["labels"])
+        else:
+            kind = (data.label_names, data.problem_type, data.thresholds)
+            target_reports.write_target_predictions(path, files, rows["logits"], *kind, rows["labels"])
+    for mistake in worst:
+        mistake["text"] = data.splits[last].names[int(found[last]["row"][mistake["row"]])].as_py()
+    net = None
+    if one_label:  # what it looked at; one process alone cannot ask a sharded net
+        sharded = is_sharded(run.accelerator)
+        net = open_classifier(str(run.directory / "best")) if sharded else unwrapped(run.accelerator, model)
+    add_images(worst, found[last], EvaluationImages(data.splits[last], args.image_size), net, data.mean, data.std)
+    counts = {split: len(rows["labels"]) for split, rows in found.items()}
     privacy = privacy_results(run.state, args.target_delta)
-    details |= privacy
-    results.write_results(run, model, metrics, counts, details)
-    shown = args.best_metric if args.best_metric != "loss" else "accuracy"  # the loss has curves of its own
-    tiles = [
-        (f"{last} accuracy", f"{100 * metrics[last]['accuracy']:.2f} %", f"{counts[last]:,} images"),
-        (f"{last} F1 (macro)", f"{metrics[last]['f1_macro']:.4f}", f"{len(data.label_names)} classes"),
-        *([("epsilon spent", f"{privacy['epsilon']:.3f}", f"at delta {privacy['delta']:g}")] if privacy else []),
-    ]
-    blocks = [
-        *results.class_blocks(matrices[last], data.label_names, last),
-        *calibrated,
-        page.mistakes(worst, title=f"Worst mistakes, {last}"),
-    ]
-    curves = results.training_curves(shown, {f"validation/{shown}": "validation"})
+    results.write_results(run, model, metrics, counts, details | privacy)
+    first, second = BEST_METRICS[data.problem_type][:2]
+    shown = args.best_metric if args.best_metric != "loss" else first  # the loss has curves of its own
+    outputs = f"{len(data.label_names)} {'classes' if one_label else 'outputs'}"
+    tiles = results.metric_tiles(metrics[last], {first: f"{counts[last]:,} images", second: outputs}, last)
+    if privacy:
+        tiles.append(("epsilon spent", f"{privacy['epsilon']:.3f}", f"at delta {privacy['delta']:g}"))
+    blocks.append(page.mistakes(worst, title=f"Worst mistakes, {last}"))
+    best = "min" if shown in ("mse", "mae") else "max"
+    curves = results.training_curves(shown, {f"validation/{shown}": "validation"}, best)
     path = results.write_page(run, f"Image classification: {data_title(args)}", tiles, metrics, curves, blocks)
     log.info("Summary\n%s", results.write_summary(run, metrics, privacy_notes(run.state, args.target_delta)))
     log.info("Report: %s", path)
@@ -469,10 +596,14 @@ def check_args(args: Args) -> None:
     check_ranges(
         args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9), fold=(0, 9999), image_size=(8, 4096),
         crop_scale=(0.001, 1), flip=(0, 1), erasing=(0, 1), cache_side=(8, 16384), mixup=(0, 100), cutmix=(0, 100),
-        label_smoothing=(0, 0.999), focal_gamma=(0, 100), logit_adjustment=(0, 100), num_classes=(2, 2**20),
+        label_smoothing=(0, 0.999), focal_gamma=(0, 100), logit_adjustment=(0, 100), num_classes=(1, 2**20),
         unfreeze_every=(1, 2**20), layer_decay=(0.001, 1), temperature=(0.01, 1000), distill_alpha=(0, 1),
         noise_multiplier=(0, 1000), target_epsilon=(1e-6, 1e6), target_delta=(1e-30, 0.999), noise_seed=(0, 2**62),
     )  # fmt: skip
+    if args.label_delimiter is not None and (args.label_columns or not args.label_delimiter):
+        raise UserError(
+            "--label_delimiter: the sign between labels in a cell; --label_columns has none, drop one of them"
+        )
     if args.model_name and args.weights:
         raise UserError("--weights are those of --architecture; --model_name brings its own: drop one")
     if args.layer_decay < 1 and args.strategy in ("head", "lora"):
@@ -526,8 +657,11 @@ def check_private_data(args: Args, data: Data, accelerator: Accelerator) -> None
 
 
 def data_title(args: Args) -> str:
-    """A short name of the data: what it was called, or its folder's own name."""
-    return args.dataset_name or Path(args.data_dir).absolute().name or "data"
+    """A short name of the data: what it was called, or the name of its folder or table."""
+    table = Path(args.train_file or "")
+    if args.train_file and table.stem not in ("train", "training"):
+        return args.dataset_name or table.stem
+    return args.dataset_name or (table.parent if args.train_file else Path(args.data_dir)).absolute().name or "data"
 
 
 def model_title(args: Args) -> str:
@@ -538,7 +672,7 @@ def model_title(args: Args) -> str:
 
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that are likely to be compared."""
-    fold = (f"fold{args.fold}",) if (Path(args.data_dir) / "splits").is_dir() else ()
+    fold = (f"fold{args.fold}",) if args.data_dir and (Path(args.data_dir) / "splits").is_dir() else ()
     settings = (args.strategy, f"bs{args.batch_size}", f"lr{args.lr:g}", *fold, f"seed{args.seed}")
     named = ("architecture", "model_name", "strategy", "batch_size", "lr", "fold", "seed")
     return default_run_name(args, data_title(args), model_title(args), *settings, named=named)

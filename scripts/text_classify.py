@@ -27,6 +27,7 @@ from accelerando.base.processes import main_process_first
 from accelerando.data.augment import NEED_SYNONYMS, AugmentedTexts, Technique, TextAugmentation
 from accelerando.data.collate import TextCollate
 from accelerando.data.curriculum import Curriculum, losses_of_predictions, rarity
+from accelerando.data.mixing import MixedRows
 from accelerando.data.splits import stratified_split
 from accelerando.data.tables import ProblemType, TextTable, encode_labels, label_names, read_text_table
 from accelerando.data.targets import PROBLEM_TYPES, as_targets, strata
@@ -35,6 +36,7 @@ from accelerando.data.tokenizer import open_tokenizer, train_tokenizer
 from accelerando.data.tokens import TokenTable, tokenize_table, warn_of_cut_texts
 from accelerando.inference.hub import Hub, check_push
 from accelerando.models.cpu import attention_for_cpu, speed_up_dropout
+from accelerando.models.mixing import mix_texts, token_inputs
 from accelerando.models.neighbours import synonyms_of_texts
 from accelerando.models.overrides import override_config
 from accelerando.models.pretrained import (
@@ -60,7 +62,14 @@ from accelerando.report.target_metrics import (
 from accelerando.train.accelerator import is_sharded, log_trained, make_accelerator, prepare
 from accelerando.train.averages import Ema, averaged
 from accelerando.train.batches import Rows, TrainBatches, first_batch
-from accelerando.train.class_losses import class_losses, inverse_frequency, log_frequency, r_drop, twice
+from accelerando.train.class_losses import (
+    class_losses,
+    inverse_frequency,
+    log_frequency,
+    mixed_loss,
+    r_drop,
+    twice,
+)
 from accelerando.train.distillation import (
     Teacher,
     distilled,
@@ -123,6 +132,7 @@ class Args:
     augment: tuple[Technique, ...] = ()  # training texts change in each epoch: synonym, insert, swap, delete
     augment_rate: float = 0.1  # augment: share of a text's words that are changed
     augment_share: float = 0.5  # augment: share of the training rows that are changed
+    mixup: float = 0.0  # embeddings of two texts in one, shares from Beta(mixup, mixup): 0.2, say
     synonyms: str | None = None  # augment: table or WordNet folder (default: neighbours in model_name's embedding)
     cache_dir: str | None = None  # where tokenized text is kept (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)
     dataset_version: str | None = None  # tag or revision of the data, kept with the results: v1.2, say
@@ -374,8 +384,8 @@ def best_metric(args: Args, problem_type: ProblemType) -> str:
 
 
 def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
-    """The training rows in the order of each epoch, and with ``augment`` a share of them changed; with a teacher what
-    it says of each, also of rows without labels."""
+    """The training rows in the order of each epoch; with ``augment`` a share of them changed, with ``mixup`` mixed, with
+    a teacher what it says of each, also of rows without labels."""
     table, rows = data.tables["train"], data.splits["train"]
     cache = cache_folder(args.cache_dir)
     if data.unlabelled:
@@ -407,6 +417,8 @@ def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
         data.collate.teacher = teacher_collate(data.teacher)
         settings = (args.max_length, args.eval_batch_size, cache)
         rows = taught_rows(rows, table, data.teacher, data.tokenizer, *settings)
+    if args.mixup:
+        rows = MixedRows(rows, args.mixup, args.seed)
     return Rows(rows, lengths, classes, curriculum)
 
 
@@ -436,6 +448,8 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> torch.nn.Mo
         parameter.requires_grad = is_trained(name)
     if on_cpu and not args.compile_model:
         speed_up_dropout(model)
+    if args.mixup:
+        mix_texts(model)
     log_trained(model, f"Strategy {args.strategy}")
     return model
 
@@ -503,7 +517,7 @@ def compute_loss(
     """
     import torch
 
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+    inputs = token_inputs(batch)
     two_passes = args.r_drop > 0 and model.training
     lesson = data.teacher.of_texts(batch) if data.teacher and model.training else None
     shown = {"output_hidden_states": True} if lesson and args.match_hidden else {}
@@ -512,19 +526,20 @@ def compute_loss(
     weight = inverse_frequency(data.class_counts).to(logits) if args.class_weights else None
     prior = args.logit_adjustment * log_frequency(data.class_counts).to(logits) if args.logit_adjustment else None
 
-    def own_loss(logits: torch.Tensor) -> torch.Tensor:
+    def own_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if data.problem_type == "multi_label":
             binary = torch.nn.functional.binary_cross_entropy_with_logits
-            return binary(logits, batch["labels"], reduction="none").mean(dim=1)
+            return binary(logits, labels, reduction="none").mean(dim=1)
         if data.problem_type == "regression":
-            return torch.nn.functional.mse_loss(logits, batch["labels"], reduction="none").mean(dim=1)
-        return class_losses(logits, batch["labels"], weight, args.label_smoothing, args.focal_gamma, prior)
+            return torch.nn.functional.mse_loss(logits, labels, reduction="none").mean(dim=1)
+        return class_losses(logits, labels, weight, args.label_smoothing, args.focal_gamma, prior)
 
     def loss(logits: torch.Tensor) -> torch.Tensor:
+        own = mixed_loss(lambda labels: own_loss(logits, labels), batch)
         if lesson is None:
-            return own_loss(logits)
+            return own
         mix = (args.distill_alpha, args.temperature, data.problem_type, batch.get("labelled"))
-        return distilled(own_loss(logits), logits, lesson.logits, *mix)
+        return distilled(own, logits, lesson.logits, *mix)
 
     losses, logits = r_drop(loss, logits, args.r_drop) if two_passes else (loss(logits), logits)
     if shown:
@@ -652,9 +667,14 @@ def check_args(args: Args) -> None:
         args, ema_decay=(0, 0.9999999), validation_fraction=(0, 0.9), label_smoothing=(0, 0.999), focal_gamma=(0, 100),
         logit_adjustment=(0, 100), r_drop=(0, 1000), unfreeze_every=(1, 2**20), layer_decay=(0.001, 1),
         reinit_layers=(0, 4096), initial_difficulty=(0.001, 1), final_difficulty=(0.001, 1),
-        curriculum_epochs=(1, 2**30), augment_rate=(1e-6, 1), augment_share=(0, 1), temperature=(0.01, 1000),
-        distill_alpha=(0, 1), student_layers=(1, 4096), student_vocab=(8, 2**24), match_hidden=(0, 1000),
+        curriculum_epochs=(1, 2**30), augment_rate=(1e-6, 1), augment_share=(0, 1), mixup=(0, 100),
+        temperature=(0.01, 1000), distill_alpha=(0, 1), student_layers=(1, 4096), student_vocab=(8, 2**24),
+        match_hidden=(0, 1000),
     )  # fmt: skip
+    if args.mixup and args.teacher:
+        raise UserError("--mixup and --teacher: the teacher sees no mixed texts; drop one")
+    if args.mixup and args.compile_model:
+        raise UserError("--mixup cannot go with --compile_model: compiled code does not see that embeddings are mixed")
     if args.balanced and args.curriculum:
         raise UserError("--balanced and --curriculum both choose the rows of an epoch: drop one")
     if args.layer_decay < 1 and args.strategy in ("head", "lora"):

@@ -172,6 +172,8 @@ def workshop(
         (tmp_path / "data" / "photos" / f"{number}.jpg").write_bytes(picture)
         lines.append(f"{number}.jpg,{caption}")
     (tmp_path / "data" / "captions.csv").write_text("\n".join(lines) + "\n")
+    tags = [f"{line.partition(',')[0]},{'|'.join(line.split()[1:3])}" for line in lines[1:]]  # its colour and its kind
+    (tmp_path / "data" / "train_tags.csv").write_text("\n".join(["image,label", *tags]) + "\n")
     environment = {
         **ENVIRONMENT,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

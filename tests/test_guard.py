@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from harness import TEXT, history, launch, results, weights
@@ -105,15 +104,52 @@ def test_a_module_with_an_infinite_weight_is_named_and_the_run_ends(train_here, 
     assert results(run)["steps"] == 14
 
 
-def test_running_statistics_do_not_keep_a_bad_image(image_here, spoil) -> None:
-    """A batch norm sees NaN in the first pass; what it keeps is from the passes without it."""
+def test_an_image_with_nan_pixels_is_named_with_the_module_and_left_out(image_here, spoil, monkeypatch) -> None:
+    """The run ends as one without that image: batch norms, which see NaN in the first pass, keep nothing of it."""
+    from accelerando.train.batches import TrainBatches
+
+    flags = ("--epochs", "2", "--mixup", "0", "--batch_size", "16")
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainBatches, "windows", without_row(TrainBatches.windows, BAD))
+        reference = image_here(*flags, name="without")
     spoil("image_classify", "compute_loss")
-    run = image_here("--epochs", "2", "--mixup", "0", "--batch_size", "16")
+    run = image_here(*flags, name="nan")
     saved = load_file(run / "last" / "model.safetensors")
     assert any("running_mean" in name for name in saved)
-    assert all(torch.isfinite(tensor.float()).all() for tensor in saved.values())
+    assert weights(run / "last") == weights(reference / "last")
     assert results(run)["samples"] == 2 * 65
-    assert np.isfinite([row["loss"] for row in history(run, "train")]).all()
+    assert [row["loss"] for row in history(run, "train")] == [row["loss"] for row in history(reference, "train")]
+    log = (run / "logs" / "train.log").read_text()
+    named = re.findall(r"the output of (\S+) is infinite or NaN for (\S+)\n", log)
+    assert [module for module, _ in named] == 2 * ["resnet.embedder.embedder.convolution"]  # once an epoch
+    assert {Path(file).suffix for _, file in named} <= {".jpg", ".png"} and len(set(named)) == 1
+
+
+@pytest.mark.parametrize("flags", [("--r_drop", "1"), ("--mixup", "0.4")])
+def test_a_row_is_named_where_a_batch_is_computed_twice(flags: tuple[str, ...], train_here, monkeypatch) -> None:
+    """R-Drop and MixUp give modules two rows for each sample; the module is named, and the row behind it."""
+    module = sys.modules["text_classify"]
+    plain = module.compute_loss
+
+    def compute_loss(model, batch, *rest):
+        def spoilt(_, given, output):
+            bad = batch["index"] == BAD
+            bad = torch.cat((bad, bad))[: len(output)]
+            return torch.where(bad[:, None, None], float("nan"), output)
+
+        if not model.training:
+            return plain(model, batch, *rest)
+        hook = model.bert.encoder.layer[0].output.dense.register_forward_hook(spoilt)
+        try:
+            return plain(model, batch, *rest)
+        finally:
+            hook.remove()
+
+    monkeypatch.setattr(module, "compute_loss", compute_loss)
+    run = train_here(*flags, "--epochs", "1", "--batch_size", "24")
+    log = (run / "logs" / "train.log").read_text()
+    assert re.search(rf"the output of bert\.encoder\.layer\.0\.output\.\S+ is infinite or NaN for row {BAD}\n", log)
+    assert results(run)["samples"] == 202
 
 
 def test_a_bad_pair_leaves_the_contrastive_batch(clip_here, spoil) -> None:

@@ -43,6 +43,7 @@ CNN = (
     "--architecture", "cnn", "--vocab_size", "300", "--embed_size", "16", "--num_filters", "32", "--filter_sizes", "1",
     "--dropout_prob", "0", "--lr", "2e-2", "--batch_size", "16", "--max_length", "48", "--report_to", "none",
 )  # fmt: skip
+WIDE = ("--num_filters", "64", "--embed_size", "32")
 EXACT = ("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0")
 
 
@@ -221,6 +222,48 @@ def test_several_numbers_and_pairs_of_texts(trained) -> None:
     np.testing.assert_allclose(found["losses"], ((found["logits"] - found["labels"]) ** 2).mean(1), rtol=1e-5)
     assert "Per number, test" in (several / "report.html").read_text()
     assert np.isfinite(results(trained("pairs"))["test"]["pearson"])
+
+
+def test_pairs_are_scored_as_in_sts_b(train, flags, tmp_path: Path, call_tool) -> None:
+    """The layouts of run_glue: JSON lines, and GLUE's own TSV with quotes that enclose nothing; what each text adds to
+    the score is known, and without the second text a part of it is missing."""
+    worth = {"goal": 1.5, "bank": 0.5, "moon": 1.2, "star": 1.8}
+    of_second = ("moon", "star")
+    for seed, (split, count) in enumerate({"train": 250, "dev": 80, "test": 90}.items()):
+        rng, rows = np.random.default_rng(seed), []
+        for number in range(count):
+            there = [word for word in worth if rng.random() < 0.5]
+            first, second = ([word for word in there if (word in of_second) == each] for each in (False, True))
+            texts = [" ".join([*map(str, rng.permutation(COMMON)[:6]), *words]) for words in (first, second)]
+            texts[0] = f'"{texts[0]}' if number % 7 == 0 else texts[0]
+            rows.append({
+                "index": number, "genre": "main-news", "filename": "f", "year": "2012", "old_index": number, "source1": "none",
+                "source2": "none", "sentence1": texts[0], "sentence2": texts[1], "score": sum(worth[word] for word in there),
+            })  # fmt: skip
+        lines = ["\t".join(f"{v:.3f}" if k == "score" else str(v) for k, v in row.items()) for row in rows]
+        (tmp_path / f"{split}.tsv").write_text("\n".join(["\t".join(rows[0]), *lines]) + "\n")
+        kept = [{name: row[name] for name in ("sentence1", "sentence2", "score")} for row in rows]
+        (tmp_path / f"{split}.json").write_text("\n".join(map(json.dumps, kept)) + "\n")
+
+    def sts(suffix: str, *more: str) -> Path:
+        named = zip(("train", "validation", "test"), ("train", "dev", "test"), strict=True)
+        data = [word for split, name in named for word in (f"--{split}_file", tmp_path / f"{name}.{suffix}")]
+        columns = ("--text_column", "sentence1", "--label_column", "score")
+        return train(*data, *columns, *CNN, *flags["cache"], *WIDE, *more, name=f"sts_{suffix}{len(more)}")
+
+    pair = ("--text_pair_column", "sentence2")
+    few = ("--max_steps", "6")
+    assert weights(sts("json", *pair, *few) / "last") == weights(sts("tsv", *pair, *few) / "last")
+    table, alone = sts("tsv", *pair, "--epochs", "10", "--eval_every", "80"), sts("json", "--epochs", "4")
+    found = results(table)["test"]
+    assert found["pearson"] > 0.99 and found["spearman"] > 0.98 and found["mse"] < 0.05
+    assert results(alone)["test"]["pearson"] < 0.8
+    output = tmp_path / "answers.jsonl"
+    columns = ("--text_column", "sentence1", *pair)
+    code, _, err = call_tool(predict, table, "--file", tmp_path / "test.tsv", *columns, "--output", output)
+    assert code == 0, err
+    values = [json.loads(line)["value"] for line in output.read_text().splitlines()]
+    np.testing.assert_allclose(values, found_by_script(table)["logits"][:, 0], atol=2e-5)
 
 
 def test_the_loss_of_several_labels_is_the_mean_over_them(trained) -> None:

@@ -18,13 +18,14 @@ of its results.json. --data is what the run's script takes:
   text        a table with text and label, or a data set of `datasets`
   signs       a folder of clips with labels.csv, or such a labels file
   CLIP        shards, a table of captions, or a folder with test/ in it
-  images      a folder with a folder for each class
+  images      a folder with a folder for each class, or a table of files and
+              labels
   actions     class folders, a table of files and labels, shards, or a
               data set of `datasets`
 
 The classes are the model's; some may be missing. What cannot be read is left
-out and named. Texts, signs and CLIP are scored by the functions of the run's
-script, so by those of a copy, too, if --script names it.
+out and named. Texts, signs, CLIP and images of tables are scored by the
+functions of the run's script, so by those of a copy, too, if --script names it.
 
 Of several runs the first one is compared with each of the others on the same
 samples: the difference, an interval for it (paired bootstrap, 95 %), and on
@@ -53,6 +54,7 @@ from accelerando.base.files import check_can_be_made, whole_folder
 from accelerando.base.log import on_terminal, only_warnings, quiet_libraries
 from accelerando.base.model_folder import read_json
 from accelerando.base.texts import one_line
+from accelerando.data.table_formats import table_suffix
 from accelerando.inference.media_scores import evaluate_media
 from accelerando.inference.named import Named, find_named, label_names, precision
 from accelerando.inference.outputs import open_output, printable
@@ -62,6 +64,7 @@ from accelerando.inference.scripts import SCRIPT_OF, import_script, load_weights
 from accelerando.train.weights import TORCH_MODULE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
 
     import numpy as np
@@ -78,14 +81,14 @@ MANY = 2000  # samples; a line says that so many are being scored
 MODEL_OF = {"text": "texts", "sign": "signs", "image": "images", "har": "actions", "clip": "pairs (CLIP)"}
 # The tasks that a flag is for.
 ONLY_FOR = {
-    "data_dir": ("image", "har", "clip"), "media_folder": ("har", "clip", "sign"), "file_column": ("har", "clip"),
-    "text_column": ("text", "clip"), "text_pair_column": ("text",), "label_column": ("text", "har"),
-    "label_columns": ("text",), "label_delimiter": ("text",),
+    "data_dir": ("image", "har", "clip"), "media_folder": ("har", "clip", "sign", "image"),
+    "file_column": ("har", "clip", "image"), "text_column": ("text", "clip"), "text_pair_column": ("text",),
+    "label_column": ("text", "har", "image"), "label_columns": ("text", "image"), "label_delimiter": ("text", "image"),
     "frame_folders": ("har",), "frames": ("har",), "views": ("har",), "tta": ("image", "har"),
 }  # fmt: skip
 OF_DATA = ("media_folder", "file_column", "text_column", "text_pair_column", "label_column", "label_columns",
            "label_delimiter", "frame_folders")  # fmt: skip
-# What a model's config calls the targets of text_classify; without it a row has one label.
+# What a model's config calls the targets of text_classify and image_classify; without it a row has one label.
 TARGETS = {"multi_label_classification": "multi_label", "regression": "regression"}
 
 
@@ -99,12 +102,12 @@ class Args:
     split: Literal["test", "validation", "train", "novel"] | None = None  # of the run's (default: test if there is one)
     data_dir: str | None = None  # where the run's data_dir lies now (default: where it was in training)
     media_folder: str | None = None  # --data, a table or labels file: folder of what it lists (default: its own)
-    file_column: str | None = None  # --data of clip_har, clip_finetune: column of the file (default: as the run's)
+    file_column: str | None = None  # --data, a table of images: column of the file (default: as the run's)
     text_column: str | None = None  # --data: column of the text, of clip_finetune the caption (default: as the run's)
     text_pair_column: str | None = None  # --data of text_classify: column of a second text (default: as the run's)
-    label_column: str | None = None  # --data of text_classify, clip_har: column of the label (default: as the run's)
-    label_columns: tuple[str, ...] | None = None  # --data of text_classify: columns of labels or numbers (as the run's)
-    label_delimiter: str | None = None  # --data of text_classify: the sign between labels in a cell (as the run's)
+    label_column: str | None = None  # --data, a table: column of the label (default: as the run's)
+    label_columns: tuple[str, ...] | None = None  # --data, a table: columns of labels or numbers (as the run's)
+    label_delimiter: str | None = None  # --data, a table: the sign between labels in a cell (default: as the run's)
     frame_folders: bool | None = None  # clip_har: folders inside class folders are videos (default: as the run's)
     frames: int | None = None  # clip_har: frames of a video (default: as the run's)
     views: int | None = None  # clip_har: the mean over so many sets of frames (default: as the run's)
@@ -169,7 +172,7 @@ def class_names(model: Named) -> dict[str, list[str]]:
 
         config = open_config(str(model.folder), local_files_only=True)
         return {"gloss": list(config.gloss_names), "cat": list(config.cat_names)}
-    return {"": label_names(model, one_class=model.task != "text")}
+    return {"": label_names(model, one_class=model.task not in ("text", "image"))}
 
 
 def settings_for(module: ModuleType, model: Named, names: dict[str, list[str]], args: Args) -> Any:
@@ -193,6 +196,8 @@ def settings_for(module: ModuleType, model: Named, names: dict[str, list[str]], 
     )  # fmt: skip
     if args.split == "train":
         settings = changed(settings, report_on_train=True)
+    if args.tta is not None:
+        settings = changed(settings, tta=args.tta)
     if model.task == "text":
         settings = changed(settings, tokenizer_name=folder)
         if plain:  # which of a copy's own class is not known
@@ -211,7 +216,10 @@ def settings_for(module: ModuleType, model: Named, names: dict[str, list[str]], 
             from_scratch=False, scenario="zero_shot",
         )  # fmt: skip
     elif model.task == "image":
-        settings = changed(settings, weights=None, model_name=folder if getattr(settings, "model_name", None) else None)
+        named = getattr(settings, "model_name", None) or model.run is None
+        settings = changed(settings, weights=None, model_name=folder if named else None)
+        if args.data or getattr(settings, "train_file", None):
+            settings = changed(settings, problem_type=TARGETS.get(model.config.get("problem_type"), "single_label"))
     return settings
 
 
@@ -237,17 +245,7 @@ def with_other_data(settings: Any, model: Named, names: dict[str, list[str]], ar
     where, folder = str(args.data), Path(str(args.data))
     if model.task == "text":
         sides = [side for side in ("test", "validation", "train") if (folder / side / "dataset_info.json").is_file()]
-        given = {name: getattr(args, name) for name in ("text_column", "text_pair_column", "label_column",
-                                                        "label_columns", "label_delimiter")}  # fmt: skip
-        if args.label_column or args.label_delimiter:
-            settings = changed(settings, label_columns=())
-        if args.label_columns:
-            settings = changed(settings, label_delimiter=None)
-        settings = changed(
-            settings, train_file=str(folder / sides[0]) if sides else where, validation_file=None, test_file=None,
-            num_labels=None, **ALL_OF_IT, **{name: column for name, column in given.items() if column},
-        )  # fmt: skip
-        return settings, "train"
+        return of_table(settings, {"train_file": str(folder / sides[0]) if sides else where}, args), "train"
     if model.task == "sign":
         kind = "keypoints" if settings.model == "transformer" else "features"
         clips, labels = labelled_clips(folder, args.media_folder, getattr(settings, f"{kind}_train"))
@@ -268,7 +266,24 @@ def with_other_data(settings: Any, model: Named, names: dict[str, list[str]], ar
             **{name: column for name, column in given.items() if column},
         )  # fmt: skip
         return settings, "validation"
+    if model.task == "image" and table_suffix(where):
+        return of_table(settings, {"train_file": where, "data_dir": ""}, args), "train"
+    if model.task == "image" and not args.script:
+        raise UserError(f"--data {where}: {model.name} is scored on a table of files and labels; name one")
     raise UserError(f"--data: with --script a run of {MODEL_OF[model.task]} is scored on its own samples only")
+
+
+def of_table(settings: Any, where: dict[str, str], args: Args) -> Any:
+    """The settings with which a script takes all rows of a table, ``where``, with the columns that ``args`` names."""
+    columns = ("text_column", "text_pair_column", "file_column", "media_folder", "label_column", "label_columns",
+               "label_delimiter")  # fmt: skip
+    if args.label_column or args.label_delimiter:
+        settings = changed(settings, label_columns=())
+    if args.label_columns:
+        settings = changed(settings, label_delimiter=None)
+    given = {name: value for name in columns if (value := getattr(args, name))}
+    others = dict.fromkeys(("validation_file", "test_file", "num_labels", "num_classes", "media_folder"))
+    return changed(settings, **others | ALL_OF_IT | where | given)
 
 
 def labelled_clips(path: Path, media_folder: str | None, trained_on: str | None) -> tuple[Path, Path]:
@@ -443,7 +458,7 @@ def scores_of(part: Part) -> Scores:
     heads = heads_of(part)
     right = {head.called("accuracy"): head.logits.argmax(axis=1) == head.labels for head in heads}
     columns: dict[str, Any] = {}
-    count = len(heads[0].labels) if heads else len(part.dataset)
+    count = len(heads[0].labels) if heads else len(found.get("labels", part.dataset))
     if is_of_targets(part):
         columns, right = target_columns(part)
     if part.model.task == "clip":
@@ -536,19 +551,13 @@ def is_of_targets(part: Part) -> bool:
 
 def target_columns(part: Part) -> tuple[dict[str, list[object]], dict[str, np.ndarray]]:
     """Columns of the table of predictions, and which rows have exactly their labels."""
-    from accelerando.report.target_metrics import chosen_labels, exactly_right, sigmoid
+    from accelerando.report.target_metrics import chosen_labels, exactly_right
+    from accelerando.report.target_reports import target_columns as columns_of
 
-    labels, logits, names = part.found["labels"], part.found["logits"], list(part.data.label_names)
-    if part.data.problem_type == "regression":
-        columns = {name: labels[:, place].tolist() for place, name in enumerate(names)}
-        return columns | {f"predicted_{name}": logits[:, place].tolist() for place, name in enumerate(names)}, {}
-    both = {"labels": labels > 0, "predicted": chosen_labels(logits, part.data.thresholds)}
-    columns = {
-        title: [", ".join(name for name, is_there in zip(names, row, strict=True) if is_there) for row in chosen]
-        for title, chosen in both.items()
-    }
-    scores = sigmoid(logits)
-    columns |= {f"p_{name}": [f"{value:.6f}" for value in scores[:, place]] for place, name in enumerate(names)}
+    labels, logits, data = part.found["labels"], part.found["logits"], part.data
+    columns = columns_of(logits, list(data.label_names), data.problem_type, data.thresholds, labels)
+    if data.problem_type == "regression":
+        return columns, {}
     return columns, {"subset_accuracy": exactly_right(labels, chosen_labels(logits))}
 
 
@@ -572,8 +581,9 @@ def target_blocks(part: Part) -> list[str]:
         values = per_label(found["labels"], found["logits"], part.data.thresholds)
         blocks = [target_reports.label_table(values, names, who)]
         worst = target_reports.worst_labels(found, names, part.data.thresholds)
+    called, picture = list(sample_columns(part).values())[-1], picture_of(part)
     for mistake in worst:
-        mistake["text"] = part.data.tables[part.split].text(mistake["row"])
+        mistake["text"], mistake["image"] = called[mistake["row"]], picture(mistake["row"])
     return [*blocks, page.mistakes(worst, title=f"Highest losses, {who}")]
 
 
@@ -590,6 +600,22 @@ def sample_columns(part: Part) -> dict[str, list[str]]:
         return {"text": [part.data.tables[part.split].text(row) for row in rows]}
     names = part.dataset.names
     return {"file": [str(names[row]) for row in rows]}
+
+
+def picture_of(part: Part) -> Callable[[int], bytes | None]:
+    """A small picture of a scored sample, by its place among them; of texts and the like None."""
+    if part.model.task != "image" or not hasattr(part.module, "EvaluationImages"):
+        return lambda row: None
+    from accelerando.data.decode import small_jpeg
+    from accelerando.inference.media_scores import SIDE
+
+    images = part.module.EvaluationImages(part.dataset, part.settings.image_size)
+
+    def picture(row: int) -> bytes | None:
+        pixels = images.thumbnail(int(part.found["row"][row]), SIDE)
+        return None if pixels is None else small_jpeg(pixels, SIDE)
+
+    return picture
 
 
 def check_same_samples(parts: list[Part]) -> None:
@@ -630,7 +656,8 @@ def source_of(part: Part) -> str:
     if part.model.task == "clip" and hasattr(part.module, "locations"):
         places = part.module.locations(settings)
         return places.get(split, places["train"])
-    return str(getattr(settings, "data_dir", None) or "made samples")
+    named = (getattr(settings, name, None) for name in (f"{split}_file", "train_file", "data_dir"))
+    return str(next(filter(None, named), "made samples"))
 
 
 def warn_of_other_count(part: Part, count: int) -> None:
@@ -661,7 +688,8 @@ def evaluate_with_scripts(models: list[Named], args: Args, own: ModuleType | Non
     mean = ensemble_of(parts, bool(args.script)) if len(parts) > 1 else None
     together = scores_of(mean) if mean else None
     evaluation = Evaluation(
-        source, split, first.nouns, scores, columns, together, left_out=len(first.dataset) - scores[0].count
+        source, split, first.nouns, scores, columns, together, left_out=len(first.dataset) - scores[0].count,
+        picture=picture_of(first),
     )  # fmt: skip
     if args.output_dir:
         shown = [mean] if mean else parts
@@ -728,6 +756,15 @@ def check_models(models: list[Named], args: Args) -> None:
             print(one_line(said), file=sys.stderr)
 
 
+def by_scripts(models: list[Named], args: Args) -> bool:
+    """Whether the functions of the runs' scripts score these models: all but images and videos in class folders."""
+    task = models[0].task
+    if args.script or task in ("text", "sign", "clip"):
+        return True
+    table = table_suffix(args.data) if args.data else any(model.settings.get("train_file") for model in models)
+    return task == "image" and bool(table or any(model.config.get("problem_type") in TARGETS for model in models))
+
+
 def main() -> None:
     args = parse_args(Args, ALIASES)
     check_args(args)
@@ -735,8 +772,9 @@ def main() -> None:
     own = import_user_module(args.import_module) if args.import_module else None
     models = [find_named(name, own, args.trust_remote_code) for name in (*args.runs, *args.model_path)]
     check_models(models, args)
-    by_script = args.script or models[0].task in ("text", "sign", "clip")
-    evaluation = evaluate_with_scripts(models, args, own) if by_script else evaluate_media(models, args, own)
+    evaluation = (
+        evaluate_with_scripts(models, args, own) if by_scripts(models, args) else evaluate_media(models, args, own)
+    )
     results = as_results(evaluation)
     if args.output_dir:
         with whole_folder(Path(args.output_dir)) as draft:

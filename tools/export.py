@@ -56,11 +56,11 @@ USAGE = Path(__file__).resolve().parent / "usage"  # an example for each task of
 TOKENS = {"input_ids": "ids", "attention_mask": "attention_mask", "token_type_ids": "type_ids"}  # of tokenizers
 CROPPED = 'ImageOps.fit(image, facts["size"], facts["resample"], facts["margin"])'
 SQUEEZED = 'image.resize(facts["size"], facts["resample"])'
-BEST_LABEL = r'print(facts["labels"][logits.argmax()], text, sep="\t")'
+BEST_LABEL = r'print(facts["labels"][logits.argmax()], {input}, sep="\t")'
 ANSWERS = {  # of models that do not give a single class
     "multi_label_classification": 'print(*[name for name, logit, least in zip(facts["labels"], logits, '
-    r'facts["thresholds"]) if 1 / (1 + np.exp(-logit)) >= least], text, sep="\t")',
-    "regression": r'print(*logits.tolist(), text, sep="\t")',
+    r'facts["thresholds"]) if 1 / (1 + np.exp(-logit)) >= least], {input}, sep="\t")',
+    "regression": r'print(*logits.tolist(), {input}, sep="\t")',
 }
 # Beside the graph: what a program needs to prepare its inputs, and what predict.py reads.
 BESIDE = (
@@ -162,7 +162,7 @@ def text(folder: Path, found: RunData | None, args: Args, module: ModuleType | N
     from accelerando.data.tokenizer import open_tokenizer
     from accelerando.inference.formats import Graph
     from accelerando.inference.graphs import Logits
-    from accelerando.inference.saved import label_thresholds, open_saved
+    from accelerando.inference.saved import open_saved
     from accelerando.models.pretrained import most_tokens, pads_left
 
     model = open_saved(AutoModelForSequenceClassification, folder, module)
@@ -181,17 +181,25 @@ def text(folder: Path, found: RunData | None, args: Args, module: ModuleType | N
     axes = {name: {0: "batch", 1: "length"} for name in names}
     graph = Graph("model", Logits(model), twice(batches[0]), axes, ("logits",), most={"length": longest})
     compare_with(graph, batches, batches, lambda batch: model(**batch).logits)
-    labels = labels_of(model.config)
-    thresholds = label_thresholds(read_json(folder / "config.json"), labels)
-    graph.equals = equals_of(model.config.problem_type, thresholds)
-    facts = {
-        "labels": labels, "problem_type": model.config.problem_type, "max_length": longest,
+    facts = answer_facts(graph, model.config, folder) | {
+        "max_length": longest,
         "padding": {"pad_id": collate.pad_token_id, "direction": "left" if collate.left else "right"},
         "tokens": {name: TOKENS[name] for name in names},
     }  # fmt: skip
-    if model.config.problem_type == "multi_label_classification":
-        facts["thresholds"] = [0.5] * len(labels) if thresholds is None else thresholds.tolist()
     return Exportable([graph], facts)
+
+
+def answer_facts(graph: Graph, config: Any, folder: Path) -> dict[str, Any]:
+    """What a program needs to read the logits of ``graph``, which is told when two rows of them say the same."""
+    from accelerando.inference.saved import label_thresholds
+
+    labels = labels_of(config)
+    thresholds = label_thresholds(read_json(folder / "config.json"), labels)
+    graph.equals = equals_of(config.problem_type, thresholds)
+    facts = {"labels": labels, "problem_type": config.problem_type}
+    if config.problem_type == "multi_label_classification":
+        facts["thresholds"] = [0.5] * len(labels) if thresholds is None else thresholds.tolist()
+    return facts
 
 
 def equals_of(problem_type: str | None, thresholds: np.ndarray | None) -> Equals | None:
@@ -287,7 +295,7 @@ def image(folder: Path, found: RunData | None, args: Args, module: ModuleType | 
     batches = [{"pixels": stacked(part)} for part in batched(pixels, 8)]
     graph = Graph("model", PixelLogits(model, *colours), twice(batches[0]), {"pixels": {0: "batch"}}, ("logits",))
     compare_with(graph, batches, batches, lambda batch: model(pixel_values=normalised(batch["pixels"], colours)).logits)
-    return Exportable([graph], {"labels": labels_of(model.config), **facts})
+    return Exportable([graph], answer_facts(graph, model.config, folder) | facts)
 
 
 def har(folder: Path, found: RunData | None, args: Args, module: ModuleType | None) -> Exportable:
@@ -550,7 +558,9 @@ def write_beside(
     write_text(folder / "export.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     if any(each.kind == "onnx" and each.precision == "float32" for each in written):
         usage = (USAGE / f"{task}.py").read_text(encoding="utf-8")
-        usage = usage.replace(BEST_LABEL, ANSWERS.get(exported.facts.get("problem_type"), BEST_LABEL))
+        answer = ANSWERS.get(exported.facts.get("problem_type"), BEST_LABEL)
+        for word in ("text", "name"):  # what the loop over the inputs calls one
+            usage = usage.replace(BEST_LABEL.replace("{input}", word), answer.replace("{input}", word))
         squeezed = "margin" in exported.facts and exported.facts["margin"] is None
         write_text(folder / "usage.py", usage.replace(CROPPED, SQUEEZED) if squeezed else usage)
 

@@ -78,6 +78,9 @@ ALIASES: dict[str, Alias] = {
     "prompt_template": "prompt_templates",
 }  # Python's own word cannot name a field
 
+# What a model's config calls several labels, or numbers, of an input; see data/targets.py.
+TARGETS = {"multi_label_classification": "multi_label", "regression": "regression"}
+
 Inputs = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[INPUT ...]")]
 
 
@@ -90,7 +93,7 @@ class Args:
     text_column: str = "text"  # texts: column of a table (.json .jsonl .csv .tsv .parquet)
     text_pair_column: str | None = None  # texts: column of a second text, for a model of pairs
     text_pair: str | None = None  # texts: a second one, the same for every text
-    threshold: float | None = None  # texts: of several labels, of all of them (default: what the run chose, or 0.5)
+    threshold: float | None = None  # several labels: of all of them (default: what the run chose, or 0.5)
     # -- prediction --
     import_module: str | None = None  # module of yours that defines the model's class, as --import my_module
     trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
@@ -115,17 +118,13 @@ class Args:
 
 @dataclass
 class TextModel:
-    """A classifier of texts with what :func:`predict_chunk` needs; texts are cut off at ``max_length`` tokens.
-
-    ``thresholds`` [C] of the labels' probabilities exist where a text may have several labels.
-    """
+    """A classifier of texts with what :func:`predict_chunk` needs; texts are cut off at ``max_length`` tokens."""
 
     model: PreTrainedModel | TorchModel
     tokenizer: PreTrainedTokenizerBase
     labels: list[str]
     device: torch.device
     max_length: int
-    thresholds: np.ndarray | None = None
 
 
 def load_text_model(
@@ -144,24 +143,18 @@ def load_text_model(
         UserError: no tokenizer, weights that are missing or do not fit, a ``max_length`` beyond the model's positions
             or too small for any text.
     """
-    import numpy as np
     from transformers import AutoModelForSequenceClassification
 
     tokenizer = open_tokenizer(str(folder), trust_remote_code, local_files_only=True)
     model = open_saved(AutoModelForSequenceClassification, folder, module, trust_remote_code, onnx_file)
     names = model.config.id2label
     labels = [str(names[index]) for index in range(model.config.num_labels)]
-    thresholds = None
-    if model.config.problem_type == "multi_label_classification":
-        thresholds = label_thresholds(read_json(folder / "config.json"), labels)
-        thresholds = np.full(len(labels), 0.5) if thresholds is None else thresholds
     return TextModel(
         model=model.to(device),
         tokenizer=tokenizer,
         labels=labels,
         device=device,
         max_length=_length_limit(tokenizer, model.config, max_length, pairs),
-        thresholds=thresholds,
     )
 
 
@@ -207,17 +200,39 @@ def ranked(scores: np.ndarray, labels: list[str], top_k: int) -> dict[str, Any]:
     return {"label": labels[best_first[0]], "score": listed[labels[best_first[0]]], "scores": listed}
 
 
-def answer(scores: np.ndarray, loaded: TextModel, top_k: int) -> dict[str, Any]:
+def answer(
+    scores: np.ndarray, labels: list[str], problem_type: str | None, thresholds: np.ndarray | None, top_k: int
+) -> dict[str, Any]:
     """What ``scores`` [C] of one input say: the class (:func:`ranked`), the ``labels`` that reach their thresholds, or
     the ``value`` (of several, ``values``)."""
-    if loaded.model.config.problem_type == "regression":
-        values = {name: round(float(value), 6) for name, value in zip(loaded.labels, scores, strict=True)}
-        return {"values": values} if len(values) > 1 else {"value": values[loaded.labels[0]]}
-    found = ranked(scores, loaded.labels, top_k)
-    if loaded.thresholds is None:
+    if problem_type == "regression":
+        values = {name: round(float(value), 6) for name, value in zip(labels, scores, strict=True)}
+        return {"values": values} if len(values) > 1 else {"value": values[labels[0]]}
+    found = ranked(scores, labels, top_k)
+    if thresholds is None:
         return found
-    reached = [name for name, is_there in zip(loaded.labels, scores >= loaded.thresholds, strict=True) if is_there]
+    reached = [name for name, is_there in zip(labels, scores >= thresholds, strict=True) if is_there]
     return {"labels": reached, "scores": found["scores"]}
+
+
+def thresholds_of(
+    args: Args, folder: Path, problem_type: str | None, labels: list[str], noun: str
+) -> np.ndarray | None:
+    """The thresholds of the labels' probabilities, [C], where an input may have several labels; else None.
+
+    Raises:
+        UserError: --threshold for another model, or config.json has thresholds that are none.
+    """
+    import numpy as np
+
+    if problem_type != "multi_label_classification":
+        if args.threshold is not None:
+            raise UserError(f"--threshold {args.threshold:g}: {folder} does not give several labels {noun}")
+        return None
+    found = label_thresholds(read_json(folder / "config.json"), labels)
+    if args.threshold is not None or found is None:
+        return np.full(len(labels), 0.5 if args.threshold is None else args.threshold)
+    return found
 
 
 def text_chunks(args: Args) -> tuple[int | None, Iterator[Chunk]]:
@@ -263,10 +278,8 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any], module: Modu
     device, pairs = choose_device(args.device), first[1] is not None
     how = (module, args.trust_remote_code, onnx_file(args))
     loaded = load_text_model(folder, device, args.max_length, pairs, *how)
-    if args.threshold is not None:
-        if loaded.thresholds is None:
-            raise UserError(f"--threshold {args.threshold:g}: {folder} does not give several labels a text")
-        loaded.thresholds[:] = args.threshold
+    problem_type = loaded.model.config.problem_type
+    thresholds = thresholds_of(args, folder, problem_type, loaded.labels, "a text")
 
     import numpy as np
     from tqdm.auto import tqdm
@@ -283,7 +296,8 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any], module: Modu
                     raise UserError(f"{folder}: the model returns NaN for text {bad}: its weights are corrupted")
                 for index, text in enumerate(texts):
                     given = {"text": text} if pairs is None else {"text": text, "text_pair": pairs[index]}
-                    write_json(stream, {**given, **answer(scores[index], loaded, args.top_k)})
+                    said = answer(scores[index], loaded.labels, problem_type, thresholds, args.top_k)
+                    write_json(stream, {**given, **said})
                 stream.flush()
                 row += len(texts)
 
@@ -445,6 +459,8 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
     Raises:
         UserError: something that was named is not there, or none of the images can be read.
     """
+    import torch
+
     as_csv = args.format == "csv" or (args.format is None and str(args.output).lower().endswith(".csv"))
     if as_csv and args.top_k:
         raise UserError("--top_k is for JSON; CSV has a column for every class")
@@ -460,6 +476,8 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
     classes = (args.class_names, args.prompt_templates)
     device = choose_device(args.device)
     opened = open_image_model(folder, device, module, args.trust_remote_code, *classes, onnx_file(args))
+    problem_type, labels = opened.model.config.problem_type, opened.label_names
+    thresholds = thresholds_of(args, folder, problem_type, labels, "an image")
     # Typed paths are answered one by one.
     typed = not args.texts and not args.file and sys.stdin.isatty()
     batch_size, ahead = (1, 0) if typed else (args.batch_size, None)
@@ -468,6 +486,9 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
     how = Computing(batch_size, args.num_workers, args.tta, ahead=ahead, frames=frames, views=views)
 
     from accelerando.report.predictions import prediction_header, prediction_rows
+    from accelerando.report.target_reports import target_columns, target_rows
+
+    several = TARGETS.get(problem_type)  # labels or numbers of an image
 
     answers = image_answers(opened, itertools.chain([first], names), how)
     read, unread = 0, 0
@@ -475,18 +496,24 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
     with open_output(args.output) as stream, contextlib.closing(answers):
         writer = csv.writer(stream, lineterminator="\n")
         if as_csv:
-            writer.writerow(prediction_header(opened.label_names))
+            nothing = torch.zeros(0, len(labels)).numpy()
+            columns = ["file", *target_columns(nothing, labels, several)] if several else prediction_header(labels)
+            writer.writerow(columns)
         for batch in with_progress(answers, total, "predicting", hidden, "samples" if videos else "images"):
             scores = scores_of(batch.logits.double(), opened.model.config).numpy()
             sound = [printable(name) for name, fault in zip(batch.names, batch.faults, strict=True) if fault is None]
             if as_csv:
-                rows = prediction_rows(sound, opened.label_names, scores)
+                rows = prediction_rows(sound, labels, scores)
+                if several:
+                    answers_of_all = target_columns(batch.logits.numpy(), labels, several, thresholds)
+                    rows = target_rows({"file": sound, **answers_of_all})
                 writer.writerows([map(one_line, row) for row in rows] if stream.isatty() else rows)
             else:
                 each = iter(scores)
                 for name, fault in zip(map(printable, batch.names), batch.faults, strict=True):
                     if fault is None:
-                        write_json(stream, {"file": name, **ranked(next(each), opened.label_names, args.top_k)})
+                        said = answer(next(each), labels, problem_type, thresholds, args.top_k)
+                        write_json(stream, {"file": name, **said})
                     else:
                         write_json(stream, {"file": name, "error": fault})
             stream.flush()

@@ -71,7 +71,8 @@ class Found:
 
 @dataclass
 class Head:
-    """The classes of one output: their names, and for each split the class of its n samples, int64 [n]."""
+    """The classes of one output: their names, and for each split the class of its n samples, int64 [n], or of several
+    labels a sample 0 or 1 for each, [n, C]."""
 
     name: str
     names: list[str]
@@ -87,6 +88,8 @@ def heads_of(data: Any) -> list[Head]:
 
     splits = data.splits
     first = next(iter(splits.values()))
+    if getattr(data, "problem_type", None) == "regression":
+        return []
     if hasattr(first, "gloss"):  # signs
         return [
             Head("gloss", [str(name) for name in data.names["gloss"]], {s: clips.gloss for s, clips in splits.items()}),
@@ -190,7 +193,12 @@ def count_classes(data: Any, heads: list[Head], found: Found) -> None:
     import numpy as np
 
     for head in heads:
-        counts = {split: np.bincount(classes, minlength=len(head.names)) for split, classes in head.of.items()}
+        counts = {
+            split: classes.sum(axis=0).astype(np.int64)
+            if classes.ndim == 2
+            else np.bincount(classes, minlength=len(head.names))
+            for split, classes in head.of.items()
+        }
         found.classes[head.name] = {
             split: dict(zip(head.names, row.tolist(), strict=True)) for split, row in counts.items()
         }

@@ -11,5 +11,5 @@ model = onnxruntime.InferenceSession(folder / "model.onnx")
 for name in sys.argv[1:]:
     image = ImageOps.exif_transpose(Image.open(name)).convert("RGB")
     image = ImageOps.fit(image, facts["size"], facts["resample"], facts["margin"])
-    logits = model.run(None, {"pixels": np.array(image).transpose(2, 0, 1)[None]})[0]
+    logits = model.run(None, {"pixels": np.array(image).transpose(2, 0, 1)[None]})[0][0]
     print(facts["labels"][logits.argmax()], name, sep="\t")

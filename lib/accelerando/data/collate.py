@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from accelerando.data.mixing import OTHER
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +19,8 @@ def collate_text(
 ) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
     """Collate for token samples: ``input_ids``, ``attention_mask`` (and ``token_type_ids``) [B, T], ``labels`` [B].
 
-    The labels are int64, or float32 [B, C] of several labels or numbers.
+    The labels are int64, or float32 [B, C] of several labels or numbers. Of :class:`data.mixing.MixedRows` there is the
+    same of the other rows under ``other_...``, of the same width, and ``share`` float32 [B].
 
     T is the length of the longest text, rounded up to a multiple of ``multiple_of`` (8 suits a GPU's tensor cores, and
     keeps the number of shapes small for torch.compile). ``left``: padding stands before the text.
@@ -39,26 +42,31 @@ class TextCollate:
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         import torch
 
-        lengths = np.array([len(sample["input_ids"]) for sample in samples])
-        width = -(-max(1, int(lengths.max())) // self.multiple_of) * self.multiple_of
-        real = np.arange(width) < lengths[:, None]
-        real = real[:, ::-1] if self.left else real
-        batch = {"attention_mask": real.astype(np.int64)}
-        for name, padding in (("input_ids", self.pad_token_id), ("token_type_ids", 0)):
-            if name in samples[0]:
-                values = np.full((len(samples), width), padding, dtype=np.int64)
-                values[real] = np.concatenate([sample[name] for sample in samples])
-                batch[name] = values
+        parts = ("", OTHER) if "share" in samples[0] else ("",)  # the texts, and those that they are mixed with
+        lengths = {part: np.array([len(sample[f"{part}input_ids"]) for sample in samples]) for part in parts}
+        longest = max(1, *(int(of_part.max()) for of_part in lengths.values()))
+        width = -(-longest // self.multiple_of) * self.multiple_of
+        batch: dict[str, np.ndarray] = {}
+        for part in parts:
+            real = np.arange(width) < lengths[part][:, None]
+            real = real[:, ::-1] if self.left else real
+            batch[f"{part}attention_mask"] = real.astype(np.int64)
+            for name, padding in ((f"{part}input_ids", self.pad_token_id), (f"{part}token_type_ids", 0)):
+                if name in samples[0]:
+                    values = np.full((len(samples), width), padding, dtype=np.int64)
+                    values[real] = np.concatenate([sample[name] for sample in samples])
+                    batch[name] = values
+            if f"{part}label" in samples[0]:
+                labels = np.array([sample[f"{part}label"] for sample in samples])
+                batch[f"{part}labels"] = labels.astype(np.float32 if labels.ndim > 1 else np.int64)
+        known = {f"{part}{name}" for part in parts for name in ("input_ids", "token_type_ids", "label")} | {"teacher"}
+        for name in samples[0].keys() - known:  # share, and additional columns of the table
+            values = np.array([sample[name] for sample in samples])
+            batch[name] = values.astype(np.float32) if name == "share" else values
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
-        if "label" in samples[0]:
-            labels = np.array([sample["label"] for sample in samples])
-            tensors["labels"] = torch.from_numpy(labels.astype(np.float32 if labels.ndim > 1 else np.int64))
         if "teacher" in samples[0]:
             for name, tensor in self.teacher([sample["teacher"] for sample in samples]).items():
                 tensors[f"teacher_{name}"] = tensor
-        # Additional columns of the table.
-        for name in samples[0].keys() - {"input_ids", "token_type_ids", "label", "teacher"}:
-            tensors[name] = torch.from_numpy(np.array([sample[name] for sample in samples]))
         return tensors
 
 
@@ -131,8 +139,11 @@ class PairCollate:
 
 
 class ImageCollate:
-    """Collate for images: ``pixel_values`` uint8 [B, 3, S, S], ``labels`` and ``other_labels`` int64 [B], ``share``
-    and ``valid`` float32 [B]. A class because worker processes need to pickle it."""
+    """Collate for images: ``pixel_values`` uint8 [B, 3, S, S], ``labels`` and ``other_labels`` int64 [B] (of several
+    labels or numbers float32 [B, C]), ``share`` and ``valid`` float32 [B].
+
+    A class because worker processes need to pickle it.
+    """
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         import torch
@@ -141,7 +152,8 @@ class ImageCollate:
         pixels = torch.stack([sample["pixel_values"].permute(1, 2, 0) for sample in samples])
         batch = {"pixel_values": pixels.permute(0, 3, 1, 2)}
         for name, column in (("labels", "label"), ("other_labels", "other_label")):
-            batch[name] = torch.tensor([sample[column] for sample in samples], dtype=torch.int64)
+            labels = np.array([sample[column] for sample in samples])
+            batch[name] = torch.from_numpy(labels.astype(np.float32 if labels.ndim > 1 else np.int64))
         for name in ("share", "valid"):
             batch[name] = torch.tensor([sample[name] for sample in samples], dtype=torch.float32)
         return batch

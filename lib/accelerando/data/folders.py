@@ -1,4 +1,4 @@
-"""Images in folders: a folder for each class, or the index files of folds."""
+"""Images in folders: a folder for each class, the index files of folds, or the files that a table lists."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from accelerando.data.digest import digest, file_contents, file_facts
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
+
+    from accelerando.data.tables import TextTable
 
 # Files taken for images; .heic is listed so that such files are reported where pillow-heif is missing.
 IMAGE_SUFFIXES = (
@@ -40,7 +42,10 @@ LeftOut = Callable[[str, str], None]  # called with a file or folder that is lef
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """n image files in ``folder``: ``names`` relative to it (Arrow strings, with slashes), ``classes`` int64 [n]."""
+    """n image files in ``folder``: ``names`` relative to it (Arrow strings, with slashes), ``classes`` int64 [n].
+
+    Of several labels or numbers an image, ``classes`` are these targets, float32 [n, C].
+    """
 
     folder: Path
     names: pa.Array
@@ -53,6 +58,10 @@ class ImageFiles:
     def path(self, row: int) -> Path:
         """The file of a row."""
         return self.folder / self.names[row].as_py()
+
+    def target(self, row: int) -> int | np.ndarray:
+        """The class of a row, or its targets, float32 [C]."""
+        return int(self.classes[row]) if self.classes.ndim == 1 else self.classes[row]
 
     def take(self, rows: np.ndarray) -> ImageFiles:
         """The files ``rows`` [m]."""
@@ -273,6 +282,29 @@ def read_splits(
         return class_map, {split: read_index(index / names[split], class_map) for split in there}
     class_map, sides = read_class_folders(data, left_out)
     return class_map, {"validation" if side == "val" else side: files for side, files in sides.items()}
+
+
+def files_of_table(table: TextTable, folder: str | None) -> tuple[Path, list[str]]:
+    """The folder of the files that a table lists as its texts (default: the table's own), and their names in it.
+
+    Raises:
+        UserError: a file is missing; gives the row.
+    """
+    home = Path(folder) if folder else Path(table.source).parent
+    names = table.texts.to_pylist()
+    for row, name in enumerate(names, 1):
+        if not (home / name).exists():
+            where = f"{table.source}: row {row}"
+            raise UserError(f"{where}: no file {home / name}; --media_folder says where the files are")
+    return home, names
+
+
+def listed_images(table: TextTable, folder: str | None, targets: np.ndarray) -> ImageFiles:
+    """The images that a table lists, as :func:`files_of_table` finds them, with ``targets`` [n] or [n, C]."""
+    import pyarrow as pa
+
+    home, names = files_of_table(table, folder)
+    return ImageFiles(home, pa.array(names, pa.large_string()), targets)
 
 
 def _image_files(folder: Path, names: Iterable[str], classes: list[int]) -> ImageFiles:

@@ -73,14 +73,18 @@ def cached_images(splits: dict[str, ImageFiles], side: int, cache: Path, workers
         workers: processes that decode; 0: one for each core.
 
     Raises:
-        UserError: ``cache`` cannot be written to, or has too little space; an image no longer exists.
+        UserError: ``cache`` cannot be written to, or has too little space; an image no longer exists; the images are
+            in several folders.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
     folders = {files.folder for files in splits.values()}
     if len(folders) != 1:
-        raise ValueError(f"images of several folders: {sorted(map(str, folders))}")
+        some = " and ".join(map(str, sorted(folders)))
+        raise UserError(
+            f"--cache: the images are in {some}: name the folder that holds all of them with --media_folder"
+        )
     folder = folders.pop()
     names = pc.unique(pa.chunked_array([files.names for files in splits.values()]))
     names = names.take(pc.sort_indices(names))

@@ -23,6 +23,7 @@ from accelerando.data.decode import (
     to_channels_last,
 )
 from accelerando.data.image_cache import CachedImages
+from accelerando.data.mixing import draw_partner, draw_share, sample_key
 from accelerando.data.order import order_of_classes
 
 if TYPE_CHECKING:
@@ -119,21 +120,20 @@ class TrainingImages:
 
     def at(self, row: int, epoch: int, draw: int = 0) -> dict[str, Any]:
         """The sample as augmented in ``epoch``; each ``draw`` of it is augmented differently."""
-        seed = (self.seed, epoch, row, *([3, draw] if draw else []))
-        size, label = self.size_in(epoch), int(self.files.classes[row])
+        seed = sample_key(self.seed, epoch, row, draw)
+        size, label = self.size_in(epoch), self.files.target(row)
         pixels = self._pixels(row, size, seed)
         sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
         if pixels is None:
             return sample | {"pixel_values": blank_image(size)}
         if self.mixup or self.cutmix:
-            rng = np.random.default_rng([*seed, 1])
-            other = int(rng.integers(len(self)))
+            other, rng = draw_partner(seed, len(self))
             cut = self.cutmix > 0 and (not self.mixup or rng.random() < 0.5)
             second = self._pixels(other, size, (*seed, 2))
             if second is not None:
                 alpha = self.cutmix if cut else self.mixup
-                pixels, share = (cut_mix if cut else mix_up)(pixels, second, float(rng.beta(alpha, alpha)), rng)
-                sample |= {"other_label": int(self.files.classes[other]), "share": share}
+                pixels, share = (cut_mix if cut else mix_up)(pixels, second, draw_share(alpha, rng), rng)
+                sample |= {"other_label": self.files.target(other), "share": share}
         return sample | {"pixel_values": pixels}
 
     def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
@@ -169,7 +169,7 @@ class EvaluationImages:
         return len(self.files)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        label = int(self.files.classes[row])
+        label = self.files.target(row)
         shorter = evaluation_side(self.size)
         pixels = read_or_none(self.files, row, lambda source: decode_for_evaluation(source, self.size), shorter)
         sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}

@@ -19,9 +19,17 @@ from accelerando.base.errors import UserError, first_line
 from accelerando.base.log import log, with_progress
 from accelerando.data.decode import is_unreadable, pixels_of, to_channels_last
 from accelerando.data.digest import digest, digest_of, file_contents, file_facts, file_stamps
-from accelerando.data.folders import IMAGE_SUFFIXES, Wanted, class_folders, read_class_folders, read_splits
+from accelerando.data.folders import (
+    IMAGE_SUFFIXES,
+    Wanted,
+    class_folders,
+    files_of_table,
+    read_class_folders,
+    read_splits,
+)
 from accelerando.data.images import ImageAugmentation, blank_image, cut_mix, mix_up
 from accelerando.data.mapped import by_file, opened
+from accelerando.data.mixing import draw_partner, draw_share, sample_key
 from accelerando.data.order import order_of_classes
 from accelerando.data.table_formats import read_datasets, table_suffix
 from accelerando.data.tables import read_text_table
@@ -214,11 +222,7 @@ def open_media(
 
     if table_suffix(where):
         table = read_text_table(where, text_column=file_column, label_column=label_column)
-        home = Path(folder) if folder else Path(where).parent
-        names = table.texts.to_pylist()
-        for row, name in enumerate(names, 1):
-            if not (home / name).exists():
-                raise UserError(f"{where}: row {row}: no file {home / name}; --media_folder says where the files are")
+        home, names = files_of_table(table, folder)
         whole_folders = any((home / name).is_dir() for name in names)
         return media_files(home, names, [str(label) for label in table.labels.to_pylist()], whole_folders)
     if "://" in where or where.endswith(".tar") or any(Path(where).glob("*.tar")):
@@ -497,21 +501,20 @@ class TrainingMedia:
 
     def at(self, row: int, epoch: int, draw: int = 0) -> dict[str, Any]:
         """The sample as augmented in ``epoch``; each ``draw`` of it is augmented differently."""
-        seed = (self.seed, epoch, row, *([3, draw] if draw else []))
+        seed = sample_key(self.seed, epoch, row, draw)
         label = int(self.classes[row])
         pixels = self._pixels(row, seed)
         sample = {"label": label, "other_label": label, "share": 1.0, "valid": float(pixels is not None)}
         if pixels is None:
             return sample | {"pixel_values": blank_image(self.transform.size)[None], "frames": [1]}
         if self.mixup or self.cutmix:
-            rng = np.random.default_rng([*seed, 1])
-            other = int(rng.integers(len(self)))
+            other, rng = draw_partner(seed, len(self))
             cut = self.cutmix > 0 and (not self.mixup or rng.random() < 0.5)
             second = self._pixels(other, (*seed, 2))
             if second is not None:
                 alpha = self.cutmix if cut else self.mixup
                 second = second[np.arange(len(pixels)) % len(second)]  # an image is in every frame of a video
-                pixels, share = (cut_mix if cut else mix_up)(pixels, second, float(rng.beta(alpha, alpha)), rng)
+                pixels, share = (cut_mix if cut else mix_up)(pixels, second, draw_share(alpha, rng), rng)
                 sample |= {"other_label": int(self.classes[other]), "share": share}
         return sample | {"pixel_values": pixels, "frames": [len(pixels)]}
 

@@ -278,7 +278,7 @@ def other_samples(runs: list[Classifier], args: Settings) -> list[Samples]:
     listed = bool("://" in where or table_suffix(where) or where.endswith(".tar") or any(folder.glob("*.tar"))
                   or (folder / "dataset_info.json").is_file() or (folder / "dataset_dict.json").is_file())  # fmt: skip
     if listed and not videos:
-        raise UserError(f"--data {where}: only runs of clip_har.py are scored on it; name a folder of class folders")
+        raise UserError(f"--data {where}: only runs of clip_har.py are scored on it; name class folders or a table")
     given = {"a table": ("media_folder", "file_column", "label_column"), "class folders": ("frame_folders",)}
     for name in given["class folders" if listed else "a table"]:
         if getattr(args, name) is not None:

@@ -15,6 +15,7 @@ from accelerando.base.errors import UserError, first_line
 from accelerando.base.model_folder import in_one_line, opening, read_json
 from accelerando.inference.runs import task_of_model
 from accelerando.models.pretrained import open_config, open_model
+from accelerando.train.evaluation import mirrored_mean
 from accelerando.train.weights import TORCH_MODULE
 
 LARGEST_SIDE = 8192  # of an image for a model, in pixels
@@ -567,7 +568,8 @@ def image_logits(
     """Logits [B, C], float32 on the CPU, of prepared images [B, 3, H, W]. Of a model that takes videos: ``frames``,
     how many of the images belong to each view of each of B samples.
 
-    ``tta``: test-time augmentation, the mean over each image and its horizontal flip. ``amp``: no, bf16 or fp16.
+    ``tta``: test-time augmentation, the mean over each image and its horizontal flip, as
+    :func:`train.evaluation.mirrored_mean` takes it. ``amp``: no, bf16 or fp16.
     """
     import torch
 
@@ -584,7 +586,8 @@ def image_logits(
     with torch.inference_mode(), torch.autocast(opened.device.type, kind, enabled=amp != "no"):
         logits = opened.model(pixel_values=pixels, **parts).logits.float()
         if tta:
-            logits = (logits + opened.model(pixel_values=pixels.flip(-1), **parts).logits.float()) / 2
+            mirrored = opened.model(pixel_values=pixels.flip(-1), **parts).logits.float()
+            logits = mirrored_mean(logits, mirrored, opened.model.config.problem_type)
     if parts:
         logits = segment_means(logits, torch.tensor([len(views) for views in frames], device=opened.device))
     return logits.cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -69,7 +70,7 @@ def _groups(values: Sequence[object] | np.ndarray) -> dict[str, np.ndarray]:
     if array.dtype.kind in "fiu" and len(np.unique(array)) > MOST_VALUES:
         edges = np.unique(np.quantile(array, [0, 0.25, 0.5, 0.75, 1]))
         place = np.clip(np.searchsorted(edges, array, side="right") - 1, 0, len(edges) - 2)
-        names = [f"{low:g} to {high:g}" for low, high in zip(edges, edges[1:], strict=False)]
+        names = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)]
         return {name: np.flatnonzero(place == number) for number, name in enumerate(names)}
     names, inverse = np.unique(array.astype(str), return_inverse=True)
     if len(names) > MOST_NAMES:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,16 @@ import numpy as np
 from accelerando.base.files import write_text
 from accelerando.base.model_folder import keep_in_config
 from accelerando.base.texts import one_line
+from accelerando.data.table_formats import formula_safe
 from accelerando.report import page
 from accelerando.report.plots import plot_numbers
 from accelerando.report.predictions import highest_losses
 from accelerando.report.results import aligned_table
-from accelerando.report.target_metrics import chosen_labels, per_label, regression_metrics
+from accelerando.report.target_metrics import chosen_labels, per_label, regression_metrics, sigmoid
 from accelerando.train.state import Run
 
 Found = Mapping[str, Mapping[str, np.ndarray]]  # by split: labels [n, C], logits [n, C], losses [n]
+TEXTS = ("file", "labels", "predicted")  # the columns of a table of predictions that are no numbers
 LABEL_COLUMNS = ("precision", "recall", "f1", "average_precision", "threshold", "support")
 
 
@@ -117,8 +121,58 @@ def worst_numbers(rows: Mapping[str, np.ndarray], names: Sequence[str]) -> list[
     ]
 
 
-def _listed(chosen: np.ndarray, names: Sequence[str]) -> str:
-    return ", ".join(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen) or "none"
+def target_columns(
+    logits: np.ndarray,
+    names: Sequence[str],
+    problem_type: str,
+    thresholds: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+) -> dict[str, list[str]]:
+    """Columns of a table of predictions, as texts, for ``logits`` [n, C] of several labels or numbers a row.
+
+    Several labels: ``labels`` (if they are given), ``predicted``, and each one's probability as ``p_<label>``; numbers:
+    ``<name>`` (if given) and ``predicted_<name>``. ``problem_type``: as in :mod:`data.targets`.
+    """
+    columns: dict[str, list[str]] = {}
+    if problem_type == "regression":
+        for before, values in (("", labels), ("predicted_", logits)):
+            for place, name in enumerate(names if values is not None else ()):
+                columns[f"{before}{name}"] = [f"{value:.7g}" for value in values[:, place].tolist()]
+        return columns
+    if labels is not None:
+        columns["labels"] = [_listed(row > 0, names, "") for row in labels]
+    columns["predicted"] = [_listed(row, names, "") for row in chosen_labels(logits, thresholds)]
+    for name, values in zip(names, sigmoid(logits).T, strict=True):
+        columns[f"p_{name}"] = [f"{value:.6f}" for value in values.tolist()]
+    return columns
+
+
+def write_target_predictions(
+    path: Path,
+    files: Sequence[str],
+    logits: np.ndarray,
+    names: Sequence[str],
+    problem_type: str,
+    thresholds: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+) -> None:
+    """Writes a CSV with a row for each file: ``file`` and the columns of :func:`target_columns`."""
+    columns = {"file": list(files), **target_columns(logits, names, problem_type, thresholds, labels)}
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(target_rows(columns))
+    write_text(path, text.getvalue())
+
+
+def target_rows(columns: Mapping[str, Sequence[str]]) -> Iterator[list[str]]:
+    """The rows of a CSV of these columns, safe to open in a spreadsheet."""
+    texts = [formula_safe if name in TEXTS else str for name in columns]
+    return ([kind(cell) for kind, cell in zip(texts, row, strict=True)] for row in zip(*columns.values(), strict=True))
+
+
+def _listed(chosen: np.ndarray, names: Sequence[str], none: str = "none") -> str:
+    return ", ".join(name for name, is_chosen in zip(names, chosen, strict=True) if is_chosen) or none
 
 
 def keep_thresholds(folder: Path, label_names: Sequence[str], thresholds: np.ndarray) -> None:

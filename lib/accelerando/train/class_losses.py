@@ -36,6 +36,20 @@ def class_losses(
     return (1 - right) ** focal_gamma * losses
 
 
+def mixed_loss(loss: Callable[[torch.Tensor], torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """``loss`` of the ``labels`` of a batch, [B]; of mixed samples that of both labels, as much as ``share`` says.
+
+    Classes int64 [B] have their share of the loss; targets that are numbers, [B, C], are mixed themselves.
+    """
+    labels, share = batch["labels"], batch.get("share")
+    if share is None:
+        return loss(labels)
+    others = batch["other_labels"]
+    if labels.is_floating_point():
+        return loss(share[:, None] * labels + (1 - share[:, None]) * others)
+    return share * loss(labels) + (1 - share) * loss(others)
+
+
 def inverse_frequency(counts: torch.Tensor) -> torch.Tensor:
     """Weights of classes with ``counts`` [C] samples: n / (C n_c), float32 [C], 1 on average over the samples."""
     return (counts.sum().double() / (len(counts) * counts.clamp(min=1))).float()

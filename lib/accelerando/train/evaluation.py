@@ -103,6 +103,20 @@ class EvaluationRows:
         return {name: values[readable] for name, values in found.items()} | {"row": np.flatnonzero(readable)}
 
 
+def mirrored_mean(one: torch.Tensor, other: torch.Tensor, problem_type: str | None) -> torch.Tensor:
+    """The logits [B, C] of images and of their mirror images as one: their mean, or, of several labels an image, the
+    logits of the mean probability of each label.
+
+    ``problem_type``: as in :mod:`data.targets`, or as in a model's config.
+    """
+    import torch
+
+    if not str(problem_type).startswith("multi_label"):
+        return (one + other) / 2
+    log_of = torch.nn.functional.logsigmoid
+    return torch.logaddexp(log_of(one), log_of(other)) - torch.logaddexp(log_of(-one), log_of(-other))
+
+
 def check_validation(args: RunArgs, splits: Collection[str], report_on_train: bool = False) -> None:
     """UserError if there is no validation set and none will be held out, but one is needed or nothing is evaluated."""
     if "validation" in splits or args.validation_fraction:

@@ -11,6 +11,8 @@ from accelerando.base.rng import random_state, set_random_state
 if TYPE_CHECKING:
     import torch
 
+COUNTED = ("running_", "num_batches_tracked")  # how the names of buffers begin that a forward pass changes
+
 
 @dataclass
 class Guard:
@@ -20,13 +22,13 @@ class Guard:
     optimizer: torch.optim.Optimizer
     device: torch.device
     in_a_row: int = 0  # steps without a gradient that could be used
-    running: list[torch.Tensor] = field(init=False)  # the running means and variances of batch norms
+    running: list[torch.Tensor] = field(init=False)  # running means and variances of batch norms, and their counts
     statistics: list[torch.Tensor] = field(default_factory=list)  # running means and variances before the window
     random: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         buffers = self.model.named_buffers()
-        self.running = [buffer for name, buffer in buffers if name.rpartition(".")[2].startswith("running_")]
+        self.running = [buffer for name, buffer in buffers if name.rpartition(".")[2].startswith(COUNTED)]
 
     def remember(self) -> None:
         """Keeps what the forward passes of a window change."""
@@ -66,15 +68,16 @@ class Watch:
         self._found = True
 
     def look(self, value: torch.Tensor, cause: Callable[[], str]) -> None:
-        """Notes the samples of ``value`` [B, ...] that are not finite, the first time there are any in a batch."""
+        """Notes the cause when a value is not finite for the first time, and the samples of the first such [B, ...]."""
         import torch
 
         finite = torch.isfinite(value.detach())
         if self._found or bool(finite.all()):
             return
-        self._found = True
         self.cause = self.cause or cause()
+        # An output may have two rows for each sample (R-Drop, MixUp): a later one then says which samples they are.
         if self._batch is not None and finite.ndim and len(finite) == len(self._batch):
+            self._found = True
             self.rows |= set(self._batch[~finite.reshape(len(finite), -1).all(dim=1)].tolist())
 
     def stop(self) -> None:
