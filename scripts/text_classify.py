@@ -48,7 +48,7 @@ from accelerando.models.pretrained import (
 from accelerando.report import page, results, target_reports
 from accelerando.report.metrics import classification_metrics
 from accelerando.report.model_card import write_model_card
-from accelerando.report.predictions import worst_mistakes
+from accelerando.report.predictions import probabilities, worst_mistakes, write_predictions
 from accelerando.report.target_metrics import (
     best_thresholds,
     multi_label_metrics,
@@ -515,9 +515,18 @@ def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None
     write_model_card(folder, run, "text-classification", source, usage, data_title(args))
 
 
+def all_texts(data: Data, found: Found) -> dict[str, list[str]]:
+    """The texts of each split in the order of its rows, for the tables of predictions."""
+    tables = {split: data.tables[split] for split in found}
+    return {split: [table.text(row) for row in range(len(table))] for split, table in tables.items()}
+
+
 def show_classes(run: Run, data: Data, found: Found, last: str) -> Shown:
     """Of one label a row: reports of all splits; of ``last`` the confusion matrix and the most confident mistakes."""
     matrices, rows = results.write_class_reports(run, found, data.label_names), found[last]
+    for split, texts in all_texts(data, found).items():
+        path, predicted = run.directory / f"predictions_{split}.csv", probabilities(found[split]["logits"])
+        write_predictions(path, texts, data.label_names, predicted, found[split]["labels"], of_texts=True)
     details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist()}
     blocks = results.class_blocks(matrices[last], data.label_names, last)
     return details, blocks, worst_mistakes(rows["labels"], rows["logits"], data.label_names)
@@ -529,6 +538,9 @@ def show_labels(run: Run, data: Data, found: Found, last: str) -> Shown:
     details: dict[str, object] = {"label_names": data.label_names}
     if data.thresholds is not None:
         details["thresholds"] = dict(zip(data.label_names, data.thresholds.tolist(), strict=True))
+    for split, texts in all_texts(data, found).items():
+        path = run.directory / f"predictions_{split}.csv"
+        target_reports.write_label_predictions(path, texts, found[split], data.label_names, data.thresholds)
     blocks = [target_reports.label_table(tables[last], data.label_names, last)]
     return details, blocks, target_reports.worst_labels(found[last], data.label_names, data.thresholds)
 
@@ -536,6 +548,9 @@ def show_labels(run: Run, data: Data, found: Found, last: str) -> Shown:
 def show_numbers(run: Run, data: Data, found: Found, last: str) -> Shown:
     """Of numbers: plots of all splits; of ``last`` predicted over true ones, and the highest losses."""
     plots = target_reports.write_number_plots(run, found, data.label_names)
+    for split, texts in all_texts(data, found).items():
+        path = run.directory / f"predictions_{split}.csv"
+        target_reports.write_number_predictions(path, texts, found[split], data.label_names)
     blocks = target_reports.number_blocks(found[last], plots[last].read_bytes(), data.label_names, last)
     return {"label_names": data.label_names}, blocks, target_reports.worst_numbers(found[last], data.label_names)
 
