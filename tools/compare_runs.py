@@ -14,6 +14,7 @@ of comparisons (Holm). A difference may be claimed where that is below 0.05.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import textwrap
@@ -212,7 +213,7 @@ def claim(pair: Pair, metric: str, comparisons: int) -> str:
     numbers = f"{metric} {found.difference:+.4f} ({where}; {p}; {over})"
     if math.isnan(found.p):
         return f"Nothing can be tested of {other} and {baseline}, whose runs do not vary: {numbers}."
-    seeds = "whether other seeds do so too takes several runs of each"
+    seeds = "whether this holds for other seeds takes several runs of each"
     if pair.claimed(metric):
         better = "better" if (found.difference > 0) != is_lower_better(metric) else "worse"
         these = " on these samples" if single else ""
@@ -358,6 +359,7 @@ def changed_text(pairs: Sequence[Pair]) -> Iterator[str]:
 def write_files(
     folder: Path,
     blocks: dict[str, list[tuple[int, RunSet]]],
+    baseline: RunSet,
     pairs: Sequence[Pair],
     metrics: Sequence[str],
     comparisons: int,
@@ -380,7 +382,7 @@ def write_files(
              "metrics": {metric: each.values(metric) for metric in metrics}, "differing": each.differing}
             for each in sets
         ],
-        "baseline": pairs[0].baseline.name if pairs else None,
+        "baseline": baseline.name,
         "comparisons": [
             {"set": pair.other.name, "metric": metric, "tests": [asdict(found) for found in pair.tests[metric]],
              "holm_p": pair.holm.get(metric), "claimed": pair.claimed(metric)}
@@ -404,12 +406,13 @@ def write_files(
         write_csv(target, header, rows)
     elif target.exists():  # of an earlier comparison
         target.unlink()
-    write_page(folder / "report.html", blocks, pairs, metrics, comparisons, notes)
+    write_page(folder / "report.html", blocks, baseline, pairs, metrics, comparisons, notes)
 
 
 def write_page(
     path: Path,
     blocks: dict[str, list[tuple[int, RunSet]]],
+    baseline: RunSet,
     pairs: Sequence[Pair],
     metrics: Sequence[str],
     comparisons: int,
@@ -417,12 +420,12 @@ def write_page(
 ) -> None:
     """The report: what may be claimed, the differences, the results with the settings that differ, and the curves."""
     metric, sets = metrics[0], [each for block in blocks.values() for _, each in block]
-    best = next(iter(blocks.values()))[0][1]
+    beside = next(block for block in blocks.values() if any(each is baseline for _, each in block))
+    best = beside[0][1]
     claims = [pair for pair in pairs if pair.claimed(metric)]
     count = sum(len(each.runs) for each in sets)
     tiles = [(f"best {metric}", written(best.mean(metric)), shorten(best.name, 40))]
     if pairs:
-        baseline = pairs[0].baseline
         tiles.append((f"baseline {metric}", written(baseline.mean(metric)), shorten(baseline.name, 40)))
         tiles.append(("differences claimed", f"{len(claims)} of {len(pairs)}", "Holm's p below 0.05"))
     tiles.append(("runs", f"{count:,}", f"in {len(sets):,} sets of the same settings"))
@@ -433,7 +436,7 @@ def write_page(
         rows = [(pair.other.name, found.difference, found.low, found.high, pair.claimed(each))
                 for pair in pairs for found in pair.tests[each][:1]]  # fmt: skip
         if rows:
-            note = f"Mean difference from {pairs[0].baseline.name} with its 95 % interval; filled: may be claimed."
+            note = f"Mean difference from {baseline.name} with its 95 % interval; filled: may be claimed."
             parts.append(page.differences(rows, f"Difference in {each}", note))
     header = ["set", "metric", "difference", "from", "to", "test", "p", "Holm p", "rank test", "rank p", "effect"]
     rows = [
@@ -458,7 +461,7 @@ def write_page(
         parts.append(page.table(["#", "set", "runs", *metrics, "±", *names], lines, title=title[0].upper() + title[1:],
                                 note="± half of the 95 % interval of the mean over the runs. Settings: those that "
                                 "differ."))  # fmt: skip
-    parts += curve_blocks(sets, pairs[0].baseline if pairs else sets[0], metric)
+    parts += curve_blocks([each for _, each in beside], baseline, metric)
     changed = [(pair.other.name, "gained" if each.gained else "lost", each.sample, each.label, each.before, each.after)
                for pair in pairs for each in pair.changed or []]  # fmt: skip
     if changed:
@@ -468,8 +471,7 @@ def write_page(
         note = more if len(changed) > MOST_ON_PAGE else ""
         parts.append(page.table(head, shown, note=note, title="Samples that changed sides"))
     parts.append(page.command(command_line(), title="Repeat it"))
-    what = pairs[0].baseline.name if pairs else sets[0].name
-    subtitle = ". ".join([f"{len(sets):,} sets of {count:,} runs, compared with {what}", *notes])
+    subtitle = ". ".join([f"{count:,} runs, compared with {baseline.name}", *notes])
     page.write_report(path, "Comparison of runs", subtitle, parts)
 
 
@@ -525,11 +527,15 @@ def read_all(args: Args) -> tuple[list[FinishedRun], list[str]]:
         UserError: none can.
     """
     found, passed_over = [], []
-    for name in dict.fromkeys(args.runs):
+    patterns = map(Path, args.runs)  # which a shell has not expanded, as in a YAML file
+    names = [sorted(path.parent.glob(path.name)) if "*" in path.name else [path] for path in patterns]
+    for folder in dict.fromkeys(itertools.chain.from_iterable(names)):
         try:
-            found.append(read_run(Path(name), args.split))
+            found.append(read_run(folder, args.split))
         except UserError as error:
             passed_over.append(one_line(str(error)))
+    if not passed_over and not found:
+        raise UserError(f"{args.runs[0]}: there are no such folders")
     if not found:
         raise UserError(passed_over[0] if len(passed_over) == 1 else f"none of these can be compared: {passed_over[0]}")
     return found, passed_over
@@ -614,7 +620,7 @@ def main() -> None:
         header, *rows = table_of_runs(found, args.metrics or shared)
         write_csv(Path(args.output_csv), header, ((formula_safe(name), *cells) for name, *cells in rows))
     if args.output_dir:
-        write_files(Path(args.output_dir), blocks, pairs, metrics, comparisons, notes)
+        write_files(Path(args.output_dir), blocks, baseline, pairs, metrics, comparisons, notes)
         print(f"\nReport: {Path(args.output_dir) / 'report.html'}")
 
 

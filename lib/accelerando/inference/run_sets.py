@@ -173,7 +173,7 @@ def read_run(folder: Path, split: str | None = None) -> FinishedRun:
     key = (_whole(everything.get("seed")), fold if fold is not None else _whole(everything.get("fold")))
     return FinishedRun(
         folder, results, chosen, {**scored[chosen], **others}, int(results[chosen]["count"]), settings,
-        script[1] if script else "", _data_title(everything), key,
+        script[1] if script else "", _data_title(settings), key,
     )  # fmt: skip
 
 
