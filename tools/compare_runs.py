@@ -306,24 +306,11 @@ def statistics_text(pairs: Sequence[Pair], metrics: Sequence[str], comparisons: 
         for pair in pairs:
             for place, found in enumerate(pair.tests[metric]):
                 corrected = pair.holm.get(metric, math.nan) if place == 0 else math.nan
-                numbers = (
-                    written_p(found.p),
-                    written_p(corrected),
-                    written_p(found.rank_p),
-                    written(found.effect, ".2f"),
-                )
+                numbers = [written_p(p) for p in (found.p, corrected, found.rank_p)]
                 interval = f"{found.low:+.4f} to {found.high:+.4f}"
                 test = found.test.replace("corrected paired t", "paired t, c.")
-                rows.append(
-                    (
-                        str(pair.number),
-                        f"{found.difference:+.4f}",
-                        interval,
-                        test,
-                        *numbers,
-                        written(found.effect, ".2f"),
-                    )
-                )
+                row = (str(pair.number), f"{found.difference:+.4f}", interval, test, *numbers)
+                rows.append((*row, written(found.effect, ".2f")))
         if len(rows) > 1:
             parts.append(f"{metric}, beside {shorten(printable(pairs[0].baseline.name), 50)}\n{aligned_rows(rows)}")
     if not parts:
@@ -458,7 +445,7 @@ def write_page(
              *(each.differing.get(name, "–") for name in names))
             for number, each in block
         ]  # fmt: skip
-        parts.append(page.table(["#", "set", "runs", *metrics, "±", *names], lines, title=title[0].upper() + title[1:],
+        parts.append(page.table(["#", "set", "runs", *metrics, "±", *names], lines, title=f"Results: {title}",
                                 note="± half of the 95 % interval of the mean over the runs. Settings: those that "
                                 "differ."))  # fmt: skip
     parts += curve_blocks([each for _, each in beside], baseline, metric)

@@ -251,7 +251,7 @@ def differences(rows: Sequence[tuple[str, float, float, float, bool]], title: st
     low, high = min([*ends, 0.0]), max([*ends, 0.0])
     room = (high - low) * 0.03 or 0.5
     low, high = low - room, high + room
-    ticks = _ticks(low, high, 4)
+    ticks = _ticks(low, high, 6)
 
     def place(value: float) -> str:
         return f"{100 * (value - low) / (high - low):.2f}"
