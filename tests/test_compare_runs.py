@@ -413,9 +413,21 @@ def test_only_what_was_scored_on_the_same_is_compared(tool: ModuleType, call_too
         make_run(tmp_path / "d", 0.9, names=["x", "y"], lr=0.4, data_dir="data/others"),
     ]
     text = " ".join(call_tool(tool, *folders)[1].split())
-    assert "Not compared with a: c (other samples), d (other classes)" in text
+    assert "Not compared with a (other samples): c" in text and "Not compared with a (other classes): d" in text
     assert "Nothing can be claimed of b and a" in text and "McNemar" not in text
     assert "image_classify on pets, test" in text and "image_classify on others, test" in text
+
+
+def test_a_glance_shows_the_settings_that_few_runs_have(tool: ModuleType, call_tool, tmp_path: Path) -> None:
+    for number in range(5):
+        changed = (
+            {"weight_decay": 0.1} if number == 2 else {"notes": "x" * 25, "more": "y " * 12} if number == 3 else {}
+        )
+        make_run(tmp_path / f"run{number}", 0.5 + number / 10, lr=number + 1.0, ema=number == 4, **changed)
+    lines = call_tool(tool, tmp_path / "run*")[1].splitlines()
+    board = "\n".join(lines[: lines.index("± half of the 95 % interval of the mean; * the baseline")])
+    assert re.search(r"run4 .*\n +lr 5, ema yes\n", board) and re.search(r"run1 .*\n +lr 2\n", board)
+    assert re.search(r"run2 .*\n +lr 3, weight_decay 0.1\n", board) and board.count("weight_decay") == 1
 
 
 def test_sixty_runs(tool: ModuleType, call_tool, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ OURS = ("report.html", "comparison.json", "changed_samples.csv")
 WIDTH = 80  # columns of the terminal
 MOST_DRAWN = 12  # sets in a panel of curves: more colours cannot be told apart
 MOST_SAID = 12  # sentences in the terminal; the report has all
-MOST_PASSED_OVER = 5  # folders that are named
+MOST_NAMED = 5  # folders that are passed over, and sets that are not compared
 MOST_CHANGED = 3  # samples of a pair that the terminal shows
 MOST_ON_PAGE = 300  # changed samples in the report
 
@@ -272,21 +273,34 @@ def leaderboard(blocks: dict[str, list[tuple[int, RunSet]]], metric: str, baseli
                  for (number, each), name in zip(block, names, strict=True)]  # fmt: skip
         heads = aligned_rows(rows, left=4).split("\n")
         room = WIDTH - max(map(len, heads)) - 2
-        settings = ["", *(differing(each) for _, each in block)]
+        settings = ["", *unusual([each for _, each in block])]
         wide = max(map(len, heads))
         beside = max(map(len, settings)) <= room
         for head, text in zip(heads, settings, strict=True):
             lines.append(f"{head:<{wide}}  {text}".rstrip() if beside else head)
             if text and not beside:
-                lines += textwrap.wrap(text, WIDTH, initial_indent="     ", subsequent_indent="     ")
+                indents = {"initial_indent": "     ", "subsequent_indent": "     "}
+                lines += textwrap.wrap(text, WIDTH, max_lines=2, placeholder=" ...", **indents)
         lines.append("")
     lines.append("± half of the 95 % interval of the mean; * the baseline")
     return "\n".join(lines)
 
 
-def differing(each: RunSet) -> str:
-    """The settings in which a set differs from others, in one line."""
-    return ", ".join(f"{name} {one_line(shorten(value, 30))}" for name, value in each.differing.items())
+def unusual(sets: Sequence[RunSet]) -> list[str]:
+    """Of each set, in one line, the settings whose value not more than half of the sets have."""
+    shared = Counter(setting for each in sets for setting in each.differing.items())
+    few = [[item for item in each.differing.items() if 2 * shared[item] <= len(sets)] for each in sets]
+    return [", ".join(f"{name} {one_line(shorten(value, 30))}" for name, value in each) for each in few]
+
+
+def left_out(reasons: dict[str, str], baseline: RunSet) -> list[str]:
+    """A note for each reason why sets are not compared."""
+    notes = []
+    for why in dict.fromkeys(filter(None, reasons.values())):
+        names = [name for name, reason in reasons.items() if reason == why]
+        rest = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
+        notes.append(f"not compared with {baseline.name} ({why}): {', '.join(names[:MOST_NAMED])}{rest}")
+    return notes
 
 
 def table_of_runs(found: Sequence[FinishedRun], metrics: Sequence[str]) -> list[tuple[str, ...]]:
@@ -575,16 +589,13 @@ def main() -> None:
     reasons = {each.name: why_not_comparable(baseline, each) for _, each in numbered}
     pairs = [compare_sets(number, baseline, each, metrics) for number, each in numbered if not reasons[each.name]]
     comparisons = correct(pairs, metrics)
-    apart = [f"{name} ({why})" for name, why in reasons.items() if why]
     notes = []
     if len(sets) < len(found):
         notes.append(f"{len(found)} runs in {len(sets)} sets, in which only seed or fold differ")
     if passed_over:
-        rest = f"; and {len(passed_over) - MOST_PASSED_OVER} more" if len(passed_over) > MOST_PASSED_OVER else ""
-        notes.append(f"passed over: {'; '.join(passed_over[:MOST_PASSED_OVER])}{rest}")
-    if apart:
-        rest = f" and {len(apart) - MOST_PASSED_OVER} more" if len(apart) > MOST_PASSED_OVER else ""
-        notes.append(f"not compared with {baseline.name}: {', '.join(apart[:MOST_PASSED_OVER])}{rest}")
+        rest = f"; and {len(passed_over) - MOST_NAMED} more" if len(passed_over) > MOST_NAMED else ""
+        notes.append(f"passed over: {'; '.join(passed_over[:MOST_NAMED])}{rest}")
+    notes += left_out(reasons, baseline)
 
     shared = list(dict.fromkeys(key for run in found for key in run.metrics if "." not in key))
     if args.metrics:
