@@ -41,7 +41,7 @@ from accelerando.models.cpu import speed_up_dropout
 from accelerando.report import page, results
 from accelerando.report.metrics import classification_metrics, top_k_accuracy
 from accelerando.report.model_card import write_model_card
-from accelerando.report.predictions import worst_mistakes
+from accelerando.report.predictions import probabilities, worst_mistakes, write_predictions
 from accelerando.train.accelerator import is_sharded, log_trained, make_accelerator, prepare
 from accelerando.train.autotune import choose_num_workers, find_micro_batch_size
 from accelerando.train.averages import Ema, averaged
@@ -439,6 +439,9 @@ def write_report(
         head: results.write_class_reports(run, found, names, head, f"{head}_logits", head)
         for head, names in data.names.items()
     }
+    for split, rows in found.items():  # of the glosses
+        path, predicted = run.directory / f"predictions_{split}.csv", probabilities(rows["gloss_logits"])
+        write_predictions(path, data.splits[split].names, data.names["gloss"], predicted, rows["gloss"])
     last = results.split_to_show(found)
     worst = worst_mistakes(found[last]["gloss"], found[last]["gloss_logits"], data.names["gloss"])
     for mistake in worst:

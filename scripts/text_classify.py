@@ -52,7 +52,7 @@ from accelerando.models.student import copy_layers, keep_layers
 from accelerando.report import page, results, target_reports
 from accelerando.report.metrics import classification_metrics
 from accelerando.report.model_card import write_model_card
-from accelerando.report.predictions import worst_mistakes
+from accelerando.report.predictions import probabilities, worst_mistakes, write_predictions
 from accelerando.report.target_metrics import (
     best_thresholds,
     multi_label_metrics,
@@ -384,8 +384,8 @@ def best_metric(args: Args, problem_type: ProblemType) -> str:
 
 
 def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
-    """The training rows in the order of each epoch; with ``augment`` a share of them changed, with ``mixup`` mixed, with
-    a teacher what it says of each, also of rows without labels."""
+    """The training rows in the order of each epoch, with ``augment`` a share of them changed, with ``mixup`` mixed,
+    with a teacher what it says of each, also of rows without labels."""
     table, rows = data.tables["train"], data.splits["train"]
     cache = cache_folder(args.cache_dir)
     if data.unlabelled:
@@ -596,10 +596,19 @@ def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None
     write_model_card(folder, run, "text-classification", source, usage, data_title(args))
 
 
+def texts_of_rows(data: Data, found: Found) -> dict[str, list[str]]:
+    """The texts of each split in the order of its rows, for the tables of predictions."""
+    tables = {split: data.tables[split] for split in found}
+    return {split: [table.text(row) for row in range(len(table))] for split, table in tables.items()}
+
+
 def show_classes(run: Run, data: Data, found: Found, last: str) -> Shown:
     """Of one label a row: reports of all splits; of ``last`` the confusion matrix and the most confident mistakes."""
     matrices, rows = results.write_class_reports(run, found, data.label_names), found[last]
     calibration, calibrated = results.write_calibration(run, found, last)
+    for split, texts in texts_of_rows(data, found).items():
+        path, predicted = run.directory / f"predictions_{split}.csv", probabilities(found[split]["logits"])
+        write_predictions(path, texts, data.label_names, predicted, found[split]["labels"], of_texts=True)
     details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist(), "calibration": calibration}
     blocks = [*results.class_blocks(matrices[last], data.label_names, last), *calibrated]
     return details, blocks, worst_mistakes(rows["labels"], rows["logits"], data.label_names)
@@ -611,6 +620,9 @@ def show_labels(run: Run, data: Data, found: Found, last: str) -> Shown:
     details: dict[str, object] = {"label_names": data.label_names}
     if data.thresholds is not None:
         details["thresholds"] = dict(zip(data.label_names, data.thresholds.tolist(), strict=True))
+    for split, texts in texts_of_rows(data, found).items():
+        path = run.directory / f"predictions_{split}.csv"
+        target_reports.write_label_predictions(path, texts, found[split], data.label_names, data.thresholds)
     blocks = [target_reports.label_table(tables[last], data.label_names, last)]
     return details, blocks, target_reports.worst_labels(found[last], data.label_names, data.thresholds)
 
@@ -618,6 +630,9 @@ def show_labels(run: Run, data: Data, found: Found, last: str) -> Shown:
 def show_numbers(run: Run, data: Data, found: Found, last: str) -> Shown:
     """Of numbers: plots of all splits; of ``last`` predicted over true ones, and the highest losses."""
     plots = target_reports.write_number_plots(run, found, data.label_names)
+    for split, texts in texts_of_rows(data, found).items():
+        path = run.directory / f"predictions_{split}.csv"
+        target_reports.write_number_predictions(path, texts, found[split], data.label_names)
     blocks = target_reports.number_blocks(found[last], plots[last].read_bytes(), data.label_names, last)
     return {"label_names": data.label_names}, blocks, target_reports.worst_numbers(found[last], data.label_names)
 

@@ -67,8 +67,8 @@ def read_results(run: Path) -> dict[str, Any]:
 
 @dataclass
 class Predictions:
-    """The predictions of a run, or of an ensemble, for n files: ``files`` [n], the true ``labels`` int [n] and
-    ``probabilities`` float64 [n, C]."""
+    """The predictions of a run, or of an ensemble, for n samples: ``files`` [n] (of texts, the numbers of the rows),
+    the true ``labels`` int [n] and ``probabilities`` float64 [n, C]."""
 
     files: list[str]
     labels: np.ndarray
@@ -92,7 +92,7 @@ def read_predictions(run: Path, split: str, label_names: list[str]) -> Predictio
             probabilities.append([float(record[column]) for column in columns])
         except (KeyError, ValueError):
             raise UserError(f"{_predictions_file(run, split)}: {where}: unknown label or not a number") from None
-        files.append(record["file"])
+        files.append(record["file" if "file" in record else "row"])
     return Predictions(files, np.array(labels), np.array(probabilities).reshape(-1, len(label_names)))
 
 
@@ -100,7 +100,46 @@ def predicted_files(run: Path, split: str) -> set[str] | None:
     """The files of a split for which a run has predictions; None: it has none for this split."""
     if not _predictions_file(run, split).is_file():
         return None
-    return {record["file"] for _, record in _prediction_records(run, split, [])}
+    return {record["file" if "file" in record else "row"] for _, record in _prediction_records(run, split, [])}
+
+
+@dataclass
+class Answers:
+    """What a run answered about n samples: ``samples`` [n] (files, or texts), their true ``labels`` [n] and what was
+    ``predicted`` [n], as names; of several labels a row, all of them in one name."""
+
+    samples: list[str]
+    labels: list[str]
+    predicted: list[str]
+
+
+def read_answers(run: Path, split: str) -> Answers | None:
+    """The labels of ``predictions_<split>.csv``, without the probabilities; None: there is no such file, or it has
+    numbers instead of labels.
+
+    Raises:
+        UserError: the file is invalid.
+    """
+    import csv
+
+    from accelerando.data.table_formats import without_formula_mark
+
+    path = _predictions_file(run, split)
+    if not path.is_file():
+        return None
+    csv.field_size_limit(2**31 - 1)
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = csv.reader(file, strict=True)
+            header = next(rows, [])
+            sample = next((name for name in ("text", "file") if name in header), None)
+            if sample is None or not {"label", "predicted"} <= {*header}:
+                return None
+            places = [header.index(name) for name in (sample, "label", "predicted")]
+            columns = [[without_formula_mark(row[place]) for place in places] for row in rows]
+    except (csv.Error, IndexError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: invalid CSV ({error})") from None
+    return Answers(*([row[place] for row in columns] for place in range(3)))
 
 
 def _predictions_file(run: Path, split: str) -> Path:
@@ -113,7 +152,9 @@ def _prediction_records(run: Path, split: str, columns: list[str]) -> Iterator[t
     path = _predictions_file(run, split)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    for where, record in csv_records(path, ["file", *columns]):
+    for where, record in csv_records(path, columns):
+        if "file" not in record and "row" not in record:
+            raise UserError(f"{path}: no column 'file' and no column 'row'")
         yield where, {name: without_formula_mark(cell) for name, cell in record.items()}
 
 

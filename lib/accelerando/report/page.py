@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 LONG_TEXT = 280  # characters; longer texts of mistakes are folded
 LONG_TABLE = 30  # rows; longer tables scroll in a frame
+MOST_SENTENCES = 12  # further ones are folded
 DRAWN_POINTS = 300  # per line; longer lines are thinned but keep their peaks
 
 WIDTH, HEIGHT = 440, 230  # of a panel of curves, in SVG units
@@ -229,6 +230,52 @@ def mistakes(rows: Sequence[Mapping[str, Any]], title: str = "Worst mistakes") -
     return _section(title, f'{_note(note)}{legend}<ol class="mistakes cards">{"".join(items)}</ol>')
 
 
+def sentences(lines: Sequence[str], title: str = "") -> str:
+    """Sentences as a numbered list; those after the first 12 are folded."""
+    items = [f"<li>{_text(line)}</li>" for line in lines]
+    shown, folded = items[:MOST_SENTENCES], items[MOST_SENTENCES:]
+    body = f'<ol class="sentences">{"".join(shown)}</ol>'
+    if folded:
+        rest = f'<ol class="sentences" start="{MOST_SENTENCES + 1}">{"".join(folded)}</ol>'
+        body += f"<details><summary>{len(folded)} more</summary>{rest}</details>"
+    return _section(title, body)
+
+
+def differences(rows: Sequence[tuple[str, float, float, float, bool]], title: str = "", note: str = "") -> str:
+    """A line with a dot on a shared axis for each of ``rows``: (name, difference, from, to, whether it is filled).
+
+    From and to are the ends of an interval. The axis begins and ends with the outermost of them, and always has zero.
+    Numbers that are not finite are not drawn.
+    """
+    ends = [end for row in rows for end in row[1:4] if math.isfinite(end)]
+    low, high = min([*ends, 0.0]), max([*ends, 0.0])
+    room = (high - low) * 0.03 or 0.5
+    low, high = low - room, high + room
+    ticks = _ticks(low, high, 6)
+
+    def place(value: float) -> str:
+        return f"{100 * (value - low) / (high - low):.2f}"
+
+    parts = []
+    for name, difference, start, end, filled in rows:
+        marks = f'<i class="zero" style="--x:{place(0)}"></i>'
+        if math.isfinite(start) and math.isfinite(end):
+            width = f"{100 * (end - start) / (high - low):.2f}"
+            marks += f'<i class="reach" style="--x:{place(start)};--w:{width}"></i>'
+        if math.isfinite(difference):
+            marks += f'<b style="--x:{place(difference)}"></b>'
+        hint = _text(f"{name}: {difference:+.4f}, {start:+.4f} to {end:+.4f}")
+        parts.append(
+            f'<div class="row{" claimed" if filled else ""}" title="{hint}"><span class="who">{_text(name)}</span>'
+            f'<span class="track">{marks}</span><span class="amount">{_signed(difference)}</span></div>'
+        )
+    labels = "".join(
+        f'<span style="--x:{place(tick)}">{text}</span>' for tick, text in zip(ticks, _tick_names(ticks), strict=True)
+    )
+    parts.append(f'<div class="row"><span></span><span class="track ticks">{labels}</span><span></span></div>')
+    return _section(title, f'<figure class="differences">{"".join(parts)}</figure>{_note(note)}')
+
+
 def _seen(row: Mapping[str, Any]) -> str:
     """The ``image`` of a card and, beside it, its ``heat``."""
     images = f'<img alt="" src="{_data_uri(row["image"])}">' if row.get("image") else ""
@@ -367,6 +414,10 @@ def _number(value: Real) -> str:
     if size >= 100:
         return f"{value:,.0f}" if size >= 1000 else f"{value:.1f}"
     return f"{value:.3f}" if size >= 0.01 or size == 0 else f"{value:.3g}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4f}".replace("-", "−") if math.isfinite(value) else "–"
 
 
 def _short_exponent(text: str) -> str:

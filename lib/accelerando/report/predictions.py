@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,20 +82,39 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 def write_predictions(
     path: Path,
-    files: Sequence[str],
+    samples: Sequence[str],
     label_names: list[str],
     probabilities: np.ndarray,
     labels: np.ndarray | None = None,
+    of_texts: bool = False,
 ) -> None:
-    """Writes a CSV with a row for each file: ``file``, ``label`` (if ``labels`` [n] are given), ``predicted``,
-    ``confidence``, and the probability of each class as ``p_<class>`` from ``probabilities`` [n, C]."""
+    """Writes a CSV with a row for each sample: ``file``, ``label`` (if ``labels`` [n] are given), ``predicted``,
+    ``confidence``, and the probability of each class as ``p_<class>`` from ``probabilities`` [n, C].
+
+    ``samples``: the files [n]; ``of_texts``: they are texts, and ``row`` (from 1 on) and ``text`` stand first instead.
+    """
+    samples = [*map(with_plain_breaks, samples)] if of_texts else samples
+    rows = prediction_rows(samples, label_names, probabilities, labels)
+    header = prediction_header(label_names, labels is not None)
+    if of_texts:
+        header, rows = ["row", "text", *header[1:]], ([number, *row] for number, row in enumerate(rows, start=1))
+    write_csv(path, header, rows)
+
+
+def with_plain_breaks(text: str) -> str:
+    """A text whose line breaks are all alike: a carriage return alone would end a row of a CSV file."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Writes a CSV atomically; the cells are written as they are (see :func:`formula_safe`)."""
     import csv
     import io
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(prediction_header(label_names, labels is not None))
-    writer.writerows(prediction_rows(files, label_names, probabilities, labels))
+    writer.writerow(header)
+    writer.writerows(rows)
     write_text(path, text.getvalue())
 
 

@@ -16,7 +16,7 @@ from accelerando.base.texts import one_line
 from accelerando.data.table_formats import formula_safe
 from accelerando.report import page
 from accelerando.report.plots import plot_numbers
-from accelerando.report.predictions import highest_losses
+from accelerando.report.predictions import highest_losses, with_plain_breaks, write_csv
 from accelerando.report.results import aligned_table
 from accelerando.report.target_metrics import chosen_labels, per_label, regression_metrics, sigmoid
 from accelerando.train.state import Run
@@ -85,6 +85,38 @@ def number_blocks(rows: Mapping[str, np.ndarray], plot: bytes, names: Sequence[s
         table = [(name, *(values[key] for key in columns)) for name, values in zip(names, measured, strict=True)]
         blocks.append(page.table(["number", *columns], table, title=f"Per number, {what}"))
     return blocks
+
+
+def write_label_predictions(
+    path: Path,
+    texts: Sequence[str],
+    rows: Mapping[str, np.ndarray],
+    label_names: Sequence[str],
+    thresholds: np.ndarray | None = None,
+) -> None:
+    """:func:`report.predictions.write_predictions` for several labels a row, which are separated by a comma."""
+    true, chosen, scores = rows["labels"] > 0, chosen_labels(rows["logits"], thresholds), sigmoid(rows["logits"])
+    header = ["row", "text", "label", "predicted", *(f"p_{name}" for name in label_names)]
+    table = (
+        [row + 1, *map(formula_safe, (text, _listed(true[row], label_names), _listed(chosen[row], label_names))),
+         *(f"{score:.6f}" for score in scores[row].tolist())]
+        for row, text in enumerate(map(with_plain_breaks, texts))
+    )  # fmt: skip
+    write_csv(path, header, table)
+
+
+def write_number_predictions(
+    path: Path, texts: Sequence[str], rows: Mapping[str, np.ndarray], names: Sequence[str]
+) -> None:
+    """:func:`report.predictions.write_predictions` for numbers: each of a row and, as ``predicted_<name>``, what it was
+    predicted to be."""
+    header = ["row", "text", *map(formula_safe, names), *(f"predicted_{name}" for name in names)]
+    numbers = np.concatenate([rows["labels"], rows["logits"]], axis=1)
+    table = (
+        [row + 1, formula_safe(text), *(f"{value:.6g}" for value in numbers[row].tolist())]
+        for row, text in enumerate(map(with_plain_breaks, texts))
+    )
+    write_csv(path, header, table)
 
 
 def worst_labels(
