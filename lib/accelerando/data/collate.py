@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def collate_text(
-    pad_token_id: int, multiple_of: int = 1, left: bool = False
+    pad_token_id: int, multiple_of: int = 1, left: bool = False, window: int | None = None
 ) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
     """Collate for token samples: ``input_ids``, ``attention_mask`` (and ``token_type_ids``) [B, T], ``labels`` [B].
 
@@ -21,31 +21,43 @@ def collate_text(
 
     T is the length of the longest text, rounded up to a multiple of ``multiple_of`` (8 suits a GPU's tensor cores, and
     keeps the number of shapes small for torch.compile). ``left``: padding stands before the text.
+
+    With ``window`` a sample holds windows of that many tokens (:mod:`data.windows`): the tensors of tokens are
+    [W, T] of the W windows of all texts, and ``windows`` int64 [B] says how many each text has.
     """
-    return TextCollate(pad_token_id, multiple_of, left)
+    return TextCollate(pad_token_id, multiple_of, left, window)
 
 
 class TextCollate:
     """See :func:`collate_text`; a class because worker processes need to pickle it."""
 
-    def __init__(self, pad_token_id: int, multiple_of: int = 1, left: bool = False) -> None:
+    def __init__(self, pad_token_id: int, multiple_of: int = 1, left: bool = False, window: int | None = None) -> None:
         self.pad_token_id = pad_token_id
         self.multiple_of = multiple_of
         self.left = left
+        self.window = window
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
         import torch
 
         lengths = np.array([len(sample["input_ids"]) for sample in samples])
+        counts = None
+        if self.window is not None:
+            counts = np.maximum(-(-lengths // self.window), 1)
+            row = np.repeat(np.arange(len(samples)), counts)
+            place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+            lengths = np.minimum(lengths[row] - place * self.window, self.window)
         width = -(-max(1, int(lengths.max())) // self.multiple_of) * self.multiple_of
         real = np.arange(width) < lengths[:, None]
         real = real[:, ::-1] if self.left else real
         batch = {"attention_mask": real.astype(np.int64)}
         for name, padding in (("input_ids", self.pad_token_id), ("token_type_ids", 0)):
             if name in samples[0]:
-                values = np.full((len(samples), width), padding, dtype=np.int64)
+                values = np.full(real.shape, padding, dtype=np.int64)
                 values[real] = np.concatenate([sample[name] for sample in samples])
                 batch[name] = values
+        if counts is not None:
+            batch["windows"] = counts
         tensors = {name: torch.from_numpy(values) for name, values in batch.items()}
         if "label" in samples[0]:
             labels = np.array([sample["label"] for sample in samples])
