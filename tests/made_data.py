@@ -61,13 +61,13 @@ def make_text_set(folder: Path) -> Path:
 
 
 def make_task_files(folder: Path, text_set: Path) -> dict[str, list[str]]:
-    """Two tasks on parts of the text set, as ``task=file``: the topic, and whether a text has more than 20 words."""
+    """Two tasks on parts of the text set, as ``task=file``: the topic, and whether it is sport."""
     counts = {"train": (120, 83), "validation": (30, 30), "test": (33, 33)}
     files: dict[str, list[str]] = {}
-    for split, (topics, sizes) in counts.items():
+    for split, (topics, plays) in counts.items():
         rows = json.loads((text_set / f"{split}.json").read_text())
-        long = [{"text": row["text"], "label": "long" if len(row["text"].split()) > 20 else "short"} for row in rows]
-        parts = {"topic": rows[:topics], "size": long[-sizes:]}
+        sport = [{"text": row["text"], "label": "play" if row["label"] == "sport" else "other"} for row in rows]
+        parts = {"topic": rows[:topics], "play": sport[-plays:]}
         files[split] = [f"{name}={write_json(folder / f'{name}_{split}.json', part)}" for name, part in parts.items()]
     return files
 

@@ -101,7 +101,7 @@ def open_multitask(folder: Path, run: Path) -> None:
 
     encoder, report = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
-    for name, labels in {"topic": ["money", "space", "sport"], "size": ["long", "short"]}.items():
+    for name, labels in {"topic": ["money", "space", "sport"], "play": ["other", "play"]}.items():
         model, report = AutoModelForSequenceClassification.from_pretrained(folder / name, output_loading_info=True)
         assert not report["missing_keys"] and not report["unexpected_keys"]
         assert list(model.config.id2label.values()) == labels
@@ -205,7 +205,7 @@ HAR_PROBE = ("--strategy", "linear_probe", "--head_lr", "1e-2", "--augmentation"
 
 MULTITASK_RANDOM = (
     *TEXT_RANDOM, "--uncertainty_weighting", "--sampling", "temperature", "--task_block", "8", "--task_weights",
-    "size=0.5",
+    "play=0.5",
 )  # fmt: skip
 
 TASKS = {
@@ -249,8 +249,8 @@ TASKS = {
         sharded=("--batch_size", "12", "--save_every", "3", "--epochs", "2", "--uncertainty_weighting"),
         opened=open_multitask,
         promised=("best/tokenizer.json", "best/model_heads.safetensors", "best/topic/tokenizer.json",
-                  "best/size/README.md", "logs/classification_report_train_size.txt",
-                  "logs/classification_report_test_topic.txt", "plots/confusion_test_size.png"),
+                  "best/play/README.md", "logs/classification_report_train_play.txt",
+                  "logs/classification_report_test_topic.txt", "plots/confusion_test_play.png"),
         broken=(("--train_files", "topic=none.json"), "none.json"),
     ),
     "clip": Task(

@@ -25,6 +25,7 @@ from accelerando.models.text_windows import keep_windows, kept_windows, pool_win
 
 ROOT = Path(__file__).resolve().parent.parent
 NO_DROPOUT = ("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0")
+CNN = ("--architecture", "cnn", "--vocab_size", "300", "--embed_size", "16", "--num_filters", "8", "--lr", "1e-2")
 LONG = ("--max_length", "16", "--window_stride", "9", "--max_windows", "4")
 
 
@@ -111,7 +112,7 @@ def test_a_word_beyond_the_first_window_is_learnt_and_predicted(
     folder alone, and of windows that are computed one by one."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    learning = (*late_files, "--epochs", "8", "--batch_size", "16", "--lr", "1e-2", *NO_DROPOUT)
+    learning = (*late_files, *CNN, "--epochs", "8", "--batch_size", "16")
     if pooling == "mean":
         assert results(train_here(*learning, "--max_length", "16", name="cut"))["test"]["accuracy"] < 0.6
     run = train_here(*learning, *LONG, "--window_pooling", pooling, name="long")
