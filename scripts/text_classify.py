@@ -34,6 +34,7 @@ from accelerando.data.targets import PROBLEM_TYPES, as_targets, strata
 from accelerando.data.taught import all_texts, with_unlabelled
 from accelerando.data.tokenizer import open_tokenizer, train_tokenizer
 from accelerando.data.tokens import TokenTable, tokenize_table, warn_of_cut_texts
+from accelerando.data.windows import Windows
 from accelerando.inference.hub import Hub, check_push
 from accelerando.models.cpu import attention_for_cpu, speed_up_dropout
 from accelerando.models.mixing import mix_texts, token_inputs
@@ -49,6 +50,7 @@ from accelerando.models.pretrained import (
     pads_left,
 )
 from accelerando.models.student import copy_layers, keep_layers
+from accelerando.models.text_windows import Pooling, keep_windows, pool_windows
 from accelerando.report import page, results, target_reports
 from accelerando.report.metrics import classification_metrics
 from accelerando.report.model_card import write_model_card
@@ -122,7 +124,10 @@ class Args:
     label_delimiter: str | None = None  # what separates several labels of a row in label_column: "|", say
     label_columns: tuple[str, ...] = ()  # instead of label_column: a column of 0 and 1 for each label, or of numbers
     problem_type: ProblemType | None = None  # what is learned of each row (default: found from the training rows)
-    max_length: int = 128  # tokens kept of each text
+    max_length: int = 128  # tokens kept of each text, or of a window
+    window_stride: int | None = None  # longer texts: windows of max_length that begin every so many tokens; None: cut
+    max_windows: int | None = 8  # window_stride: windows of a text at most; they cost time and memory like texts
+    window_pooling: Pooling = "mean"  # window_stride: a text's logits are their mean or maximum over its windows
     length_buckets: bool = True  # texts of similar length share a batch: little padding
     balanced: bool = False  # every class is sampled equally often
     curriculum: str | None = None  # easy rows first: length, rarity, or by loss: a predictions.csv of tools/evaluate.py
@@ -265,6 +270,7 @@ ONLY_WITH = {
     ),
     "from_scratch": ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size"),
     "architecture cnn": ("vocab_size", "embed_size", "num_filters", "filter_sizes", "dropout_prob"),
+    "window_stride": ("max_windows", "window_pooling"),
     "augment": ("augment_rate", "augment_share"),
     "augment synonym insert": ("synonyms",),
     "curriculum": ("initial_difficulty", "final_difficulty", "curriculum_epochs"),
@@ -357,19 +363,25 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
             tokenizer = train_tokenizer(texts, args.tokenizer_type, size, max_length=args.max_length)
         cache = cache_folder(args.cache_dir)
         splits = {
-            split: tokenize_table(table, tokenizer, args.max_length, labels[split], cache)
+            split: tokenize_table(table, tokenizer, args.max_length, labels[split], cache, windows_of(args))
             for split, table in tables.items()
         }
-    warn_of_cut_texts(splits, args.max_length)
+    warn_of_cut_texts(splits, args.max_length, windows_of(args))
     sizes = ", ".join(f"{split} {len(table):,}" for split, table in splits.items())
     what = "numbers" if problem_type == "regression" else "labels"
     log.info("Rows: %s; %d %s: %s", sizes, len(names), what, ", ".join(names[:12]) + (" ..." * (len(names) > 12)))
     log.info("Problem type: %s, the best weights by %s", problem_type, args.best_metric)
     collate = TextCollate(tokenizer.pad_token_id or 0, multiple_of=8 if args.compile_model else 1)
+    collate.window = args.max_length if args.window_stride else None
     counts = None
     if problem_type == "single_label":
         counts = torch.bincount(torch.as_tensor(labels["train"]), minlength=len(names))
     return Data(splits, tables, names, counts, tokenizer, collate, problem_type, unlabelled=unlabelled)
+
+
+def windows_of(args: Args) -> Windows | None:
+    """How long texts are read; None: they are cut off."""
+    return Windows(args.max_length, args.window_stride, args.max_windows) if args.window_stride else None
 
 
 def best_metric(args: Args, problem_type: ProblemType) -> str:
@@ -410,7 +422,8 @@ def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
                 trust_remote_code=args.trust_remote_code,
             )  # fmt: skip
         change = TextAugmentation(args.augment, args.augment_rate, synonyms, args.seed)
-        rows = AugmentedTexts(table, rows, data.tokenizer, args.max_length, change, args.augment_share)
+        how = (data.tokenizer, args.max_length, change, args.augment_share, windows_of(args))
+        rows = AugmentedTexts(table, rows, *how)
     if args.teacher:
         wanted = (data.problem_type, args.match_hidden > 0, args.trust_remote_code)
         data.teacher = open_text_teacher(args.teacher, data.label_names, accelerator, *wanted)
@@ -432,6 +445,7 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> torch.nn.Mo
         model = build_cnn(args, data, labels)
     else:
         model = build_transformer(args, data, labels, on_cpu)
+    keep_windows(model.config, windows_of(args), args.window_pooling)
     head = head_names(model)
     if args.strategy == "lora":
         kept = [name.rstrip(".") for name in head]
@@ -523,6 +537,9 @@ def compute_loss(
     shown = {"output_hidden_states": True} if lesson and args.match_hidden else {}
     output = model(**(twice(inputs) if two_passes else inputs), **shown)
     logits = output.logits.float()
+    if "windows" in batch:  # from here on a row of logits is a text again
+        windows = torch.cat([batch["windows"]] * (2 if two_passes else 1))
+        logits = pool_windows(logits, windows, args.window_pooling)
     weight = inverse_frequency(data.class_counts).to(logits) if args.class_weights else None
     prior = args.logit_adjustment * log_frequency(data.class_counts).to(logits) if args.logit_adjustment else None
 
@@ -580,6 +597,9 @@ from transformers import pipeline
 classify = pipeline("text-classification", model="{folder}", top_k=None)
 print(classify("some text"))
 """
+WINDOWS = """
+# A text of more than {size} tokens is cut off here; tools/predict.py reads it in windows, as in training.
+"""
 MEANING = {
     "multi_label": "# A score is the probability of a label, which counts from classify.model.config.thresholds on.\n",
     "regression": "# The scores are the numbers themselves.\n",
@@ -590,6 +610,8 @@ def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None
     """What stands beside the saved weights: tokenizer and model card."""
     data.tokenizer.save_pretrained(folder)
     usage = USAGE.format(folder=run.directory / "best") + MEANING.get(data.problem_type, "")
+    if args.window_stride:
+        usage += WINDOWS.format(size=args.max_length).lstrip()
     if args.architecture == "cnn":
         usage = "import accelerando.models.text_cnn  # makes transformers know this model\n" + usage.lstrip()
     source = None if args.from_scratch or args.architecture == "cnn" else args.model_name
@@ -684,12 +706,17 @@ def check_args(args: Args) -> None:
         reinit_layers=(0, 4096), initial_difficulty=(0.001, 1), final_difficulty=(0.001, 1),
         curriculum_epochs=(1, 2**30), augment_rate=(1e-6, 1), augment_share=(0, 1), mixup=(0, 100),
         temperature=(0.01, 1000), distill_alpha=(0, 1), student_layers=(1, 4096), student_vocab=(8, 2**24),
-        match_hidden=(0, 1000),
+        match_hidden=(0, 1000), window_stride=(1, 2**20), max_windows=(1, 2**20),
     )  # fmt: skip
-    if args.mixup and args.teacher:
-        raise UserError("--mixup and --teacher: the teacher sees no mixed texts; drop one")
-    if args.mixup and args.compile_model:
-        raise UserError("--mixup cannot go with --compile_model: compiled code does not see that embeddings are mixed")
+    for one, other, reason in (
+        ("mixup", "teacher", "the teacher sees no mixed texts"),
+        ("mixup", "compile_model", "compiled code does not see that embeddings are mixed"),
+        ("window_stride", "mixup", "a text of several windows has no other one to be mixed with"),
+        ("window_stride", "teacher", "the teacher reads texts that are cut off"),
+        ("window_stride", "text_pair_column", "pairs have no windows"),
+    ):
+        if getattr(args, one) and getattr(args, other):
+            raise UserError(f"--{one} and --{other}: {reason}; drop one")
     if args.balanced and args.curriculum:
         raise UserError("--balanced and --curriculum both choose the rows of an epoch: drop one")
     if args.layer_decay < 1 and args.strategy in ("head", "lora"):

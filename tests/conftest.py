@@ -13,7 +13,7 @@ from types import ModuleType, SimpleNamespace
 import made_data
 import pytest
 from fork_server import draw_nothing
-from harness import CLIP, HAR, IMAGE, SIGN, TEXT, close_fork_server, run_in_this_process
+from harness import CLIP, HAR, IMAGE, MULTITASK, SIGN, TEXT, close_fork_server, run_in_this_process
 
 Run = Iterator[Callable[..., Path]]
 CallTool = Callable[..., tuple[int, str, str]]
@@ -105,6 +105,23 @@ def text_args(text_set: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPath
 def train_here(text_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None) -> Run:
     """text_classify.py in this process; see :func:`harness.run_in_this_process`."""
     yield from run_in_this_process(TEXT, text_args, tmp_path, monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def multitask_args(text_set: Path, tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags that train the tiny model on two tasks; 7 optimizer steps an epoch of 203 rows at a batch of 32."""
+    files = made_data.make_task_files(tmp_path_factory.mktemp("tasks"), text_set)
+    return [
+        *(word for split, named in files.items() for word in (f"--{split}_files", *named)),
+        *("--model_name", str(tiny_bert), "--cache_dir", str(tmp_path_factory.mktemp("tasks_cache"))),
+        *("--max_length", "48", "--lr", "3e-3", "--epochs", "2", "--log_every", "1", "--report_to", "none"),
+    ]
+
+
+@pytest.fixture
+def multitask_here(multitask_args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_figures: None) -> Run:
+    """text_multitask.py in this process; see :func:`harness.run_in_this_process`."""
+    yield from run_in_this_process(MULTITASK, multitask_args, tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="session")

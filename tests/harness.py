@@ -27,6 +27,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a misspelt model is not looked f
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 TEXT = SCRIPTS / "text_classify.py"
+MULTITASK = SCRIPTS / "text_multitask.py"
 CLIP = SCRIPTS / "clip_finetune.py"
 SIGN = SCRIPTS / "sign_train.py"
 IMAGE = SCRIPTS / "image_classify.py"

@@ -60,6 +60,18 @@ def make_text_set(folder: Path) -> Path:
     return folder
 
 
+def make_task_files(folder: Path, text_set: Path) -> dict[str, list[str]]:
+    """Two tasks on parts of the text set, as ``task=file``: the topic, and whether it is sport."""
+    counts = {"train": (120, 83), "validation": (30, 30), "test": (33, 33)}
+    files: dict[str, list[str]] = {}
+    for split, (topics, plays) in counts.items():
+        rows = json.loads((text_set / f"{split}.json").read_text())
+        sport = [{"text": row["text"], "label": "play" if row["label"] == "sport" else "other"} for row in rows]
+        parts = {"topic": rows[:topics], "play": sport[-plays:]}
+        files[split] = [f"{name}={write_json(folder / f'{name}_{split}.json', part)}" for name, part in parts.items()]
+    return files
+
+
 def make_tiny_bert(folder: Path, text_set: Path) -> Path:
     """A folder with a BERT of about 20,000 parameters, random weights, and a tokenizer for ``text_set``."""
     texts = [row["text"] for row in json.loads((text_set / "train.json").read_text())]

@@ -1,6 +1,6 @@
-"""One table of the five training scripts: what the tests of the invariants need to know of each.
+"""One table of the six training scripts: what the tests of the invariants need to know of each.
 
-A sixth script gets all of tests/test_invariants.py and tests/torture.py with one more row.
+A further script gets all of tests/test_invariants.py and tests/torture.py with one more row.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from harness import CLIP, HAR, IMAGE, SIGN, TEXT, launch, results
+from harness import CLIP, HAR, IMAGE, MULTITASK, SIGN, TEXT, launch, results
 from safetensors.torch import load_file
 
 import accelerando.models.clip_classifier
@@ -93,6 +93,24 @@ def open_text(folder: Path, run: Path) -> None:
             files = load_file(folder / "adapter" / "adapter_model.safetensors")
             assert sum("lora_A" in key for key in files) == 4  # no rank's part is missing
             assert any(tensor.abs().max() > 0 for key, tensor in files.items() if "lora_B" in key)
+
+
+def open_multitask(folder: Path, run: Path) -> None:
+    """Each task's classifier alone, and the encoder that they share, whose weights are stored once."""
+    from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
+
+    encoder, report = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for name, labels in {"topic": ["money", "space", "sport"], "play": ["other", "play"]}.items():
+        model, report = AutoModelForSequenceClassification.from_pretrained(folder / name, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        assert list(model.config.id2label.values()) == labels
+        tokens = AutoTokenizer.from_pretrained(folder / name)(["goal match", "a"], padding=True, return_tensors="pt")
+        with torch.no_grad():
+            assert model.eval()(**tokens).logits.shape == (2, len(labels))
+        for key, tensor in encoder.state_dict().items():
+            assert torch.equal(model.base_model.state_dict()[key], tensor), key
+    assert len(AutoTokenizer.from_pretrained(folder)) > 10
 
 
 def open_clip(folder: Path, run: Path) -> None:
@@ -185,6 +203,11 @@ HAR_RANDOM = (
 )  # fmt: skip
 HAR_PROBE = ("--strategy", "linear_probe", "--head_lr", "1e-2", "--augmentation", "none")
 
+MULTITASK_RANDOM = (
+    *TEXT_RANDOM, "--uncertainty_weighting", "--sampling", "temperature", "--task_block", "8", "--task_weights",
+    "play=0.5",
+)  # fmt: skip
+
 TASKS = {
     "text": Task(
         name="text", script=TEXT, fixture="text_args", here="train_here", metric="accuracy",
@@ -211,6 +234,24 @@ TASKS = {
                   "logs/classification_report_validation.txt", "logs/classification_report_test.txt",
                   "plots/confusion_test.png"),
         broken=(("--train_file", "none.json"), "none.json"),
+    ),
+    "multitask": Task(
+        name="multitask", script=MULTITASK, fixture="multitask_args", here="multitask_here", metric="mean",
+        counts={"train": 203, "validation": 60, "test": 66},
+        random=MULTITASK_RANDOM,
+        killed={
+            "one": Variant((*MULTITASK_RANDOM, "--num_workers", "2")),
+            "two": Variant((*MULTITASK_RANDOM, "--batch_size", "6"), processes=2),
+        },
+        exact=("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0", "--eval_batch_size", "5"),
+        kinds={"full": ("--warmup_steps", "3", "--ema_decay", "0.9", "--eval_every", "4", "--uncertainty_weighting")},
+        whole=("--batch_size", "24"), parts=HALVES, steps=18, tolerance=2e-3, unsettled=(),
+        sharded=("--batch_size", "12", "--save_every", "3", "--epochs", "2", "--uncertainty_weighting"),
+        opened=open_multitask,
+        promised=("best/tokenizer.json", "best/model_heads.safetensors", "best/topic/tokenizer.json",
+                  "best/play/README.md", "logs/classification_report_train_play.txt",
+                  "logs/classification_report_test_topic.txt", "plots/confusion_test_play.png"),
+        broken=(("--train_files", "topic=none.json"), "none.json"),
     ),
     "clip": Task(
         name="clip", script=CLIP, fixture="clip_args", here="clip_here", metric="recall_mean",
@@ -296,7 +337,7 @@ TASKS = {
 EXHAUSTIVE = {
     "text-cnn-workers", "text-lora-two", "text-cnn", "clip-locked", "clip-linear_probe", "clip-dual_lora", "sign-gru",
     "sign-iv3_gru", "har-flyp", "har-two", "har-probe", "image-sharded", "har-sharded", "sign-2", "image-2", "har-2",
-    "image-launchers", "har-launchers",
+    "image-launchers", "har-launchers", "multitask-two", "multitask-2", "multitask-launchers", "multitask-sharded",
 }  # fmt: skip
 
 

@@ -204,7 +204,7 @@ def settings_for(module: ModuleType, model: Named, names: dict[str, list[str]], 
             settings = changed(settings, problem_type=TARGETS.get(model.config.get("problem_type"), "single_label"))
             settings = changed(settings, model_name=folder, from_scratch=False, strategy="full", **dict.fromkeys(SHAPE))
         if model.run is None or model.exported:
-            settings = changed(settings, max_length=tokens_at_most(model))
+            settings = changed(settings, **{"max_length": tokens_at_most(model)} | windows_of(model))
     elif model.task == "sign":
         counts = {"num_gloss": len(names["gloss"]), "num_cat": len(names["cat"])}
         settings = changed(settings, **counts, names_csv=None, weights=None)
@@ -221,6 +221,17 @@ def settings_for(module: ModuleType, model: Named, names: dict[str, list[str]], 
         if args.data or getattr(settings, "train_file", None):
             settings = changed(settings, problem_type=TARGETS.get(model.config.get("problem_type"), "single_label"))
     return settings
+
+
+def windows_of(model: Named) -> dict[str, Any]:
+    """The settings with which a text classifier was trained to read long texts in windows, as its config has them."""
+    from accelerando.models.text_windows import kept_windows
+
+    windows, pooling = kept_windows(model.config)
+    if windows is None:
+        return {"window_stride": None}
+    return {"max_length": windows.size, "window_stride": windows.stride, "max_windows": windows.most,
+            "window_pooling": pooling}  # fmt: skip
 
 
 def tokens_at_most(model: Named) -> int:

@@ -164,11 +164,18 @@ def text(folder: Path, found: RunData | None, args: Args, module: ModuleType | N
     from accelerando.inference.graphs import Logits
     from accelerando.inference.saved import open_saved
     from accelerando.models.pretrained import most_tokens, pads_left
+    from accelerando.models.text_windows import kept_windows
 
     model = open_saved(AutoModelForSequenceClassification, folder, module)
     tokenizer = open_tokenizer(str(folder), local_files_only=True)
     longest = found.args.max_length if found else min(most_tokens(model) or 512, 512)
-    collate = TextCollate(tokenizer.pad_token_id or 0, left=pads_left(model.config))
+    windows, pooling = kept_windows(read_json(folder / "config.json"))
+    longest = windows.size if windows else longest
+    collate = TextCollate(tokenizer.pad_token_id or 0, left=pads_left(model.config), window=windows and windows.size)
+    if windows:
+        how = f"take the {pooling} of the logits of windows that begin every {windows.stride} tokens"
+        print(f"note: the graph reads {longest} tokens, and usage.py the first ones of a text; for longer texts {how}, "
+              "as tools/predict.py does", file=sys.stderr)  # fmt: skip
     if found:
         table = found.data.splits[found.split]
         rows = [table[row] for row in spread(len(table), args.samples)]

@@ -34,7 +34,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
@@ -70,6 +70,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+    from accelerando.data.windows import Windows
+    from accelerando.models.text_windows import Pooling
+
 CHUNK = 4096  # texts that are read, sorted by length and predicted at once
 NO_LIMIT_LENGTH = 512  # tokens kept where neither tokenizer nor model names a limit
 Chunk = tuple[list[str], list[str] | None]  # texts, and second texts for a model of pairs
@@ -98,7 +101,7 @@ class Args:
     import_module: str | None = None  # module of yours that defines the model's class, as --import my_module
     trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
     batch_size: int = 32  # texts, clips or images in one forward pass
-    max_length: int | None = None  # texts: tokens kept (default: what the tokenizer or the model was made for)
+    max_length: int | None = None  # texts: tokens kept (default: those of the run's windows, or the model's limit)
     class_names: tuple[str, ...] = ()  # images: of a CLIP, any classes: "riding a horse" cooking
     prompt_templates: tuple[str, ...] = ("a photo of a person {label}.",)  # images: prompts of --class_names
     frames: int | None = None  # videos: frames of each (default: as in training, or 8)
@@ -118,13 +121,16 @@ class Args:
 
 @dataclass
 class TextModel:
-    """A classifier of texts with what :func:`predict_chunk` needs; texts are cut off at ``max_length`` tokens."""
+    """A classifier of texts with what :func:`predict_chunk` needs; texts are cut off at ``max_length`` tokens, or read
+    in ``windows``, whose logits are pooled."""
 
     model: PreTrainedModel | TorchModel
     tokenizer: PreTrainedTokenizerBase
     labels: list[str]
     device: torch.device
     max_length: int
+    windows: Windows | None = None
+    pooling: Pooling = "mean"
 
 
 def load_text_model(
@@ -141,20 +147,31 @@ def load_text_model(
 
     Raises:
         UserError: no tokenizer, weights that are missing or do not fit, a ``max_length`` beyond the model's positions
-            or too small for any text.
+            or too small for any text; ``pairs`` for a model that reads texts in windows.
     """
     from transformers import AutoModelForSequenceClassification
+
+    from accelerando.models.text_windows import kept_windows
 
     tokenizer = open_tokenizer(str(folder), trust_remote_code, local_files_only=True)
     model = open_saved(AutoModelForSequenceClassification, folder, module, trust_remote_code, onnx_file)
     names = model.config.id2label
     labels = [str(names[index]) for index in range(model.config.num_labels)]
+    windows, pooling = kept_windows(read_json(folder / "config.json"))
+    if windows is not None and pairs:
+        raise UserError(f"{folder} reads single texts, in windows: it was not trained on pairs")
+    if windows is not None:
+        max_length = max_length or windows.size
+        windows = replace(windows, size=max_length)
+        windows.overlap(tokenizer)
     return TextModel(
         model=model.to(device),
         tokenizer=tokenizer,
         labels=labels,
         device=device,
         max_length=_length_limit(tokenizer, model.config, max_length, pairs),
+        windows=windows,
+        pooling=pooling,
     )
 
 
@@ -170,13 +187,16 @@ def predict_chunk(
     import torch
 
     from accelerando.data.collate import collate_text
+    from accelerando.data.tokens import encode_texts
     from accelerando.models.pretrained import pads_left
+    from accelerando.models.text_windows import pool_windows
 
     tokenizer, config = loaded.tokenizer, loaded.model.config
-    encoded = tokenizer(texts, pairs, truncation=True, max_length=loaded.max_length, return_attention_mask=False)
+    encoded = encode_texts(tokenizer, texts, pairs, max_length=loaded.max_length, windows=loaded.windows)
     if tokenizer.pad_token_id is None:
         batch_size = 1
-    collate = collate_text(tokenizer.pad_token_id or 0, left=pads_left(config))
+    window = loaded.windows and loaded.windows.size
+    collate = collate_text(tokenizer.pad_token_id or 0, left=pads_left(config), window=window)
     embedded = getattr(loaded.model.get_input_embeddings(), "num_embeddings", None)
     names = [name for name in ("input_ids", "token_type_ids") if name in encoded]
     order = sorted(range(len(texts)), key=lambda row: -len(encoded["input_ids"][row]))
@@ -186,8 +206,10 @@ def predict_chunk(
         batch = collate([{name: encoded[name][row] for name in names} for row in rows])
         if embedded is not None and int(batch["input_ids"].max()) >= embedded:
             raise UserError(f"the tokenizer has more tokens than the model's {embedded}; they do not belong together")
+        batch = {name: tensor.to(loaded.device) for name, tensor in batch.items()}
+        counts = batch.pop("windows", None)
         with torch.inference_mode():
-            logits = loaded.model(**{name: tensor.to(loaded.device) for name, tensor in batch.items()}).logits.float()
+            logits = pool_windows(loaded.model(**batch).logits.float(), counts, loaded.pooling)
         scores[rows] = scores_of(logits, config).cpu().numpy()
         done(len(rows))
     return scores

@@ -366,6 +366,8 @@ def validate(script: Path, flags: list[str], most_opened: int) -> Found:
     log.propagate = False
     data = module.load_data(args, Accelerator(cpu=True))
     log.removeHandler(kept)
+    if hasattr(data, "tasks"):
+        raise UserError(f"{script}: the data of several tasks: validate each one, as that of scripts/text_classify.py")
     found = Found(warnings=kept.lines)
     for split, samples in data.splits.items():
         described = describe(samples)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 SCRIPTS = {
     "clip": "clip_finetune", "har": "clip_har", "sign": "sign_train", "image": "image_classify",
-    "text": "text_classify",
+    "text": "text_classify", "multitask": "text_multitask",
 }  # fmt: skip
 
 
@@ -41,6 +41,11 @@ def image() -> None:
 def text() -> None:
     """``accelerando-text``: text_classify.py."""
     _run("text")
+
+
+def multitask() -> None:
+    """``accelerando-multitask``: text_multitask.py."""
+    _run("multitask")
 
 
 def copy() -> None:

@@ -163,6 +163,39 @@ def asked_of_launch() -> dict[str, str]:
     return dict(_asked_of_launch)
 
 
+def by_name(flag: str, words: Sequence[str]) -> dict[str, str]:
+    """The values of a setting that is given as ``name=value``, several times: {name: value}.
+
+    Raises:
+        UserError: a word has another form, or a name occurs twice.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise UserError(f"--{flag} {word}: write name=value, and several of them after each other")
+        if name in found:
+            raise UserError(f"--{flag}: {name} is given twice")
+        found[name] = value
+    return found
+
+
+def numbers_by_name(flag: str, words: Sequence[str]) -> dict[str, float]:
+    """Like :func:`by_name`, for numbers of at least 0.
+
+    Raises:
+        UserError: also for a value that is no such number.
+    """
+    found = {}
+    for name, text in by_name(flag, words).items():
+        with contextlib.suppress(ValueError):
+            if 0 <= float(text) < math.inf:
+                found[name] = float(text)
+        if name not in found:
+            raise UserError(f"--{flag} {name}={text}: a number of at least 0")
+    return found
+
+
 def was_given(name: str) -> bool:
     """Whether the last :func:`parse_args` found the setting ``name`` in a YAML file or on the command line."""
     return name in _given
@@ -523,10 +556,19 @@ def _yaml_argv(
 
     def collect(mapping: dict[Any, Any], section: str) -> None:
         for key, value in mapping.items():
-            if isinstance(value, dict):  # a section: no setting is a mapping
+            if isinstance(value, dict) and takes_names(str(key)):
+                words = {name: one if isinstance(one, list) else [one] for name, one in value.items()}
+                pairs.append((f"{section}{key}", str(key), [f"{n}={','.join(map(str, w))}" for n, w in words.items()]))
+            elif isinstance(value, dict):  # a section
                 collect(value, f"{key}.")
             elif value is not None or key in known or key in table:  # otherwise an empty section
                 pairs.append((f"{section}{key}", str(key), value))
+
+    def takes_names(key: str) -> bool:
+        """True for a setting of words, for which a mapping stands: {a: 1} for a=1."""
+        name = key.replace("-", "_")
+        field = known.get(_target(table.get(name, name)) if name not in known else name)
+        return field is not None and field.type == "tuple[str, ...]"
 
     collect(read_yaml(path), "")
     switches = {dotted.removesuffix(".enabled"): value for dotted, key, value in pairs if dotted.endswith(".enabled")}

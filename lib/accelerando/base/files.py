@@ -171,6 +171,14 @@ def _follow_umask(draft: Path) -> None:
             path.chmod(mode)
 
 
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link to a file that is never changed in place, or a copy on a file system without hard links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def restore_folder(folder: Path) -> None:
     """Restores the old folder if :func:`whole_folder` was killed or failed between its two renames."""
     if not folder.exists() and _old_of(folder).exists():

@@ -17,6 +17,7 @@ import numpy as np
 from accelerando.base.errors import UserError
 from accelerando.data.digest import digest
 from accelerando.data.tokens import TokenTable, encode_texts
+from accelerando.data.windows import Windows
 from accelerando.data.words import STOP_WORDS, Words, split_words
 
 if TYPE_CHECKING:
@@ -184,6 +185,7 @@ class AugmentedTexts:
     max_length: int
     augmentation: TextAugmentation
     share: float = 0.5
+    windows: Windows | None = None  # of long texts
     unit: ClassVar[str] = "rows"
 
     def __len__(self) -> int:
@@ -194,7 +196,8 @@ class AugmentedTexts:
         sample, changed = self.tokens[row], self.changed(row, epoch, draw)
         if changed is None:
             return sample
-        encoded = encode_texts(self.tokenizer, *([text] for text in changed), max_length=self.max_length)
+        how = {"max_length": self.max_length, "windows": self.windows}
+        encoded = encode_texts(self.tokenizer, *([text] for text in changed), **how)
         sample["input_ids"] = np.asarray(encoded["input_ids"][0], np.int32)
         if self.tokens.types is not None:
             sample["token_type_ids"] = np.asarray(encoded["token_type_ids"][0], np.uint8)

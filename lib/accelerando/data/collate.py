@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def collate_text(
-    pad_token_id: int, multiple_of: int = 1, left: bool = False
+    pad_token_id: int, multiple_of: int = 1, left: bool = False, window: int | None = None
 ) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
     """Collate for token samples: ``input_ids``, ``attention_mask`` (and ``token_type_ids``) [B, T], ``labels`` [B].
 
@@ -24,19 +24,28 @@ def collate_text(
 
     T is the length of the longest text, rounded up to a multiple of ``multiple_of`` (8 suits a GPU's tensor cores, and
     keeps the number of shapes small for torch.compile). ``left``: padding stands before the text.
+
+    With ``window`` a sample holds windows of that many tokens (:mod:`data.windows`): the tensors of tokens are
+    [W, T] of the W windows of all texts, and ``windows`` int64 [B] says how many each text has.
     """
-    return TextCollate(pad_token_id, multiple_of, left)
+    return TextCollate(pad_token_id, multiple_of, left, window)
 
 
 class TextCollate:
     """See :func:`collate_text`; a class because worker processes need to pickle it."""
 
     def __init__(
-        self, pad_token_id: int, multiple_of: int = 1, left: bool = False, teacher: TextCollate | None = None
+        self,
+        pad_token_id: int,
+        multiple_of: int = 1,
+        left: bool = False,
+        window: int | None = None,
+        teacher: TextCollate | None = None,
     ) -> None:
         self.pad_token_id = pad_token_id
         self.multiple_of = multiple_of
         self.left = left
+        self.window = window
         self.teacher = teacher  # of a sample's ``teacher``, the tokens of another tokenizer: ``teacher_input_ids``
 
     def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
@@ -44,16 +53,18 @@ class TextCollate:
 
         parts = ("", OTHER) if "share" in samples[0] else ("",)  # the texts, and those that they are mixed with
         lengths = {part: np.array([len(sample[f"{part}input_ids"]) for sample in samples]) for part in parts}
+        batch: dict[str, np.ndarray] = {}
+        if self.window is not None:
+            batch["windows"], lengths[""] = self._windows(lengths[""])
         longest = max(1, *(int(of_part.max()) for of_part in lengths.values()))
         width = -(-longest // self.multiple_of) * self.multiple_of
-        batch: dict[str, np.ndarray] = {}
         for part in parts:
             real = np.arange(width) < lengths[part][:, None]
             real = real[:, ::-1] if self.left else real
             batch[f"{part}attention_mask"] = real.astype(np.int64)
             for name, padding in ((f"{part}input_ids", self.pad_token_id), (f"{part}token_type_ids", 0)):
                 if name in samples[0]:
-                    values = np.full((len(samples), width), padding, dtype=np.int64)
+                    values = np.full(real.shape, padding, dtype=np.int64)
                     values[real] = np.concatenate([sample[name] for sample in samples])
                     batch[name] = values
             if f"{part}label" in samples[0]:
@@ -68,6 +79,13 @@ class TextCollate:
             for name, tensor in self.teacher([sample["teacher"] for sample in samples]).items():
                 tensors[f"teacher_{name}"] = tensor
         return tensors
+
+    def _windows(self, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many windows each text of ``lengths`` [B] tokens has, [B], and the length of each window."""
+        counts = np.maximum(-(-lengths // self.window), 1)
+        row = np.repeat(np.arange(len(lengths)), counts)
+        place = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return counts, np.minimum(lengths[row] - place * self.window, self.window)
 
 
 class ClipCollate:

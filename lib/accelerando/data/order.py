@@ -103,3 +103,16 @@ def deal(window: np.ndarray, batch_size: int, num_processes: int, process_index:
     mine = [parts[step * num_processes + process_index] for step in range(steps)]
     filler = window[:1] if len(window) else np.zeros(1, np.int64)
     return Share([part if len(part) else filler for part in mine], [len(part) > 0 for part in mine])
+
+
+def deal_groups(
+    window: np.ndarray, groups: np.ndarray, batch_size: int, num_processes: int, process_index: int
+) -> Share:
+    """Like :func:`deal`, with micro-batches of one group each; ``groups`` [n]: the group of each row of ``window``."""
+    shares = [
+        deal(window[groups == group], batch_size, num_processes, process_index)
+        for group in dict.fromkeys(groups.tolist())  # in the order in which they occur
+    ]
+    return Share(
+        [rows for share in shares for rows in share.micro_batches], [one for share in shares for one in share.counts]
+    )

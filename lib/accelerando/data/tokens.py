@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from accelerando.base.errors import UserError
 from accelerando.base.files import cache_folder, derived, whole_folder
 from accelerando.base.log import log, progress_bar
 from accelerando.data.digest import digest
+from accelerando.data.windows import Windows, joined_windows, tokens_beyond
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding, PreTrainedTokenizerBase
@@ -27,7 +29,8 @@ CHUNK = 4096  # texts tokenized at a time
 class TokenTable:
     """Packed token ids of n texts; a map-style data set of ``{"input_ids", ("token_type_ids"), "label"}``.
 
-    ``ids`` int32 [tokens] has the texts one after another, ``offsets`` int64 [n + 1] says where they begin; ``types``
+    ``ids`` int32 [tokens] has the texts one after another, of a long text its windows (:mod:`data.windows`);
+    ``offsets`` int64 [n + 1] says where they begin; ``types``
     uint8 [tokens] exists for pairs of texts, and for a tokenizer that gives single ones types other than 0; ``labels``
     int64 [n], or float32 [n, C] of several labels or numbers, may be None. ``columns``: additional columns, [n] each,
     in samples and batches under their names.
@@ -46,7 +49,7 @@ class TokenTable:
 
     @property
     def lengths(self) -> np.ndarray:
-        """The number of tokens of each text, int64 [n]."""
+        """The number of tokens of each text, in all of its windows, int64 [n]."""
         return np.diff(self.offsets)
 
     def __getitem__(self, row: int) -> dict[str, Any]:
@@ -70,11 +73,14 @@ def tokenize_table(
     max_length: int,
     labels: np.ndarray | None = None,
     cache: Path | None = None,
+    windows: Windows | None = None,
 ) -> TokenTable:
     """Tokenizes ``table``, or maps the result of an earlier run with the same texts and tokenizer from ``cache``.
 
+    Texts of more than ``max_length`` tokens are cut off, or become ``windows`` of that size.
+
     Raises:
-        UserError: ``cache`` cannot be written to, or has too little space.
+        UserError: ``cache`` cannot be written to, or has too little space; the windows cannot be made.
     """
 
     def read(folder: Path) -> TokenTable:
@@ -91,29 +97,57 @@ def tokenize_table(
             raise ValueError("ids.npy and offsets.npy do not agree")
         return found
 
-    target = (cache or cache_folder()) / "tokens" / _fingerprint(table, tokenizer, max_length)
-    return derived(target, read, lambda target: _write(target, table, tokenizer, max_length))
+    target = (cache or cache_folder()) / "tokens" / _fingerprint(table, tokenizer, max_length, windows)
+    return derived(target, read, lambda target: _write(target, table, tokenizer, max_length, windows))
 
 
-def warn_of_cut_texts(tables: Mapping[str, TokenTable], max_length: int) -> None:
+def warn_of_cut_texts(tables: Mapping[str, TokenTable], max_length: int, windows: Windows | None = None) -> None:
     """Says which share of the tokens of each split is not seen, where it is at least one in a thousand."""
+    what = f"--max_length {max_length} cuts" if windows is None else f"--max_windows {windows.most} cut"
     for split, table in tables.items():
         tokens, texts = table.cut
-        share = tokens / max(1, tokens + len(table.ids))
+        seen = len(table.ids)
+        if windows is not None:
+            seen -= windows.repeated * int((-(-table.lengths // windows.size) - 1).sum())
+        share = tokens / max(1, tokens + seen)
         if share >= 0.001:
             rows = 100 * texts / len(table)
-            log.warning("--max_length %d cuts off %.1f %% of the tokens of %s, in %.1f %% of its rows", max_length,
-                        100 * share, split, rows)  # fmt: skip
+            log.warning("%s off %.1f %% of the tokens of %s, in %.1f %% of its rows", what, 100 * share, split, rows)
 
 
 def encode_texts(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], pairs: list[str] | None = None, *, max_length: int
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    pairs: list[str] | None = None,
+    *,
+    max_length: int,
+    windows: Windows | None = None,
 ) -> Mapping[str, list[list[int]]]:
-    """``input_ids`` (and ``token_type_ids``) of each text, or pair of texts, as a :class:`TokenTable` has them."""
-    return tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
+    """``input_ids`` (and ``token_type_ids``) of each text, or pair of texts, as a :class:`TokenTable` has them.
+
+    Raises:
+        UserError: ``windows`` cannot be made.
+    """
+    encoded = _encoded(tokenizer, texts, pairs, max_length, windows)
+    return encoded if windows is None else joined_windows(encoded, windows.most)
 
 
-def _fingerprint(table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    pairs: list[str] | None,
+    max_length: int,
+    windows: Windows | None,
+) -> BatchEncoding:
+    how = {"truncation": True, "return_attention_mask": False}
+    if windows is None:
+        return tokenizer(texts, pairs, max_length=max_length, **how)
+    if pairs is not None:
+        raise UserError("--window_stride is for single texts: pairs of texts have no windows")
+    return tokenizer(texts, max_length=windows.size, stride=windows.overlap(tokenizer), **how)
+
+
+def _fingerprint(table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int, windows: Windows | None) -> str:
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
@@ -124,12 +158,16 @@ def _fingerprint(table: TextTable, tokenizer: PreTrainedTokenizerBase, max_lengt
     else:
         digest.update(repr(tokenizer).encode())
     digest.update(json.dumps([max_length, tokenizer.model_input_names, table.pairs is not None]).encode())
+    if windows is not None:
+        digest.update(json.dumps(vars(windows)).encode())
     for texts, pairs in _chunks(table):
         digest.update(json.dumps([texts, pairs], ensure_ascii=False).encode())
     return digest.hexdigest()[:32]
 
 
-def _write(target: Path, table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def _write(
+    target: Path, table: TextTable, tokenizer: PreTrainedTokenizerBase, max_length: int, windows: Windows | None
+) -> None:
     lengths: list[np.ndarray] = []
     cut = np.zeros(2, np.int64)
     typed = False  # most tokenizers give single texts the type 0 alone
@@ -139,8 +177,9 @@ def _write(target: Path, table: TextTable, tokenizer: PreTrainedTokenizerBase, m
         with open(files["ids"], "wb") as ids_file, open(files["types"], "wb") as types_file:
             progress = progress_bar(len(table), 0, " texts", "tokenizing")
             for texts, pairs in _chunks(table):
-                encoded = encode_texts(tokenizer, texts, pairs, max_length=max_length)
-                cut += _cut_off(encoded)
+                encoded = _encoded(tokenizer, texts, pairs, max_length, windows)
+                cut += _cut_off(encoded) if windows is None else tokens_beyond(encoded, windows)
+                encoded = encoded if windows is None else joined_windows(encoded, windows.most)
                 lengths.append(np.array([len(row) for row in encoded["input_ids"]], dtype=np.int64))
                 np.concatenate([np.asarray(row, dtype=np.int32) for row in encoded["input_ids"]]).tofile(ids_file)
                 if "token_type_ids" in encoded:

@@ -205,6 +205,8 @@ def task_of_model(folder: Path, config: Mapping[str, Any]) -> str:
         return "sign"
     if kind == TORCH_MODULE:  # the files beside it show its kind of input
         return "image" if (folder / "preprocessor_config.json").is_file() else "text"
+    if heads := sorted(path.parent.name for path in folder.glob("*/config.json")):
+        raise UserError(f"{folder}: one encoder for {' and '.join(heads)}: name one of them, as {folder / heads[0]}")
     raise UserError(
         f"{folder}: the model is {[*architectures, kind][0]}, but a classifier of texts, signs or images is needed"
     )

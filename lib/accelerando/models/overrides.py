@@ -30,7 +30,7 @@ def override_config(config: PreTrainedConfig, args: DataclassInstance, has_weigh
         UserError: the architecture has no such setting, or a shape differs from that of the weights to be loaded.
     """
     for flag, spellings in {**SHAPE, **DROPOUT}.items():
-        value = getattr(args, flag)
+        value = getattr(args, flag, None)  # a script may have some of them
         if value is None:
             continue
         name = next((spelling for spelling in spellings if hasattr(config, spelling)), None)

@@ -11,13 +11,21 @@ from accelerando.train.run import repeat_command
 from accelerando.train.state import Run
 
 
-def write_model_card(folder: Path, run: Run, task: str, base_model: str | None, usage: str, data: str) -> None:
+def write_model_card(
+    folder: Path,
+    run: Run,
+    task: str,
+    base_model: str | None,
+    usage: str,
+    data: str,
+    metrics: Mapping[str, float] | None = None,
+) -> None:
     """Writes ``README.md`` with the Hub's metadata: task, base model and its licence, metrics, usage, training command.
 
     ``task`` is the Hub's pipeline tag, ``data`` a short name of the data set; the metrics are those of the last
-    evaluation, if there was one.
+    evaluation, if there was one, or those given.
     """
-    name, metrics = run.directory.name, run.state.metrics
+    name, metrics = run.directory.name, run.state.metrics if metrics is None else dict(metrics)
     metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task, "tags": ["accelerando"]}
     # The Hub accepts names on the Hub as a base model, not local folders.
     if base_model and not Path(base_model).exists():

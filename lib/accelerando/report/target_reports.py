@@ -16,8 +16,8 @@ from accelerando.base.texts import one_line
 from accelerando.data.table_formats import formula_safe
 from accelerando.report import page
 from accelerando.report.plots import plot_numbers
-from accelerando.report.predictions import highest_losses, with_plain_breaks, write_csv
-from accelerando.report.results import aligned_table
+from accelerando.report.predictions import highest_losses, with_plain_breaks, worst_mistakes, write_csv
+from accelerando.report.results import aligned_table, class_blocks, write_class_reports
 from accelerando.report.target_metrics import chosen_labels, per_label, regression_metrics, sigmoid
 from accelerando.train.state import Run
 
@@ -26,12 +26,42 @@ TEXTS = ("file", "labels", "predicted")  # the columns of a table of predictions
 LABEL_COLUMNS = ("precision", "recall", "f1", "average_precision", "threshold", "support")
 
 
+def write_target_reports(
+    run: Run,
+    found: Found,
+    last: str,
+    problem_type: str,
+    names: Sequence[str],
+    thresholds: np.ndarray | None = None,
+    head: str = "",
+) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
+    """Writes the reports and plots of one of several heads, of any kind of target, for all splits.
+
+    Returns entries for results.json and, of the split ``last``, blocks of the report and the worst rows. Main process
+    only.
+    """
+    rows, what = found[last], f"{head}, {last}" if head else last
+    details: dict[str, Any] = {"problem_type": problem_type, "label_names": list(names)}
+    if problem_type == "regression":
+        plots = write_number_plots(run, found, names, head)
+        return details, number_blocks(rows, plots[last].read_bytes(), names, what), worst_numbers(rows, names)
+    if problem_type == "multi_label":
+        tables = write_label_reports(run, found, names, thresholds, head)
+        if thresholds is not None:
+            details["thresholds"] = dict(zip(names, thresholds.tolist(), strict=True))
+        return details, [label_table(tables[last], names, what)], worst_labels(rows, names, thresholds)
+    matrix = write_class_reports(run, found, names, head=head)[last]
+    details["confusion_matrix"] = matrix.tolist()
+    return details, class_blocks(matrix, names, what), worst_mistakes(rows["labels"], rows["logits"], names)
+
+
 def write_label_reports(
-    run: Run, found: Found, label_names: Sequence[str], thresholds: np.ndarray | None = None
+    run: Run, found: Found, label_names: Sequence[str], thresholds: np.ndarray | None = None, head: str = ""
 ) -> dict[str, dict[str, np.ndarray]]:
     """Writes ``logs/classification_report_<split>.txt``, a line for each label, also to the trackers.
 
-    Returns the numbers of :func:`report.target_metrics.per_label` of each split. Main process only.
+    ``head``: the name of one of several heads. Returns the numbers of :func:`report.target_metrics.per_label` of each
+    split. Main process only.
     """
     tables = {}
     for split, rows in found.items():
@@ -45,9 +75,10 @@ def write_label_reports(
             for title in LABEL_COLUMNS
         }
         text = aligned_table(names, columns) + "\n"
-        write_text(run.directory / "logs" / f"classification_report_{split}.txt", text)
+        name = f"{split}_{head}" if head else split
+        write_text(run.directory / "logs" / f"classification_report_{name}.txt", text)
         for tracker in run.trackers:
-            tracker.add_text(f"{split}/classification_report", f"```\n{text}```", run.state.step)
+            tracker.add_text(f"{name}/classification_report", f"```\n{text}```", run.state.step)
     return tables
 
 
@@ -59,17 +90,20 @@ def label_table(values: Mapping[str, np.ndarray], label_names: Sequence[str], wh
     return page.table(header, rows, heat=(1, 2, 3, 4), title=f"Per label, {what}")
 
 
-def write_number_plots(run: Run, found: Found, names: Sequence[str]) -> dict[str, Path]:
+def write_number_plots(run: Run, found: Found, names: Sequence[str], head: str = "") -> dict[str, Path]:
     """Writes ``plots/predicted_<split>.png``, predicted over true numbers, also to TensorBoard; the paths by split.
+
+    ``head``: the name of one of several heads.
 
     Main process only.
     """
     paths = {}
     for split, rows in found.items():
-        paths[split] = run.directory / "plots" / f"predicted_{split}.png"
+        name = f"{split}_{head}" if head else split
+        paths[split] = run.directory / "plots" / f"predicted_{name}.png"
         plot = plot_numbers(rows["labels"], rows["logits"], names, paths[split])
         for tracker in run.trackers:
-            tracker.add_image(f"{split}/predicted", plot, run.state.step)
+            tracker.add_image(f"{name}/predicted", plot, run.state.step)
     return paths
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from accelerando.base.errors import UserError
 from accelerando.base.log import log
 from accelerando.base.processes import gather_objects, signal_when_parent_dies
-from accelerando.data.order import deal, epoch_order, order_of_classes, order_of_rows, poisson_rows
+from accelerando.data.order import deal, deal_groups, epoch_order, order_of_classes, order_of_rows, poisson_rows
 from accelerando.train.shared_memory import slots_for
 
 if TYPE_CHECKING:
@@ -57,6 +57,14 @@ class TrainingData(Protocol):
 
     def problem(self, row: int) -> str:
         """The location of the sample ``row`` and why it cannot be read."""
+
+
+@runtime_checkable
+class PartedData(TrainingData, Protocol):
+    """Training data of several parts, of which a micro-batch has only one: see :class:`data.mixture.Mixture`."""
+
+    def part_of(self, rows: np.ndarray) -> np.ndarray:
+        """The number of the part of each of ``rows``, int64 [r]."""
 
 
 @dataclass
@@ -150,7 +158,7 @@ class Window:
             batch = self._fetch()
             self._fetched += 1
             if self.watch is not None:
-                self.watch.begin(batch["index"])
+                self.watch.begin(batch["index"], batch.get("windows"))
             yield batch
         if self.watch is not None:  # a second pass of a contrastive loss would find them again
             self.watch.end()
@@ -265,7 +273,7 @@ class TrainBatches:
         starts = range(position, self.num_samples, self.window_size)
         order = None if self.poisson_seed is not None else self.dataset.epoch_order(self.seed, epoch)
         rows = [self._rows_of(order, epoch, start) for start in starts]
-        shares = [deal(part, self.batch_size, self.num_processes, self.process_index) for part in rows]
+        shares = [self._share_of(part) for part in rows]
         self._plan.epoch = epoch
         self._plan.batches = [rows for share in shares for rows in share.micro_batches]
         self.dataset.prefetch(np.concatenate(rows) % len(self.dataset) if rows else np.zeros(0, np.int64))
@@ -290,6 +298,13 @@ class TrainBatches:
             return order[start : min(start + self.window_size, self.num_samples)]
         total = len(self.dataset)
         return poisson_rows(total, self.window_size / total, self.poisson_seed, epoch, start)
+
+    def _share_of(self, window: np.ndarray) -> Share:
+        """This process's micro-batches of the rows of a step; data of several parts has them apart."""
+        how = self.batch_size, self.num_processes, self.process_index
+        if isinstance(self.dataset, PartedData) and len(window):
+            return deal_groups(window, self.dataset.part_of(window), *how)
+        return deal(window, *how)
 
     def read_again(
         self, share: Share, epoch: int, rows: np.ndarray, left_out: Collection[int]

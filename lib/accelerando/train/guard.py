@@ -55,13 +55,15 @@ class Watch:
         self.cause: str | None = None  # the module, with its weights that are not finite
         self.rows: set[int] = set()
         self._batch: torch.Tensor | None = None  # row numbers of the current micro-batch
+        self._windows: torch.Tensor | None = None  # row numbers of the windows that its rows are computed in, if any
         self._found = False  # in this micro-batch
         leaves = [(name, module) for name, module in model.named_modules() if not list(module.children())]
         self._hooks = [module.register_forward_hook(self._hook(name)) for name, module in leaves]
 
-    def begin(self, index: torch.Tensor) -> None:
-        """The next outputs are those of the samples ``index`` [B]."""
+    def begin(self, index: torch.Tensor, windows: torch.Tensor | None = None) -> None:
+        """The next outputs are those of the samples ``index`` [B], or of their ``windows`` [B], so many of each."""
         self._batch, self._found = index, False
+        self._windows = None if windows is None else index.repeat_interleave(windows)
 
     def end(self) -> None:
         """Further outputs are not looked at."""
@@ -76,9 +78,11 @@ class Watch:
             return
         self.cause = self.cause or cause()
         # An output may have two rows for each sample (R-Drop, MixUp): a later one then says which samples they are.
-        if self._batch is not None and finite.ndim and len(finite) == len(self._batch):
-            self._found = True
-            self.rows |= set(self._batch[~finite.reshape(len(finite), -1).all(dim=1)].tolist())
+        for index in (self._batch, self._windows):
+            if index is not None and finite.ndim and len(finite) == len(index):
+                self._found = True
+                self.rows |= set(index[~finite.reshape(len(finite), -1).all(dim=1)].tolist())
+                return
 
     def stop(self) -> None:
         """Removes the hooks."""

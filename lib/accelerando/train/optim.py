@@ -34,18 +34,21 @@ def parameter_groups(
     layers: Sequence[Sequence[str]] = (),
     layer_decay: float = 1,
     factors: Mapping[str, float] | None = None,
+    plain_first: bool = False,
 ) -> list[dict[str, Any]]:
     """The trainable parameters in two groups: weight decay for matrices, none for vectors (biases, norms, scales).
 
     With ``layers`` (names of parameters from the input to the head, :func:`train.layerwise.layers_of`) each layer has
     groups of its own: the last layer with ``lr``, each layer before with ``layer_decay`` times the learning rate of
     the next. ``factors`` of the learning rate by the name of a parameter (1 for others) are an alternative
-    (:func:`train.layerwise.part_factors`). The largest factor's groups, such as the head's, come first.
+    (:func:`train.layerwise.part_factors`). The largest factor's groups, such as the head's, come first: theirs is the
+    learning rate that is logged. With ``plain_first`` those with ``lr`` itself do.
     """
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     factors = decay_factors(layers, layer_decay) if factors is None else factors
     groups = []
-    for factor in sorted({factors.get(name, 1.0) for name in trainable}, reverse=True):
+    order = sorted({factors.get(name, 1.0) for name in trainable}, key=lambda one: (plain_first and one != 1, -one))
+    for factor in order:
         members = [parameter for name, parameter in trainable.items() if factors.get(name, 1.0) == factor]
         layer_lr = lr * factor
         for decay, chosen in (
@@ -69,17 +72,18 @@ def make_optimizer(
     layers: Sequence[Sequence[str]] = (),
     layer_decay: float = 1.0,
     factors: Mapping[str, float] | None = None,
+    plain_first: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimizer for all trainable parameters of ``model``; paged optimizers use paging only on a CUDA GPU.
 
-    ``layers``, ``layer_decay`` and ``factors``: see :func:`parameter_groups`.
+    ``layers``, ``layer_decay``, ``factors`` and ``plain_first``: see :func:`parameter_groups`.
 
     Raises:
         UserError: no parameter is trainable, or the optimizer is from bitsandbytes and parameters are sharded.
     """
     import torch
 
-    groups = parameter_groups(model, lr, weight_decay, layers, layer_decay, factors)
+    groups = parameter_groups(model, lr, weight_decay, layers, layer_decay, factors, plain_first)
     if not groups:
         raise UserError("no parameter is trainable: the strategy froze all of them")
     if name == "adamw":
