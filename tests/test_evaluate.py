@@ -148,7 +148,7 @@ def test_an_export_and_a_copied_script_score_as_the_run(runs: Path, call, tmp_pa
     code, out, err = call(tmp_path / "deployed")
     assert code == 2 and "score others with --data" in err
     source = IMAGE.read_text()
-    line = '    return classification_metrics(found["labels"], found["logits"], found["losses"])'
+    line = '    metrics = SCORES[data.problem_type](found["labels"], found["logits"], found["losses"])'
     assert source.count(line) == 1
     more = f'{line} | {{"sure": float(found["logits"].max(axis=1).mean())}}'
     (tmp_path / "mine.py").write_text(source.replace(line, more))
