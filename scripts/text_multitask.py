@@ -123,6 +123,7 @@ class Args:
     grad_clip: float | None = 1.0  # largest gradient norm; None: not clipped
     max_bad_steps: int = 5  # steps in a row without a finite gradient before the run ends
     overfit_batches: int | None = None  # for finding mistakes: train on these first batches alone, in each epoch
+    find_lr: bool = False  # range test instead of training: 100 steps, a plot and a suggestion; the run is not touched
     inspect: bool = False  # log a table of the layers, and record the gradient norm of each
     ema_decay: float | None = None  # moving average of the weights, which is evaluated instead: 0.999, say
     amp: Literal["auto", "no", "bf16", "fp16"] | None = None  # precision; auto: bf16 where fast (default: launch's)

@@ -229,7 +229,7 @@ def test_half_precision_leaves_overflows_to_the_loss_scale() -> None:
     args = SimpleNamespace(max_bad_steps=2, inspect=False)
     run = SimpleNamespace(
         guard=Guard(model, optimizer, torch.device("cpu")), accelerator=accelerator, args=args,
-        state=SimpleNamespace(step=4), checkpoints=Path("nowhere"),
+        state=SimpleNamespace(step=4), checkpoints=Path("nowhere"), range_test=None,
     )  # fmt: skip
     window = SimpleNamespace(watch=None, left_out=set(), loss_sum=torch.tensor(1.0), count_nothing=lambda: None)
     run.guard.remember()

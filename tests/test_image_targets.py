@@ -203,7 +203,7 @@ def test_mixed_images_have_mixed_targets(how: str, made: Path) -> None:
     goal = torch.tensor(np.array([s["share"] * s["label"] + (1 - s["share"]) * s["other_label"] for s in samples]))
     assert ((goal > 0.01) & (goal < 0.99)).any() and kind == "multi_label"
     batch, logits = ImageCollate()(samples), torch.randn(32, 3, generator=torch.Generator().manual_seed(0))
-    data = SimpleNamespace(problem_type=kind, class_counts=None, mean=(0.5,) * 3, std=(0.5,) * 3)
+    data = SimpleNamespace(problem_type=kind, class_counts=None, mean=(0.5,) * 3, std=(0.5,) * 3, teacher=None)
     settings = SimpleNamespace(channels_last=False, tta=False, class_weights=False, logit_adjustment=0.0)
     losses, _ = script.compute_loss(lambda pixel_values: SimpleNamespace(logits=logits), batch, data, settings)
     binary = torch.nn.functional.binary_cross_entropy_with_logits(logits, goal.float(), reduction="none").mean(1)

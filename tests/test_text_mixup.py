@@ -99,7 +99,7 @@ def test_a_batch_mixed_by_hand_has_the_same_loss(name: str) -> None:
     logits, others, shares = logits_by_hand(name, mixed)
     script, model = script_module(TEXT), model_of(name).train()
     mix_texts(model)
-    data = SimpleNamespace(problem_type="single_label", class_counts=None)
+    data = SimpleNamespace(problem_type="single_label", class_counts=None, teacher=None)
     losses, found = script.compute_loss(model, batch_of(mixed, name), data, ARGS)
     torch.testing.assert_close(found, logits.float(), atol=1e-5, rtol=1e-4)
     of = [script.class_losses(logits.float(), each, None, 0.1, 2.0) for each in (torch.from_numpy(labels), others)]
@@ -203,7 +203,7 @@ def test_two_processes_equal_one(fsdp: bool, text_args, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_mixed_is_refused(train_here) -> None:
-    with pytest.raises(UserError, match="--mixup cannot go with --compile_model"):
+    with pytest.raises(UserError, match="--mixup and --compile_model: compiled code"):
         train_here("--mixup", "0.2", "--compile_model", name="compiled")
     xlnet = AutoModelForSequenceClassification.from_config(
         XLNetConfig(vocab_size=50, d_model=16, n_layer=1, n_head=2, d_inner=16, num_labels=3)
