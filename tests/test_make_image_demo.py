@@ -172,6 +172,7 @@ def test_without_scikit_learn(tmp_path: Path) -> None:
     assert done.stderr == "error: the digits come with scikit-learn: pip install scikit-learn\n"
 
 
+@pytest.mark.exhaustive
 @pytest.mark.launch
 def test_baseline_of_the_test_images(split: SimpleNamespace, demo: ModuleType) -> None:
     assert "copies" not in split.out and not (split.folder / "splits" / "duplicates.txt").exists()

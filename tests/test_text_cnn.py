@@ -133,6 +133,7 @@ def test_impossible_shapes_are_refused_in_one_line(changes: dict) -> None:
     assert next(iter(changes)) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.exhaustive
 def test_autocast_and_compile_give_the_same_result() -> None:
     model = make_model()
     # aot_eager traces and differentiates as inductor does, without a C++ compiler.

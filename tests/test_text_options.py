@@ -315,6 +315,7 @@ def test_a_small_gain_is_kept_though_it_does_not_count_for_patience(train_here) 
     assert results(run)["best_step"] == min(rows, key=lambda row: row["loss"])["step"] > 7
 
 
+@pytest.mark.exhaustive
 def test_compiled_runs_save_under_plain_names(train_here) -> None:
     plain = train_here(*NO_DROPOUT, "--max_steps", "3", name="plain")
     compiled = train_here(*NO_DROPOUT, "--max_steps", "3", "--compile_model", name="compiled")

@@ -147,8 +147,7 @@ def test_a_word_beyond_the_first_window_is_learnt_and_predicted(
         evaluate = script_module(ROOT / "tools" / "evaluate.py")
         code, out, err = call_tool(evaluate, alone, "--data", late_files[5], "--format", "json")
         assert code == 0, err
-        (scored,) = json.loads(out)["runs"].values()
-            assert scored["loss"] == pytest.approx(found["loss"], rel=1e-5)
+        assert json.loads(out)["runs"][str(alone)]["loss"] == pytest.approx(found["loss"], rel=1e-5)
 
 
 def test_texts_that_fit_give_the_same_bits(train_here, text_set: Path, tmp_path: Path) -> None:
