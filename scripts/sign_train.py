@@ -42,6 +42,7 @@ from accelerando.report import page, results
 from accelerando.report.metrics import classification_metrics, top_k_accuracy
 from accelerando.report.model_card import write_model_card
 from accelerando.report.predictions import probabilities, worst_mistakes, write_predictions
+from accelerando.report.slices import slices_block
 from accelerando.train.accelerator import is_sharded, log_trained, make_accelerator, prepare
 from accelerando.train.autotune import choose_num_workers, find_micro_batch_size
 from accelerando.train.averages import Ema, averaged
@@ -451,19 +452,25 @@ def write_report(
     details |= {f"{head}_confusion_matrix": matrices[head][last].tolist() for head in data.names}
     details["calibration"], calibrated = results.write_calibration(run, found, last, "gloss", "gloss_logits", "gloss")
     results.write_results(run, model, metrics, counts, details)
-    glosses, categories = len(data.names["gloss"]), len(data.names["cat"])
+    right = found[last]["gloss_logits"].argmax(axis=1) == found[last]["gloss"]
+    categories = [data.names["cat"][label] for label in found[last]["cat"]]
     tiles = [
         (
             f"{last}, gloss",
             f"{100 * metrics[last]['gloss_accuracy']:.1f} %",
-            f"{counts[last]:,} clips, {glosses} glosses",
+            f"{counts[last]:,} clips, {len(data.names['gloss'])} glosses",
         ),
-        (f"{last}, category", f"{100 * metrics[last]['cat_accuracy']:.1f} %", f"{categories} categories"),
+        (
+            f"{last}, category",
+            f"{100 * metrics[last]['cat_accuracy']:.1f} %",
+            f"{len(data.names['cat'])} categories",
+        ),
     ]
     blocks = [
         *results.class_blocks(matrices["gloss"][last], data.names["gloss"], f"glosses, {last}"),
         *results.class_blocks(matrices["cat"][last], data.names["cat"], f"categories, {last}"),
         *calibrated,
+        *slices_block(right, {"frames": data.splits[last].lengths, "category": categories}, f"glosses, {last}"),
         page.mistakes(worst, title=f"Worst mistakes, {last}"),
     ]
     lines = {"validation/gloss_accuracy": "gloss", "validation/cat_accuracy": "category"}

@@ -15,7 +15,7 @@ scored on the test rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -55,6 +55,7 @@ from accelerando.report import page, results, target_reports
 from accelerando.report.metrics import classification_metrics
 from accelerando.report.model_card import write_model_card
 from accelerando.report.predictions import probabilities, worst_mistakes, write_predictions
+from accelerando.report.slices import slices_block
 from accelerando.report.target_metrics import (
     best_thresholds,
     multi_label_metrics,
@@ -124,6 +125,7 @@ class Args:
     label_delimiter: str | None = None  # what separates several labels of a row in label_column: "|", say
     label_columns: tuple[str, ...] = ()  # instead of label_column: a column of 0 and 1 for each label, or of numbers
     problem_type: ProblemType | None = None  # what is learned of each row (default: found from the training rows)
+    slice_by: tuple[str, ...] = ()  # other columns: the report shows the accuracy for each of their values
     max_length: int = 128  # tokens kept of each text, or of a window
     window_stride: int | None = None  # longer texts: windows of max_length that begin every so many tokens; None: cut
     max_windows: int | None = 8  # window_stride: windows of a text at most; they cost time and memory like texts
@@ -327,7 +329,9 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     named = ("text_column", "text_pair_column", "label_column", "label_columns", "label_delimiter", "problem_type")
     columns = {name: getattr(args, name) for name in named}
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
+    columns["other_columns"] = bool(args.slice_by)
     tables = {split: read_text_table(file, split=split, **columns) for split, file in files.items() if file}
+    tables = {split: with_slices(table, args.slice_by) for split, table in tables.items()}
     check_validation(args, tables, args.report_on_train)
     tables, problem_type = as_targets(tables, args.problem_type, args.label_column)
     args.best_metric = best_metric(args, problem_type)
@@ -377,6 +381,14 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     if problem_type == "single_label":
         counts = torch.bincount(torch.as_tensor(labels["train"]), minlength=len(names))
     return Data(splits, tables, names, counts, tokenizer, collate, problem_type, unlabelled=unlabelled)
+
+
+def with_slices(table: TextTable, names: tuple[str, ...]) -> TextTable:
+    """The table with the columns of ``slice_by`` as its only other ones; UserError: it lacks one."""
+    if missing := [name for name in names if name not in table.others.column_names]:
+        there = ", ".join(table.others.column_names) or "none"
+        raise UserError(f"--slice_by {missing[0]}: {table.source} has no such column beside text and label; {there}")
+    return replace(table, others=table.others.select(list(names))) if names else table
 
 
 def windows_of(args: Args) -> Windows | None:
@@ -632,7 +644,11 @@ def show_classes(run: Run, data: Data, found: Found, last: str) -> Shown:
         path, predicted = run.directory / f"predictions_{split}.csv", probabilities(found[split]["logits"])
         write_predictions(path, texts, data.label_names, predicted, found[split]["labels"], of_texts=True)
     details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist(), "calibration": calibration}
-    blocks = [*results.class_blocks(matrices[last], data.label_names, last), *calibrated]
+    table, labels = data.tables[last], [data.label_names[label] for label in rows["labels"]]
+    columns = {"label": labels, "tokens": data.splits[last].lengths}
+    columns |= {name: table.others[name].to_pylist() for name in (table.others.column_names if table.others else ())}
+    slices = slices_block(rows["logits"].argmax(axis=1) == rows["labels"], columns, last)
+    blocks = [*results.class_blocks(matrices[last], data.label_names, last), *calibrated, *slices]
     return details, blocks, worst_mistakes(rows["labels"], rows["logits"], data.label_names)
 
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from accelerando.base.errors import UserError
 from accelerando.report.slices import slices, slices_block
 
 
@@ -43,3 +48,31 @@ def test_names_of_rows_are_no_kinds_of_rows() -> None:
     (block,) = slices_block(right, {"half": ["<a>", "b"] * 150}, "test")
     assert "&lt;a&gt;" in block
     assert "All rows: 0.5000" in block
+
+
+def test_the_reports_of_texts_and_signs_have_them(train_here, sign_here, tmp_path: Path) -> None:
+    """Of texts by label, length, and the columns that are named: one in which the labels are wrong comes first."""
+    random = np.random.default_rng(3)
+    rows = []
+    for number in range(120):
+        label = ("sport", "money")[number % 2]
+        words = {"sport": "goal match team", "money": "bank market price"}[label].split()
+        source = "spam" if number % 6 < 2 else ("paper", "forum")[number % 2]
+        shown = {"sport": "money", "money": "sport"}[label] if source == "spam" and number >= 60 else label
+        rows.append({"text": " ".join(random.choice(words, 6)), "label": shown, "source": source})
+    train, test = tmp_path / "sources_train.json", tmp_path / "sources_test.json"
+    train.write_text(json.dumps(rows[:60]))
+    test.write_text(json.dumps(rows[60:]))
+    files = ("--train_file", train, "--validation_file", "None", "--test_file", test, "--report_to", "none")
+    run = train_here(*files, "--slice_by", "source", "--epochs", "6", "--lr", "5e-3")
+    page = (run / "report.html").read_text()
+    table = page.partition("Weakest slices, test")[2].partition("</table>")[0]
+    found = re.findall(r">(source|tokens|label)</td><td[^>]*>([^<]*)<", table)
+    assert found[0] == ("source", "spam")
+    assert {("source", "forum"), ("label", "money")} <= set(found)
+    with pytest.raises(
+        UserError, match=r"--slice_by age: .*train.json has no such column beside text and label; source"
+    ):
+        train_here(*files, "--slice_by", "age", name="b")
+    signs = (sign_here("--epochs", "1", name="signs") / "report.html").read_text()
+    assert ">frames</td>" in signs.partition("Weakest slices, glosses, test")[2]
