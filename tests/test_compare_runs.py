@@ -37,6 +37,7 @@ from accelerando.report.comparison import (
     runs_for_claim,
 )
 from accelerando.report.predictions import write_predictions
+from accelerando.report.target_reports import write_label_predictions, write_number_predictions
 
 CLASSES = ["cat", "=dog"]
 
@@ -269,6 +270,8 @@ def test_runs_that_differ_in_seed_or_fold_alone_are_a_set(tmp_path: Path) -> Non
     assert sets[1].differing == {"lr": "0.2"}
     assert main_metric(sets[0].runs[0]) == "accuracy"
     assert [(a.key, b.key) for a, b in paired(sets[0], sets[1])] == [((1, 0), (1, 0)), ((2, 0), (2, 0))]
+    again = as_sets([read_run(folder) for folder in (*small, make_run(tmp_path / "again", 0.8, 2))])
+    assert [(each.name, each.counted) for each in again] == [("small", "3 seeds"), ("again", "1 run")]
     folds = [
         make_run(tmp_path / f"cv_fold{fold}", 0.8, train_file=f"splits/fold_{fold}/train.csv") for fold in range(3)
     ]
@@ -512,3 +515,19 @@ def test_a_text_with_line_breaks_and_a_formula_is_read_as_one_row(tmp_path: Path
     (tmp_path / "predictions_test.csv").write_text("file,label,predicted\na,b\n")
     with pytest.raises(UserError, match=r"predictions_test\.csv: invalid CSV"):
         read_answers(tmp_path, "test")
+
+
+def test_predictions_of_several_labels_and_of_numbers(tmp_path: Path) -> None:
+    texts = ["=a", "b\rc"]
+    rows = {"labels": np.array([[1, 0], [1, 1]]), "logits": np.array([[2.0, -2.0], [-1.0, 0.1]])}
+    write_label_predictions(tmp_path / "predictions_test.csv", texts, rows, CLASSES, np.array([0.5, 0.6]))
+    answers = read_answers(tmp_path, "test")
+    assert answers.samples == ["=a", "b\nc"]
+    assert answers.labels == ["cat", "cat, =dog"] and answers.predicted == ["cat", "none"]
+    table = rows_of(tmp_path / "predictions_test.csv")
+    assert [float(row["p_=dog"]) for row in table] == pytest.approx(special.expit([-2.0, 0.1]), abs=1e-6)
+    write_number_predictions(tmp_path / "predictions_test.csv", texts, rows, CLASSES)
+    assert read_answers(tmp_path, "test") is None
+    assert rows_of(tmp_path / "predictions_test.csv")[1] == {
+        "row": "2", "text": "b\nc", "cat": "1", "'=dog": "1", "predicted_cat": "-1", "predicted_=dog": "0.1",
+    }  # fmt: skip

@@ -213,12 +213,17 @@ def _data_title(settings: Mapping[str, Any]) -> str:
 def as_sets(found: Iterable[FinishedRun]) -> list[RunSet]:
     """The runs as sets, in the order of each one's first run, with what of the settings differs between them.
 
-    A setting that is missing, as in a run from before it existed, counts as one that is off.
+    A setting that is missing, as in a run from before it existed, counts as one that is off. A run that repeats the
+    seed and fold of another is no further evidence: it is in a set of its own.
     """
     groups: dict[tuple[object, ...], list[FinishedRun]] = {}
+    seen: Counter[tuple[object, ...]] = Counter()
     for run in found:
         values = sorted((name, repr(value)) for name, value in run.settings.items() if _is_on(value))
-        groups.setdefault((run.task, run.split, *values), []).append(run)
+        setting = (run.task, run.split, *values)
+        repetition = seen[(*setting, run.key)]
+        seen[(*setting, run.key)] += 1
+        groups.setdefault((*setting, repetition), []).append(run)
     sets = [RunSet(_name_of(members), members) for members in groups.values()]
     named = Counter(each.name for each in sets)
     for each in sets:
@@ -277,8 +282,6 @@ def paired(first: RunSet, second: RunSet) -> list[tuple[FinishedRun, FinishedRun
     """The runs of two sets with the same seed and fold; empty unless each run of the smaller set has its counterpart,
     and there are two at least."""
     one, other = ({run.key: run for run in each.runs} for each in (first, second))
-    if len(one) < len(first.runs) or len(other) < len(second.runs):  # a seed was used twice
-        return []
     shared = [key for key in one if key in other]
     if len(shared) < max(2, min(len(one), len(other))):
         return []
