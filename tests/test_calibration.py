@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from harness import results
+from harness import ROOT, results, script_module
 from tasks import TASKS, Task
 
 from accelerando.report.calibration import (
@@ -102,3 +102,26 @@ def test_every_report_of_classes_shows_it(task: Task, request) -> None:
     name = "calibration_gloss_test.png" if task.name == "sign" else "calibration_test.png"
     assert (run / "plots" / name).stat().st_size > 10_000
     task.opened(run / "best", run)
+
+
+def test_predict_answers_with_the_temperature(train_here, call_tool, tmp_path) -> None:
+    """The same class, and the probabilities of the logits divided by it; a folder without one is named."""
+    predict = script_module(ROOT / "tools" / "predict.py")
+    run = train_here("--epochs", "2", "--report_to", "none")
+    path = run / "best" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"calibration_temperature": 2.5}))
+    texts = ["goal match", "bank", "a"]
+    plain, scaled = (
+        [json.loads(line) for line in call_tool(predict, run, *texts, *flags)[1].splitlines()]
+        for flags in ((), ("--calibrated",))
+    )
+    for one, other in zip(plain, scaled, strict=True):
+        assert other["label"] == one["label"]
+        odds = np.array([value ** (1 / 2.5) for value in one["scores"].values()])
+        assert list(other["scores"].values()) == pytest.approx((odds / odds.sum()).tolist(), abs=1e-4)
+    config.pop("calibration_temperature", None)
+    path.write_text(json.dumps(config))
+    code, _, err = call_tool(predict, run, "a", "--calibrated")
+    assert code == 2
+    assert f"--calibrated: {run / 'best'} has no temperature" in err

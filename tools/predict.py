@@ -97,6 +97,7 @@ class Args:
     text_pair_column: str | None = None  # texts: column of a second text, for a model of pairs
     text_pair: str | None = None  # texts: a second one, the same for every text
     threshold: float | None = None  # several labels: of all of them (default: what the run chose, or 0.5)
+    calibrated: bool = False  # probabilities with the temperature that was fitted on the validation samples
     # -- prediction --
     import_module: str | None = None  # module of yours that defines the model's class, as --import my_module
     trust_remote_code: bool = False  # run Python files of the model's folder where it needs them
@@ -131,6 +132,7 @@ class TextModel:
     max_length: int
     windows: Windows | None = None
     pooling: Pooling = "mean"
+    temperature: float = 1.0
 
 
 def load_text_model(
@@ -210,7 +212,7 @@ def predict_chunk(
         counts = batch.pop("windows", None)
         with torch.inference_mode():
             logits = pool_windows(loaded.model(**batch).logits.float(), counts, loaded.pooling)
-        scores[rows] = scores_of(logits, config).cpu().numpy()
+        scores[rows] = scores_of(logits, config, loaded.temperature).cpu().numpy()
         done(len(rows))
     return scores
 
@@ -300,6 +302,7 @@ def predict_texts(args: Args, folder: Path, config: dict[str, Any], module: Modu
     device, pairs = choose_device(args.device), first[1] is not None
     how = (module, args.trust_remote_code, onnx_file(args))
     loaded = load_text_model(folder, device, args.max_length, pairs, *how)
+    loaded.temperature = temperature_of(args, folder, config)
     problem_type = loaded.model.config.problem_type
     thresholds = thresholds_of(args, folder, problem_type, loaded.labels, "a text")
 
@@ -411,6 +414,7 @@ def predict_clips(args: Args, folder: Path, config: dict[str, Any], module: Modu
     if module is not None:
         raise UserError("--import has no effect on a sign run")
     paths = clip_paths(args)
+    temperature = temperature_of(args, folder, config, "gloss_calibration_temperature")
     device = choose_device(args.device)
     model, collate = open_saved(AutoModel, folder, onnx_file=onnx_file(args)).to(device), ClipCollate()
     settings = model.config
@@ -430,7 +434,8 @@ def predict_clips(args: Args, folder: Path, config: dict[str, Any], module: Modu
                 }
                 with torch.inference_mode():
                     output = model(**inputs)
-                gloss, cat = (logits.float().softmax(1).cpu() for logits in (output.gloss_logits, output.cat_logits))
+                gloss = (output.gloss_logits.float() / temperature).softmax(1).cpu()
+                cat = output.cat_logits.float().softmax(1).cpu()
                 for row in range(len(gloss)):
                     path = chunk.pop(0)
                     result = {
@@ -500,6 +505,7 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
     opened = open_image_model(folder, device, module, args.trust_remote_code, *classes, onnx_file(args))
     problem_type, labels = opened.model.config.problem_type, opened.label_names
     thresholds = thresholds_of(args, folder, problem_type, labels, "an image")
+    temperature = temperature_of(args, folder, config)
     # Typed paths are answered one by one.
     typed = not args.texts and not args.file and sys.stdin.isatty()
     batch_size, ahead = (1, 0) if typed else (args.batch_size, None)
@@ -522,7 +528,7 @@ def predict_images(args: Args, folder: Path, config: dict[str, Any], module: Mod
             columns = ["file", *target_columns(nothing, labels, several)] if several else prediction_header(labels)
             writer.writerow(columns)
         for batch in with_progress(answers, total, "predicting", hidden, "samples" if videos else "images"):
-            scores = scores_of(batch.logits.double(), opened.model.config).numpy()
+            scores = scores_of(batch.logits.double(), opened.model.config, temperature).numpy()
             sound = [printable(name) for name, fault in zip(batch.names, batch.faults, strict=True) if fault is None]
             if as_csv:
                 rows = prediction_rows(sound, labels, scores)
@@ -617,6 +623,21 @@ def check(args: Args) -> None:
     same = args.file and args.output and Path(args.output).exists() and Path(args.file).exists()
     if same and Path(args.file).samefile(args.output):
         raise UserError(f"--output {args.output}: would replace the file that is read; name another")
+
+
+def temperature_of(args: Args, folder: Path, config: dict[str, Any], name: str = "calibration_temperature") -> float:
+    """What divides the logits; UserError: ``calibrated``, but there is no temperature, or none of these classes."""
+    if not args.calibrated:
+        return 1.0
+    if args.class_names:
+        raise UserError("--calibrated is for the classes of the training, not for --class_names: drop one")
+    found = config.get(name)
+    if not isinstance(found, int | float) or found <= 0:
+        raise UserError(
+            f"--calibrated: {folder} has no temperature; one is fitted where a classifier has 20 validation samples of "
+            "one label each, some of them wrong"
+        )
+    return float(found)
 
 
 def onnx_file(args: Args) -> str | None:

@@ -613,8 +613,12 @@ def label_thresholds(config: Mapping[str, Any], label_names: Sequence[str]) -> n
     return values
 
 
-def scores_of(logits: torch.Tensor, config: PretrainedConfig) -> torch.Tensor:
-    """Probabilities [B, C] from logits according to ``config.problem_type``; the raw values for a regression."""
+def scores_of(logits: torch.Tensor, config: PretrainedConfig, temperature: float = 1.0) -> torch.Tensor:
+    """Probabilities [B, C] from logits according to ``config.problem_type``; the raw values for a regression.
+
+    ``temperature`` divides the logits of one label an input, see :mod:`report.calibration`.
+    """
     if config.problem_type == "multi_label_classification":
         return logits.sigmoid()
-    return logits.softmax(dim=-1) if logits.shape[-1] > 1 and config.problem_type != "regression" else logits
+    one_label = logits.shape[-1] > 1 and config.problem_type != "regression"
+    return (logits / temperature).softmax(dim=-1) if one_label else logits
