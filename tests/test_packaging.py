@@ -157,7 +157,7 @@ def test_the_wrappers_choose_task_and_config(tmp_path: Path) -> None:
     run(*train, cwd=tmp_path, environment={**environment, "CONFIG": "cpu"})
     assert results(tmp_path / "runs" / "run")["epochs"] == 2
     for variables, message in (
-        ({"TASK": "none"}, "error: TASK=none: choose clip, har, sign, image or text\n"),
+        ({"TASK": "none"}, "error: TASK=none: choose clip, har, sign, image, text or multitask\n"),
         ({"CONFIG": "none"}, "error: CONFIG=none: no such file, and no none.yaml in accelerate_configs/\n"),
     ):
         done = subprocess.run(
