@@ -219,7 +219,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     files = {split: by_name(f"{split}_files", getattr(args, f"{split}_files"))
              for split in ("train", "validation", "test")}  # fmt: skip
     if not files["train"]:
-        raise UserError("--train_files is missing: task=file for each task, as trec=data/train_trec.json ag=data/train_ag.json")
+        raise UserError("--train_files is missing: task=file for each task, as a=data/train_a.json b=data/train_b.json")
     weights = numbers_by_name("task_weights", args.task_weights)
     for flag, named in (*((f"{split}_files", named) for split, named in files.items()), ("task_weights", weights)):
         for name in named:

@@ -275,14 +275,16 @@ def run_in_this_process(
 
 
 def script_module(script: Path) -> ModuleType:
-    """A script as a module, under its own name."""
+    """A script as a module, under its own name, or one like it where a package has that (`evaluate`)."""
     import importlib.util
 
-    if script.stem not in sys.modules:
-        spec = importlib.util.spec_from_file_location(script.stem, script)
-        sys.modules[script.stem] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[script.stem])
-    return sys.modules[script.stem]
+    known = sys.modules.get(script.stem)
+    name = script.stem if known is None or known.__file__ == str(script) else f"{script.stem}_script"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, script)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 def wait_for_draft(run: Path, process: Process, timeout: float = 60) -> None:

@@ -167,7 +167,7 @@ def test_a_data_set_of_ones_own_is_compared_by_its_length(train_here, monkeypatc
 def test_an_epoch_without_samples_is_an_error_and_no_endless_loop() -> None:
     """A data set that shrinks while it is trained on."""
     args = SimpleNamespace(epochs=3, max_steps=None, log_every=9, eval_every=0, save_every=0, early_stop=None,
-                           overfit_batches=None)  # fmt: skip
+                           overfit_batches=None, find_lr=False)  # fmt: skip
     run = Run(Path(), Accelerator(cpu=True), args, TrainState())
     rows = [torch.zeros(1)] * 10
     batches = TrainBatches(Listed(rows), lambda samples: {"x": torch.stack(samples)}, 4, accelerator=run.accelerator)

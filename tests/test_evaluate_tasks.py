@@ -316,11 +316,11 @@ def test_a_copied_script_is_scored_with_its_own_metric(trained, request, text_ar
     assert err.startswith("note: ") and f"--script {script} scores it with its own metrics" in err
     code, out, err = call(run, trained(request, "text"), "--script", script)
     assert code == 0, err
-    assert len(next(line for line in out.splitlines() if line.startswith("top2")).split()) == 3
+    assert len(next(line for line in out.splitlines() if line.startswith("top2")).split()) == 4  # and the ensemble
     config = (run / "config.yaml").read_text()
-    (run / "config.yaml").write_text(config + "mine:\n  temperature: 3\n")
+    (run / "config.yaml").write_text(config + "mine:\n  sharpness: 3\n")
     code, out, err = call(run)
-    assert (code, out) == (2, "") and "mine.temperature" in err and "name it with --script" in err
+    assert (code, out) == (2, "") and "mine.sharpness" in err and "name it with --script" in err
 
 
 # ------------------------------------------------------------------------------------------------ comparisons, outputs
@@ -414,7 +414,7 @@ def test_an_ensemble_of_classes_in_another_order_or_of_other_classes(capsys, tmp
     labels = rng.integers(0, 3, 7)
 
     def part(name: str, names: list[str], logits: np.ndarray, labels: np.ndarray) -> evaluate.Part:
-        data = SimpleNamespace(label_names=names, problem_type="single_label", class_counts=None)
+        data = SimpleNamespace(label_names=names, problem_type="single_label", class_counts=None, teacher=None)
         found = {"labels": labels, "logits": logits, "losses": np.zeros(7, np.float32)}
         return evaluate.Part(named.Named(name, tmp_path, "text", {}, None, {}), module, settings, data, "test", found)
 

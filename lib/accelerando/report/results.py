@@ -248,6 +248,8 @@ def write_calibration(
     weights as ``calibration_temperature`` (after the head's name). Returns the entries of ``results.json`` and the
     blocks of ``report.html``. Main process only.
     """
+    if not all(np.isfinite(part[logits]).all() for part in found.values()):
+        return {}, []  # of a model that returns NaN nothing can be said
     rows, prefix = found[split], f"{head}_" if head else ""
     temperature = None
     if "validation" in found:
