@@ -707,6 +707,9 @@ def main() -> None:
     logging.disable_progress_bar()
     module = import_user_module(args.import_module) if args.import_module else None
     task = kind_of(folder, read_json(folder / "config.json"))
+    if "executorch" in args.export_format and task in ("sign", "image"):
+        what = {"sign": "a sign model", "image": "an image classifier"}[task]
+        raise UserError(f"--export_format executorch: {what} cannot vary its batch there; onnx and openvino can")
     show(f"opening {printable(str(folder))}")
     found = data_of_run(run, args.script, task, args.samples)
     exported = {"text": text, "sign": sign, "image": image, "har": har, "clip": clip}[task](folder, found, args, module)
