@@ -56,6 +56,7 @@ from accelerando.report.metrics import classification_metrics, nearest_neighbour
 from accelerando.report.model_card import write_model_card
 from accelerando.report.predictions import probabilities, scored_examples, worst_mistakes, write_predictions
 from accelerando.report.saliency import add_images
+from accelerando.report.slices import columns_of_files, slices_block
 from accelerando.train.accelerator import (
     is_sharded,
     log_trained,
@@ -100,6 +101,7 @@ class Args:
     media_folder: str | None = None  # tables: folder of the files (default: the table's own)
     file_column: str = "image"  # tables: column of the file; data sets: of the image
     label_column: str = "label"  # column of the label; shards: field of the .json (default: what the .cls or .txt says)
+    slice_by: tuple[str, ...] = ()  # tables, shards: other columns; the report shows the accuracy for their values
     frame_folders: bool = False  # data_dir: each folder inside a class folder is a video, its images are the frames
     fold: int = 0  # data_dir with splits/: which fold is validated on
     validation_fraction: float = 0.1  # share of the training samples held out where none are named; 0: none
@@ -234,7 +236,7 @@ ONLY_WITH = {
     "strategy lora": LORA,
     "use_action_specific_augmentation": ("no_flip_classes", "no_crop_classes"),
     "data_dir": ("frame_folders", "fold"),
-    "train_file": ("media_folder", "file_column", "label_column", "cache_gb"),
+    "train_file": ("media_folder", "file_column", "label_column", "slice_by", "cache_gb"),
     "GPU": ("deterministic", "pin_memory"),
 }
 
@@ -307,7 +309,10 @@ def open_splits(args: Args) -> dict[str, Media]:
         return open_folders(Path(args.data_dir), args.fold, args.frame_folders)
     if not args.train_file:
         raise UserError("--data_dir is missing: a folder with train/<class>/ and val/<class>/, or --train_file a table")
-    cache, columns = cache_folder(args.cache_dir), (args.media_folder, args.file_column, args.label_column)
+    cache, columns = (
+        cache_folder(args.cache_dir),
+        (args.media_folder, args.file_column, args.label_column, args.slice_by),
+    )
     return {split: open_media(where, split, cache, args.cache_gb, *columns) for split, where in named.items() if where}
 
 
@@ -703,9 +708,13 @@ def write_report(
         blocks.append(page.table(["zero-shot on other classes", "before", "after"], rows, title="What was kept"))
     if mixtures:
         blocks.append(results.mixtures_block(run, mixtures))
+    labels = [data.label_names[label] for label in found[last]["labels"]]
+    columns_shown = columns_of_files(files[last], labels, data.splits[last].take(found[last]["row"]).others)
+    right = found[last]["logits"].argmax(axis=1) == found[last]["labels"]
     blocks += [
         *results.class_blocks(matrices[last], data.label_names, last),
         *calibrated,
+        *slices_block(right, columns_shown, last),
         page.mistakes(worst, title=f"Worst mistakes, {last}"),
     ]
     curves = results.training_curves("Accuracy", {"validation/accuracy": "validation"})

@@ -48,6 +48,7 @@ from accelerando.report.metrics import classification_metrics
 from accelerando.report.model_card import write_model_card
 from accelerando.report.predictions import probabilities, worst_mistakes, write_predictions
 from accelerando.report.saliency import add_images
+from accelerando.report.slices import columns_of_files, slices_block
 from accelerando.report.target_metrics import (
     best_thresholds,
     multi_label_metrics,
@@ -115,6 +116,7 @@ class Args:
     label_delimiter: str | None = None  # what separates several labels of a row in label_column: "|", say
     label_columns: tuple[str, ...] = ()  # instead of label_column: a column of 0 and 1 for each label, or of numbers
     problem_type: ProblemType | None = None  # what is learned of each row (default: found from the training rows)
+    slice_by: tuple[str, ...] = ()  # tables: other columns; the report shows the accuracy for each of their values
     dataset_name: str | None = None  # what to call it (default: the folder's name, or the table's)
     fold: int = 0  # data_dir with splits/: which fold is validated on; the others are trained on
     validation_fraction: float = 0.1  # share of the training images held out where none are named; 0: none
@@ -239,7 +241,7 @@ LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_targets", "lora_rank_stabi
 ONLY_WITH = {
     "train_file": (
         "validation_file", "test_file", "media_folder", "file_column", "label_column", "label_delimiter",
-        "label_columns",
+        "label_columns", "slice_by",
     ),
     "data_dir": ("fold",),
     "cache": ("cache_side", "cache_dir"),
@@ -330,6 +332,7 @@ def open_splits(args: Args) -> tuple[list[str], dict[str, ImageFiles], ProblemTy
     if args.train_file:
         named = ("label_column", "label_columns", "label_delimiter", "problem_type")
         columns = {"text_column": args.file_column, **{name: getattr(args, name) for name in named}}
+        columns["other_columns"] = args.slice_by
         files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
         tables = {split: read_text_table(file, split=split, **columns) for split, file in files.items() if file}
         tables, problem_type = as_targets(tables, args.problem_type, args.label_column)
@@ -520,7 +523,10 @@ def show_classes(run: Run, data: Data, found: Found, last: str) -> Shown:
     matrices, rows = results.write_class_reports(run, found, data.label_names), found[last]
     calibration, calibrated = results.write_calibration(run, found, last)
     details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist(), "calibration": calibration}
-    blocks = [*results.class_blocks(matrices[last], data.label_names, last), *calibrated]
+    images, labels = data.splits[last].take(rows["row"]), [data.label_names[label] for label in rows["labels"]]
+    columns = columns_of_files(images.names.to_pylist(), labels, images.others)
+    slices = slices_block(rows["logits"].argmax(axis=1) == rows["labels"], columns, last)
+    blocks = [*results.class_blocks(matrices[last], data.label_names, last), *calibrated, *slices]
     return details, blocks, worst_mistakes(rows["labels"], rows["logits"], data.label_names)
 
 

@@ -15,7 +15,7 @@ scored on the test rows.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -329,9 +329,8 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     named = ("text_column", "text_pair_column", "label_column", "label_columns", "label_delimiter", "problem_type")
     columns = {name: getattr(args, name) for name in named}
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-    columns["other_columns"] = bool(args.slice_by)
+    columns["other_columns"] = args.slice_by
     tables = {split: read_text_table(file, split=split, **columns) for split, file in files.items() if file}
-    tables = {split: with_slices(table, args.slice_by) for split, table in tables.items()}
     check_validation(args, tables, args.report_on_train)
     tables, problem_type = as_targets(tables, args.problem_type, args.label_column)
     args.best_metric = best_metric(args, problem_type)
@@ -381,14 +380,6 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     if problem_type == "single_label":
         counts = torch.bincount(torch.as_tensor(labels["train"]), minlength=len(names))
     return Data(splits, tables, names, counts, tokenizer, collate, problem_type, unlabelled=unlabelled)
-
-
-def with_slices(table: TextTable, names: tuple[str, ...]) -> TextTable:
-    """The table with the columns of ``slice_by`` as its only other ones; UserError: it lacks one."""
-    if missing := [name for name in names if name not in table.others.column_names]:
-        there = ", ".join(table.others.column_names) or "none"
-        raise UserError(f"--slice_by {missing[0]}: {table.source} has no such column beside text and label; {there}")
-    return replace(table, others=table.others.select(list(names))) if names else table
 
 
 def windows_of(args: Args) -> Windows | None:
@@ -751,7 +742,7 @@ def check_distillation(args: Args) -> None:
             raise UserError(f"--{name} needs a trained classifier, named with --teacher")
     folder = teacher_folder(args.teacher) if args.teacher else None
     if args.match_hidden and args.teacher and args.architecture == "cnn":
-        raise UserError("--match_hidden compares the layers of transformers, which --architecture cnn has not")
+        raise UserError("--match_hidden compares the layers of transformers; --architecture cnn has none")
     if args.unlabelled_file and (args.balanced or args.curriculum not in (None, "length", "rarity")):
         flag = "balanced" if args.balanced else f"curriculum {args.curriculum}"
         raise UserError(f"--{flag} needs the label of every row, but those of --unlabelled_file have none")

@@ -85,7 +85,7 @@ class Args:
     problem_type: tuple[str, ...] = ()  # single_label, multi_label or regression (default: found from the rows)
     max_length: int = 128  # tokens kept of each text
     length_buckets: bool = True  # texts of similar length share a batch: little padding
-    sampling: Sampling = "proportional"  # a task's share of an epoch: as its rows; uniform: all alike; temperature
+    sampling: Sampling = "proportional"  # a task's share of an epoch: as its rows; uniform: all the same; temperature
     sampling_temperature: float = 2.0  # sampling temperature: rows^(1/T); 1: proportional, high: uniform
     task_block: int = 32  # rows of a task after each other; a step of more rows than that has several tasks
     cache_dir: str | None = None  # where tokenized text is kept (default: $ACCELERANDO_CACHE or ~/.cache/accelerando)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 from accelerate import Accelerator
-from harness import history, results, script_module, weights
+from harness import ROOT, history, results, script_module, weights
 from made_data import draw_pair, make_rows, write_json, write_shard
 
 from accelerando.base.errors import UserError
@@ -146,7 +146,7 @@ class Listed:
 
 
 def test_a_data_set_of_ones_own_is_compared_by_its_length(train_here, monkeypatch) -> None:
-    module = script_module(Path("scripts/text_classify.py"))
+    module = script_module(ROOT / "scripts" / "text_classify.py")
     load, most = module.load_data, [203]
 
     def own(args: object, accelerator: object) -> object:

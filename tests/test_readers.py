@@ -10,6 +10,7 @@ import tarfile
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from made_data import write_shard
 from accelerando.base.config import check_ranges, read_yaml
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import expand_braces
-from accelerando.data.npz import MOST_BYTES
+from accelerando.data.npz import MOST_BYTES, open_npz
 from accelerando.data.pairs import TablePairs
 from accelerando.data.shards import ShardPairs, list_shards
 from accelerando.data.sign_clips import class_names, read_clip, synthetic_clips
@@ -232,6 +233,45 @@ def test_a_clip_of_many_zeros_is_not_unpacked(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(archive(X=content))
     with pytest.raises(UserError, match="at most 536,870,912 are read"):
         read_clip(tmp_path / "a.npz", "X")
+
+
+def test_no_two_threads_parse_a_header_at_once(tmp_path: Path, monkeypatch) -> None:
+    """numpy parses it with ast, whose count of its own depth is lost where two threads do (cpython issue 106905)."""
+    path, inside, most = tmp_path / "a.npz", [], []
+    path.write_bytes(npz(X=np.ones((5, 156), np.float32)))
+    parse = np.lib.format.read_array_header_1_0
+
+    def watched(file: io.BytesIO) -> tuple:
+        inside.append(1)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+        return parse(file)
+
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", watched)
+    with ThreadPoolExecutor(4) as pool:
+        for frames, _ in pool.map(lambda _: read_clip(path, "X"), range(16)):
+            assert frames.shape == (5, 156)
+            assert (frames == 1).all()
+    assert len(most) == 16
+    assert max(most) == 1
+
+
+def test_arrays_are_read_as_numpy_does(tmp_path: Path) -> None:
+    arrays = {
+        "by_columns": np.asfortranarray(np.arange(12.0).reshape(3, 4)),
+        "big_endian": np.arange(4, dtype=">i4"),
+        "text": np.array(["a", "bc"]),
+        "scalar": np.array(3),
+        "nothing": np.ones((5, 0), np.float32),
+    }
+    np.savez(tmp_path / "a.npz", **arrays)
+    with open_npz(tmp_path / "a.npz") as file:
+        for name, array in arrays.items():
+            read = file.read(name)
+            assert read.dtype == array.dtype
+            assert np.array_equal(read, array)
+            assert read.flags.writeable
 
 
 def test_a_gloss_number_beyond_reason(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from accelerando.base.errors import UserError
-from accelerando.report.slices import slices, slices_block
+from accelerando.report.slices import columns_of_files, slices, slices_block
 
 
 def test_the_weakest_come_first_and_few_rows_do_not_count_as_weak() -> None:
@@ -70,9 +71,50 @@ def test_the_reports_of_texts_and_signs_have_them(train_here, sign_here, tmp_pat
     found = re.findall(r">(source|tokens|label)</td><td[^>]*>([^<]*)<", table)
     assert found[0] == ("source", "spam")
     assert {("source", "forum"), ("label", "money")} <= set(found)
-    with pytest.raises(
-        UserError, match=r"--slice_by age: .*train.json has no such column beside text and label; source"
-    ):
+    with pytest.raises(UserError, match=r"train.json: no column 'age' beside those that are trained on: source"):
         train_here(*files, "--slice_by", "age", name="b")
     signs = (sign_here("--epochs", "1", name="signs") / "report.html").read_text()
     assert ">frames</td>" in signs.partition("Weakest slices, glosses, test")[2]
+
+
+def weakest(run: Path, what: str) -> list[tuple[str, str]]:
+    """Column and value of the slices in a run's report, in its order."""
+    table = (run / "report.html").read_text().partition(f"Weakest slices, {what}")[2].partition("</table>")[0]
+    return re.findall(r"<tr><td[^>]*>([^<]*)</td><td[^>]*>([^<]*)<", table)
+
+
+def test_images_and_actions_have_them_by_folder_and_column(image_here, har_here, tmp_path: Path) -> None:
+    """The labels of one camera are wrong: it comes first, by its folder as by a column."""
+    colours = {"red chair": (220, 40, 30), "green lamp": (40, 200, 60), "blue table": (50, 60, 220)}
+    wrong = dict(zip(colours, [*colours][1:] + [*colours][:1], strict=True))
+    for split in ("train", "test"):
+        rows = []
+        for number in range(90):
+            label, camera = [*colours][number % 3], ("night", "day")[number % 5 > 0]
+            file = tmp_path / "photos" / camera / f"{split}_{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            noise = np.random.default_rng(number).integers(0, 30, (32, 32, 3), np.uint8)
+            Image.fromarray(noise + np.uint8(colours[label])).save(file)
+            shown = wrong[label] if (split, camera) == ("test", "night") else label
+            name = f"{camera}/{file.name}"
+            rows.append({"image": name, "label": shown, "year": number // 2, "camera": camera, "split": split})
+        (tmp_path / "photos" / f"{split}.json").write_text(json.dumps(rows))
+    files = ("--train_file", tmp_path / "photos" / "train.json", "--test_file", tmp_path / "photos" / "test.json")
+    alone = ("--data_dir", "", *files, "--validation_fraction", "0", "--slice_by", "camera", "split")
+    for run in (
+        image_here(*alone, "--epochs", "6", "--lr", "1e-2", name="images"),
+        har_here(*alone, "--epochs", "6", "--augmentation", "none", name="actions"),
+    ):
+        found = weakest(run, "test")
+        assert found[0] == ("camera", "night")
+        assert {("camera", "day"), ("label", "green lamp")} <= set(found)
+        assert not any(column == "split" for column, _ in found)  # one value, which divides nothing
+    there = "year, camera, split"
+    with pytest.raises(UserError, match=f"train.json: no column 'age' beside those that are trained on: {there}"):
+        har_here(*alone, "--slice_by", "age", name="b")
+
+
+def test_folders_count_where_they_say_more_than_the_labels() -> None:
+    names = ["ant/web/1.jpg", "ant/own/2.jpg", "bee/own/3.jpg"]
+    assert columns_of_files(names, ["ant", "ant", "bee"], None)["folder"] == ["ant/web", "ant/own", "bee/own"]
+    assert set(columns_of_files(["ant/1.jpg", "bee/2.jpg"], ["ant", "bee"], None)) == {"label"}

@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -44,12 +44,14 @@ LeftOut = Callable[[str, str], None]  # called with a file or folder that is lef
 class ImageFiles:
     """n image files in ``folder``: ``names`` relative to it (Arrow strings, with slashes), ``classes`` int64 [n].
 
-    Of several labels or numbers an image, ``classes`` are these targets, float32 [n, C].
+    Of several labels or numbers an image, ``classes`` are these targets, float32 [n, C]. ``others``: further columns of
+    the table that lists them.
     """
 
     folder: Path
     names: pa.Array
     classes: np.ndarray
+    others: pa.Table | None = field(default=None, kw_only=True)
     unit: ClassVar[str] = "images"
 
     def __len__(self) -> int:
@@ -65,7 +67,8 @@ class ImageFiles:
 
     def take(self, rows: np.ndarray) -> ImageFiles:
         """The files ``rows`` [m]."""
-        return ImageFiles(self.folder, self.names.take(rows), self.classes[rows])
+        others = None if self.others is None else self.others.take(rows)
+        return ImageFiles(self.folder, self.names.take(rows), self.classes[rows], others=others)
 
     def digest(self) -> dict[str, str]:
         """See :class:`data.digest.Digested`: of names and sizes of the files, and of their classes."""
@@ -304,7 +307,7 @@ def listed_images(table: TextTable, folder: str | None, targets: np.ndarray) -> 
     import pyarrow as pa
 
     home, names = files_of_table(table, folder)
-    return ImageFiles(home, pa.array(names, pa.large_string()), targets)
+    return ImageFiles(home, pa.array(names, pa.large_string()), targets, others=table.others)
 
 
 def _image_files(folder: Path, names: Iterable[str], classes: list[int]) -> ImageFiles:

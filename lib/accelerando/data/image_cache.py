@@ -93,7 +93,7 @@ def cached_images(splits: dict[str, ImageFiles], side: int, cache: Path, workers
     derived(target, lambda target: check(target, len(paths)), lambda target: _make(target, paths, side, workers))
     places = {split: pc.index_in(files.names, value_set=names).to_numpy() for split, files in splits.items()}
     return {
-        split: CachedImages(files.folder, files.names, files.classes, target, side, places[split])
+        split: CachedImages(files.folder, files.names, files.classes, target, side, places[split], others=files.others)
         for split, files in splits.items()
     }
 

@@ -32,7 +32,7 @@ from accelerando.data.mapped import by_file, opened
 from accelerando.data.mixing import draw_partner, draw_share, sample_key
 from accelerando.data.order import order_of_classes
 from accelerando.data.table_formats import read_datasets, table_suffix
-from accelerando.data.tables import read_text_table
+from accelerando.data.tables import array_of_any, named_columns, read_text_table
 from accelerando.data.videos import VIDEO_SUFFIXES, read_frames, require_av
 
 if TYPE_CHECKING:
@@ -58,13 +58,15 @@ class Opens(Protocol):
 class Media:
     """n samples, each an image, a video or a folder of frames.
 
-    ``names`` for messages and tables, and ``labels``: Arrow strings [n]; ``rows`` int64 [n]: their rows in ``source``.
+    ``names`` for messages and tables, and ``labels``: Arrow strings [n]; ``rows`` int64 [n]: their rows in ``source``;
+    ``others``: further columns.
     """
 
     source: Opens
     names: pa.Array
     labels: pa.Array
     rows: np.ndarray
+    others: pa.Table | None = None
     unit: ClassVar[str] = "samples"
 
     def __len__(self) -> int:
@@ -81,7 +83,9 @@ class Media:
 
     def take(self, rows: np.ndarray) -> Media:
         """The samples ``rows`` [m]."""
-        return replace(self, names=self.names.take(rows), labels=self.labels.take(rows), rows=self.rows[rows])
+        others = None if self.others is None else self.others.take(rows)
+        names, labels = self.names.take(rows), self.labels.take(rows)
+        return replace(self, names=names, labels=labels, rows=self.rows[rows], others=others)
 
     def files(self) -> tuple[Path, list[str]]:
         """The folder of the files, and the name of each in it, those of the frames of a folder too; empty: there are
@@ -207,24 +211,27 @@ def media_files(folder: Path, names: list[str], labels: list[str] | None, whole_
 
 
 def open_media(
-    where: str, split: str, cache: Path, cache_gb: float, folder: str | None, file_column: str, label_column: str
-) -> Media:
+    where: str, split: str, cache: Path, cache_gb: float, folder: str | None, file_column: str, label_column: str,
+    other_columns: Sequence[str] = (),
+) -> Media:  # fmt: skip
     """The samples that ``where`` names: a table of files and labels, shards (local or remote), or a data set of
     `datasets` with a column of images.
 
     ``folder``: where the files of a table are (default: beside it); ``label_column``: of a table or data set, or the
-    field of the shards' .json (without it, their .cls or .txt is the label).
+    field of the shards' .json (without it, their .cls or .txt is the label); ``other_columns``: columns or fields that
+    come along.
 
     Raises:
-        UserError: it cannot be read, a file is missing, or a sample has no label.
+        UserError: it cannot be read, a file is missing, a sample has no label, or there is no such column.
     """
     import pyarrow as pa
 
     if table_suffix(where):
-        table = read_text_table(where, text_column=file_column, label_column=label_column)
+        table = read_text_table(where, text_column=file_column, label_column=label_column, other_columns=other_columns)
         home, names = files_of_table(table, folder)
         whole_folders = any((home / name).is_dir() for name in names)
-        return media_files(home, names, [str(label) for label in table.labels.to_pylist()], whole_folders)
+        found = media_files(home, names, [str(label) for label in table.labels.to_pylist()], whole_folders)
+        return replace(found, others=table.others)
     if "://" in where or where.endswith(".tar") or any(Path(where).glob("*.tar")):
         from accelerando.data.pairs import open_pairs
 
@@ -232,8 +239,18 @@ def open_media(
         labels = [_shard_label(pairs, row, label_column) for row in range(len(pairs))]
         names = pa.array([f"sample {row}" for row in range(len(pairs))], pa.large_string())
         rows = np.arange(len(pairs))
-        return Media(_Shards(pairs), names, pa.array(labels, pa.large_string()), rows)
-    return _of_dataset(where, split, file_column, label_column)
+        others = _shard_fields(pairs, other_columns, where) if other_columns else None
+        return Media(_Shards(pairs), names, pa.array(labels, pa.large_string()), rows, others)
+    return _of_dataset(where, split, file_column, label_column, other_columns)
+
+
+def _shard_fields(pairs: PairSource, fields: Sequence[str], where: str) -> pa.Table:
+    import pyarrow as pa
+
+    records = [pairs.metadata(row) for row in range(len(pairs))]
+    there = {name: None for record in records for name in record}
+    table = pa.table({name: array_of_any([record.get(name) for record in records]) for name in there})
+    return named_columns(table, fields, where)
 
 
 def _shard_label(pairs: PairSource, row: int, field: str) -> str:
@@ -245,7 +262,7 @@ def _shard_label(pairs: PairSource, row: int, field: str) -> str:
     return str(value)
 
 
-def _of_dataset(where: str, split: str, image_column: str, label_column: str) -> Media:
+def _of_dataset(where: str, split: str, image_column: str, label_column: str, other_columns: Sequence[str]) -> Media:
     import pyarrow as pa
 
     table = read_datasets(where, split)
@@ -257,8 +274,9 @@ def _of_dataset(where: str, split: str, image_column: str, label_column: str) ->
     if None in labels:
         raise UserError(f"{where}: row {labels.index(None) + 1} of {split} has no label")
     names = pa.array([f"{split} {row}" for row in range(len(cells))], pa.large_string())
-    rows = np.arange(len(cells))
-    return Media(_Column(cells), names, pa.array(labels, pa.large_string()), rows)
+    beside = table.drop_columns([image_column, label_column])
+    others = named_columns(beside, other_columns, where) if other_columns else None
+    return Media(_Column(cells), names, pa.array(labels, pa.large_string()), np.arange(len(cells)), others)
 
 
 # ----------------------------------------------------------------------------------------------------------- choosing

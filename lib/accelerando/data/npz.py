@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from accelerando.base.errors import first_line
 from accelerando.base.model_folder import LFS_POINTER
 
 MOST_BYTES = 2**29  # of an array: 12 hours of keypoints, or half an hour of features
+ONE_HEADER = threading.Lock()  # numpy parses them with ast, which fails in two threads at once (cpython issue 106905)
 OTHER_FORMATS = {
     b"\x93NUMPY": "a single array, as np.save writes it; write it with np.savez(file, X=array)",
     b"\x80": "a pickle, which is never loaded; write it with np.savez(file, X=array)",
@@ -40,9 +42,9 @@ class Arrays:
         member = f"{name}.npy" if f"{name}.npy" in self.archive.namelist() else name
         try:
             with self.archive.open(member) as file:
-                _check_header(file, self.archive.getinfo(member).file_size)
-            with self.archive.open(member) as file:
-                return np.lib.format.read_array(file, allow_pickle=False)
+                shape, by_columns, dtype = _read_header(file, self.archive.getinfo(member).file_size)
+                order = "F" if by_columns else "C"
+                return np.ndarray(shape, dtype, buffer=bytearray(file.read()), order=order)
         except Exception as error:  # zipfile, zlib and numpy have errors of their own
             reason = "it is encrypted" if "encrypted" in str(error) else first_line(error)
             raise ValueError(reason) from None
@@ -67,8 +69,12 @@ def open_npz(path: str | Path) -> Iterator[Arrays]:
             yield Arrays(archive)
 
 
-def _check_header(file: IO[bytes], size: int) -> None:
-    """ValueError unless the array that begins in ``file`` can be read into memory and has ``size`` bytes in all."""
+def _read_header(file: IO[bytes], size: int) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it is stored by columns, and type of the array that begins in ``file``.
+
+    Raises:
+        ValueError: it cannot be read into memory, or has not ``size`` bytes in all.
+    """
     if file.read(6) != b"\x93NUMPY":
         raise ValueError("it is not a numpy array")
     version = tuple(file.read(2))
@@ -76,7 +82,8 @@ def _check_header(file: IO[bytes], size: int) -> None:
         raise ValueError(f"numpy's format {'.'.join(map(str, version))} is unknown")
     # Of version 3 only the encoding of names in the header differs.
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(file)
+    with ONE_HEADER:
+        shape, by_columns, dtype = read(file)
     if dtype.hasobject:
         raise ValueError("allow_pickle: it contains Python objects")
     if min(shape, default=1) < 0:
@@ -88,3 +95,4 @@ def _check_header(file: IO[bytes], size: int) -> None:
         )
     if claimed != size - file.tell():
         raise ValueError(f"its header claims {claimed:,} bytes, but {size - file.tell():,} follow")
+    return shape, by_columns, dtype

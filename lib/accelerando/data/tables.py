@@ -91,15 +91,15 @@ def read_text_table(
     label_column: str = "label",
     require_labels: bool = True,
     allow_blank: bool = False,
-    other_columns: bool = False,
+    other_columns: bool | Sequence[str] = False,
     problem_type: ProblemType | None = "single_label",
     label_columns: Sequence[str] = (),
     label_delimiter: str | None = None,
 ) -> TextTable:
     """Reads ``source``: a file, a folder of `datasets`, or ``name`` or ``name:config`` of a data set on the Hub.
 
-    ``split`` applies only to `datasets`; ``allow_blank`` allows empty texts; ``other_columns`` keeps all columns.
-    Messages count rows from 1.
+    ``split`` applies only to `datasets`; ``allow_blank`` allows empty texts; ``other_columns`` keeps all columns, or
+    those that it names. Messages count rows from 1.
 
     Unless ``problem_type`` is single_label, a label may be a list or a number with a fraction (None: whatever there
     is). ``label_columns``: columns of numbers instead of ``label_column``; ``label_delimiter``: what separates several
@@ -120,18 +120,18 @@ def read_text_table(
     if suffix == ".parquet":
         table = read_parquet(path)
         augmented = AUGMENTED in table.column_names
-        table = _select(table, columns, source, other_columns)
+        table = _select(table, columns, source, bool(other_columns))
     elif suffix:
         records = table_records(path, columns)
         first = [*itertools.islice(records, 1)]
         augmented = any(isinstance(record, dict) and AUGMENTED in record for _, record in first)
         records = itertools.chain(first, records)
         many = problem_type != "single_label"
-        table = _pack(records, columns, label, source, other_columns, many, numbers, label_delimiter is not None)
+        table = _pack(records, columns, label, source, bool(other_columns), many, numbers, label_delimiter is not None)
     else:
         table = read_datasets(source, split)
         augmented = AUGMENTED in table.column_names
-        table = _select(table, columns, source, other_columns)
+        table = _select(table, columns, source, bool(other_columns))
     if table.num_rows == 0:
         raise UserError(f"{source}: no rows in it")
     texts = check_texts(table[text_column], text_column, source, allow_blank)
@@ -148,10 +148,20 @@ def read_text_table(
     if numbers:
         labels = side_by_side([check_numbers(table[name], name, source) for name in numbers])
     others = table.drop_columns(columns) if other_columns else None
+    if not isinstance(other_columns, bool) and others is not None:
+        others = named_columns(others, other_columns, source)
     found = TextTable(texts, pairs, labels, source, others, label_columns=tuple(numbers), augmented=augmented)
     if split in ("validation", "test"):
         found.check_no_copies("scored")
     return found
+
+
+def named_columns(table: pa.Table, names: Sequence[str], source: str) -> pa.Table:
+    """The columns ``names`` of a table; UserError: it has no such column."""
+    if missing := [name for name in names if name not in table.column_names]:
+        there = ", ".join(table.column_names) or "none"
+        raise UserError(f"{source}: no column {missing[0]!r} beside those that are trained on: {there}")
+    return table.select(list(names))
 
 
 def label_names(table: TextTable) -> list[str]:
@@ -311,7 +321,7 @@ def _pack(
                 raise UserError(f"{source}: a {name} contains half a character (a lone surrogate)") from None
             pending[name].clear()
         for name in beside:
-            extra_chunks[name].append(_array_of_any(extra[name]))
+            extra_chunks[name].append(array_of_any(extra[name]))
             extra[name].clear()
 
     for where, record in records:
@@ -356,7 +366,7 @@ def _pack(
     return pa.table(table | {name: _one_type(extra_chunks[name]) for name in beside})
 
 
-def _array_of_any(values: list[object]) -> pa.Array:
+def array_of_any(values: list[object]) -> pa.Array:
     """``values`` with the type that Arrow infers, or as texts if their types differ."""
     import pyarrow as pa
 

@@ -80,7 +80,7 @@ def with_unlabelled(
     whose labels are 0 and mean nothing.
 
     Raises:
-        UserError: one has pairs of texts and the other has not.
+        UserError: only one of them has pairs of texts.
     """
     import pyarrow as pa
 

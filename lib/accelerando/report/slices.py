@@ -5,12 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from accelerando.base.texts import one_line
 from accelerando.report import page
 from accelerando.report.plots import shorten
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 FEWEST = 5  # rows of a slice that is shown
 MOST_VALUES = 12  # of a column of numbers: with more of them its quarters are shown
@@ -49,6 +54,17 @@ def slices(right: np.ndarray, columns: Mapping[str, Sequence[object] | np.ndarra
                 low, high = test.proportion_ci(COVERED, method="wilson")
                 found.append(Slice(column, value, count, float(right[rows].mean()), float(low), float(high)))
     return sorted(found, key=lambda each: (each.high, each.accuracy, each.column, each.value))
+
+
+def columns_of_files(
+    names: Sequence[str], labels: Sequence[str], others: pa.Table | None
+) -> dict[str, Sequence[object]]:
+    """What n files are divided by: their labels, the folders of ``names`` (with slashes) where these say more than the
+    labels, and the columns of ``others``."""
+    folders = [str(PurePosixPath(name).parent) for name in names]
+    says_more = len(set(folders)) > len(set(labels))
+    columns = {name: others[name].to_pylist() for name in (others.column_names if others is not None else ())}
+    return {"label": labels, **({"folder": folders} if says_more else {}), **columns}
 
 
 def slices_block(right: np.ndarray, columns: Mapping[str, Sequence[object] | np.ndarray], what: str) -> list[str]:
