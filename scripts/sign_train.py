@@ -34,8 +34,8 @@ from accelerando.data.sign_clips import (
     pack_clips,
     synthetic_clips,
 )
-from accelerando.data.sign_labels import label_problems, read_labels, report_problems
-from accelerando.data.splits import stratified_split
+from accelerando.data.sign_labels import label_problems, read_groups, read_labels, report_problems
+from accelerando.data.splits import fold_split, stratified_split
 from accelerando.inference.hub import Hub, check_push
 from accelerando.models.cpu import speed_up_dropout
 from accelerando.report import page, results
@@ -79,6 +79,9 @@ class Args:
     labels_val_csv: str | None = None  # the same for validation
     labels_test_csv: str | None = None  # the same for test
     validation_fraction: float = 0.1  # share of the training clips held out, stratified, without others; 0: none
+    num_folds: int | None = None  # cross-validation: the training clips are divided into so many folds, stratified
+    fold: int = 0  # num_folds: which one is validated on; the others are trained on
+    group_column: str | None = None  # num_folds: clips of one value in this column stay together: signer, say
     names_csv: str | None = None  # columns gloss, label, cat, category: names of the classes, for reports and answers
     kp_key: str = "X"  # transformer: array of the NPZ files
     feature_key: str = "X2048"  # iv3_gru: array of the NPZ files
@@ -201,6 +204,7 @@ ONLY_WITH = {
         "hidden_size", "num_layers", "num_attention_heads", "intermediate_size", "conv_kernel", "pooling", "final_norm",
     ),
     "model iv3_gru": ("features_train", "features_val", "features_test", "feature_key", "gru_sizes"),
+    "num_folds": ("fold", "group_column"),
     "loss focal": ("focal_gamma",),
     "curriculum gloss_first category_first dynamic": ("curriculum_share",),
     "tools/extract_features.py": ("pretrained_backbone",),  # old commands name a backbone, which runs there alone
@@ -253,9 +257,13 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
             split: pack_clips(labels[split], folder, key, normalisation, cache, split)
             for split, (folder, _) in folders(args).items()
         }
-    if "validation" not in splits and args.validation_fraction:
+    if "validation" not in splits and (args.num_folds or args.validation_fraction):
         clips = splits.pop("train")
-        kept, held_out = stratified_split(clips.gloss, args.validation_fraction, args.seed)
+        if args.num_folds:
+            groups = read_groups(labels["train"].path, args.group_column) if args.group_column else clips.names
+            kept, held_out = fold_split(clips.gloss, groups, args.num_folds, args.fold)
+        else:
+            kept, held_out = stratified_split(clips.gloss, args.validation_fraction, args.seed)
         splits = {"train": clips.take(kept), "validation": clips.take(held_out), **splits}
     names = class_names(splits, folders(args)["train"][0], args.names_csv, args.num_gloss, args.num_cat)
     counts = ", ".join(f"{split} {len(clips):,}" for split, clips in splits.items())
@@ -487,14 +495,15 @@ def check_args(args: Args) -> None:
     """What can be wrong before anything is loaded."""
     check_trackers(args.report_to)
     check_push(args.push_to_hub, args.hub_repo_id)
-    if not args.smoke_test:
-        folders(args)
+    if not args.smoke_test and "validation" in folders(args) and args.num_folds:
+        raise UserError("--num_folds divides the training clips, but validation clips are named too: drop one")
     check_ranges(
         args, ema_decay=(0, 0.9999999), rotation=(0, 180), scale=(0, 0.99), shift=(0, 100), noise=(0, 100),
         time_warp=(0, 0.9), time_mask=(0, 0.9), frame_drop=(0, 0.9), mirror=(0, 1), dropout=(0, 0.999999),
         alpha=(0, 1e6), beta=(0, 1e6), curriculum_share=(0, 1), focal_gamma=(0, 100), label_smoothing=(0, 0.999),
-        validation_fraction=(0, 0.9), num_gloss=(2, 2**20), num_cat=(1, 2**20), hidden_size=(2, 2**16),
-        num_layers=(1, 1000), conv_kernel=(0, 999), num_attention_heads=(1, 1000), intermediate_size=(1, 2**20),
+        validation_fraction=(0, 0.9), num_folds=(2, 1000), num_gloss=(2, 2**20), num_cat=(1, 2**20),
+        hidden_size=(2, 2**16), num_layers=(1, 1000), conv_kernel=(0, 999), num_attention_heads=(1, 1000),
+        intermediate_size=(1, 2**20),
     )  # fmt: skip
     if args.log_csv and not (args.smoke_test or args.validation_fraction or "validation" in folders(args)):
         raise UserError("--log_csv: a row for each evaluation, but --validation_fraction 0 leaves none")
@@ -521,8 +530,9 @@ def model_title(args: Args) -> str:
 
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that are likely to be compared."""
-    settings = (f"bs{args.batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
-    named = ("model", "batch_size", "lr", "seed")
+    fold = (f"fold{args.fold}",) if args.num_folds else ()
+    settings = (f"bs{args.batch_size}", f"lr{args.lr:g}", *fold, f"seed{args.seed}")
+    named = ("model", "batch_size", "lr", "fold", "seed")
     return default_run_name(args, data_title(args), model_title(args), *settings, named=named)
 
 

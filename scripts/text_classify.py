@@ -28,7 +28,7 @@ from accelerando.data.augment import NEED_SYNONYMS, AugmentedTexts, Technique, T
 from accelerando.data.collate import TextCollate
 from accelerando.data.curriculum import Curriculum, losses_of_predictions, rarity
 from accelerando.data.mixing import MixedRows
-from accelerando.data.splits import stratified_split
+from accelerando.data.splits import fold_split, stratified_split
 from accelerando.data.tables import ProblemType, TextTable, encode_labels, label_names, read_text_table
 from accelerando.data.targets import PROBLEM_TYPES, as_targets, strata
 from accelerando.data.taught import all_texts, with_unlabelled
@@ -119,6 +119,9 @@ class Args:
     test_file: str | None = None  # test rows, scored once at the end with the best weights
     unlabelled_file: str | None = None  # teacher: further training rows, without labels
     validation_fraction: float = 0.1  # share of train_file held out, stratified, without validation_file; 0: none
+    num_folds: int | None = None  # cross-validation: train_file is divided into so many folds, stratified
+    fold: int = 0  # num_folds: which one is validated on; the others are trained on
+    group_column: str | None = None  # num_folds: rows of one value in this column stay together: author, say
     text_column: str = "text"  # column of the text
     text_pair_column: str | None = None  # column of a second text, for pairs
     label_column: str = "label"  # column of the label: names or whole numbers; lists of them; or a number
@@ -272,6 +275,7 @@ ONLY_WITH = {
     ),
     "from_scratch": ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size"),
     "architecture cnn": ("vocab_size", "embed_size", "num_filters", "filter_sizes", "dropout_prob"),
+    "num_folds": ("fold", "group_column"),
     "window_stride": ("max_windows", "window_pooling"),
     "augment": ("augment_rate", "augment_share"),
     "augment synonym insert": ("synonyms",),
@@ -329,8 +333,12 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     named = ("text_column", "text_pair_column", "label_column", "label_columns", "label_delimiter", "problem_type")
     columns = {name: getattr(args, name) for name in named}
     files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-    columns["other_columns"] = args.slice_by
-    tables = {split: read_text_table(file, split=split, **columns) for split, file in files.items() if file}
+    beside = {"train": (*args.slice_by, *filter(None, [args.group_column]))}  # other columns of a file
+    tables = {
+        split: read_text_table(file, split=split, other_columns=beside.get(split, args.slice_by), **columns)
+        for split, file in files.items()
+        if file
+    }
     check_validation(args, tables, args.report_on_train)
     tables, problem_type = as_targets(tables, args.problem_type, args.label_column)
     args.best_metric = best_metric(args, problem_type)
@@ -343,10 +351,13 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     if args.num_labels not in (None, len(names)):
         raise UserError(f"--num_labels {args.num_labels}, but {args.train_file} has {len(names)} labels")
     labels = {split: encode_labels(table, names) for split, table in tables.items()}
-    if "validation" not in tables and args.validation_fraction:
+    if "validation" not in tables and (args.num_folds or args.validation_fraction):
         tables["train"].check_no_copies("split")
         of_rows = strata(labels["train"], problem_type)
-        kept, held_out = stratified_split(of_rows, args.validation_fraction, args.seed)
+        if args.num_folds:
+            kept, held_out = fold_split(of_rows, tables["train"].groups(args.group_column), args.num_folds, args.fold)
+        else:
+            kept, held_out = stratified_split(of_rows, args.validation_fraction, args.seed)
         rows, codes = tables.pop("train"), labels.pop("train")
         tables = {"train": rows.take(kept), "validation": rows.take(held_out), **tables}
         labels = {"train": codes[kept], "validation": codes[held_out], **labels}
@@ -713,9 +724,10 @@ def check_args(args: Args) -> None:
         reinit_layers=(0, 4096), initial_difficulty=(0.001, 1), final_difficulty=(0.001, 1),
         curriculum_epochs=(1, 2**30), augment_rate=(1e-6, 1), augment_share=(0, 1), mixup=(0, 100),
         temperature=(0.01, 1000), distill_alpha=(0, 1), student_layers=(1, 4096), student_vocab=(8, 2**24),
-        match_hidden=(0, 1000), window_stride=(1, 2**20), max_windows=(1, 2**20),
+        match_hidden=(0, 1000), num_folds=(2, 1000), window_stride=(1, 2**20), max_windows=(1, 2**20),
     )  # fmt: skip
     for one, other, reason in (
+        ("num_folds", "validation_file", "the one divides the training rows, the other names the validation rows"),
         ("mixup", "teacher", "the teacher sees no mixed texts"),
         ("mixup", "compile_model", "compiled code does not see that embeddings are mixed"),
         ("window_stride", "mixup", "a text of several windows has no other one to be mixed with"),
@@ -768,8 +780,9 @@ def model_title(args: Args) -> str:
 
 def default_name(args: Args) -> str:
     """The run directory's name: what distinguishes runs that are likely to be compared."""
-    settings = (args.strategy, f"bs{args.batch_size}", f"lr{args.lr:g}", f"seed{args.seed}")
-    named = ("architecture", "model_name", "strategy", "batch_size", "lr", "seed")
+    fold = (f"fold{args.fold}",) if args.num_folds else ()
+    settings = (args.strategy, f"bs{args.batch_size}", f"lr{args.lr:g}", *fold, f"seed{args.seed}")
+    named = ("architecture", "model_name", "strategy", "batch_size", "lr", "fold", "seed")
     return default_run_name(args, data_title(args), model_title(args), *settings, named=named)
 
 

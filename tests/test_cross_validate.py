@@ -16,7 +16,7 @@ from pathlib import Path
 import harness
 import numpy as np
 import pytest
-from harness import IMAGE, ROOT, TEXT, launch, run_in_this_process, start, weights
+from harness import CLIP, IMAGE, ROOT, TEXT, launch, run_in_this_process, start, weights
 from sklearn.metrics import accuracy_score, f1_score
 
 from accelerando.base.errors import Stopped, UserError
@@ -355,7 +355,8 @@ def test_arguments_without_a_script_or_with_another(tool, flags) -> None:
     for words, message in (
         (["--cpu"], "no script among the arguments; give one, as in: python tools/cross_validate.py scripts/"),
         (["nowhere.py"], "nowhere.py: no such file"),
-        ([str(TEXT)], "text_classify.py: its Args have no data_dir"),
+        ([str(CLIP)], "clip_finetune.py: its Args have no fold"),
+        ([str(TEXT), "--train_file", "a.json"], "--num_folds is missing"),
         (["--folds", "0", "7", str(IMAGE), *flags], "--folds 7: there are folds 0, 1, 2"),
         (["--folds", "x", str(IMAGE), *flags], "--folds"),
         (["train", str(IMAGE)], "'train' before"),

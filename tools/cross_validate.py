@@ -4,6 +4,14 @@
   python tools/cross_validate.py --folds 0 2 scripts/image_classify.py --data_dir data/insects
   python tools/cross_validate.py --config_file accelerate_configs/multi_gpu.yaml --num_processes 2 \\
     scripts/image_classify.py --data_dir data/insects
+  python tools/cross_validate.py scripts/text_classify.py \\
+    --train_file data/train.csv --num_folds 5 --group_column author
+  python tools/cross_validate.py scripts/sign_train.py \\
+    --keypoints_train data/clips --num_folds 5 --group_column signer
+
+Images and actions have the folds of tools/split_folds.py. The training rows of
+texts and the clips of signs are divided by --num_folds: stratified, and the
+rows of one group stay together.
 
 Arguments before the script go to `accelerate launch`, except for the flags
 below; arguments after it go to the script, or to a copy of it. Without flags
@@ -15,8 +23,9 @@ resumed. --overwrite after the script starts all of them again.
 
 runs/<name>_fold<k> are the runs, runs/<name>_cv holds the result: mean and
 standard deviation over the folds, and the ensemble, which is the mean of their
-probabilities. Its predictions_validation.csv has a prediction for every image
-outside the test set, by the one model that was not trained on it.
+probabilities. Its predictions_validation.csv has a prediction for every sample
+outside the test set, by the one model that was not trained on it. (Of several
+labels a row, or numbers, there are mean and standard deviation alone.)
 """
 
 from __future__ import annotations
@@ -54,7 +63,13 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "accelerate_configs"
 WORDS = "[LAUNCHER'S FLAG ...] SCRIPT [FLAG ...]"
 EXAMPLE = "python tools/cross_validate.py scripts/image_classify.py --data_dir data/insects"
-SHOWN = {"accuracy": "accuracy", "f1_macro": "F1 macro", "loss": "loss"}  # of the metrics, in tables
+# Of the metrics, what is in tables: the first of these that a run has.
+SHOWN = (
+    {"accuracy": "accuracy", "f1_macro": "F1 macro", "loss": "loss"},
+    {"gloss_accuracy": "accuracy", "gloss_f1_macro": "F1 macro", "loss": "loss"},
+    {"mAP": "mAP", "f1_macro": "F1 macro", "subset_accuracy": "all right"},
+    {"pearson": "Pearson", "spearman": "Spearman", "mse": "MSE"},
+)
 IGNORED = {"num_workers", "pin_memory"}  # settings that may change between a run and its resumption
 STATES = {  # of a fold: what is said of it, and the flag that its run gets
     "new": ("starts", []),
@@ -73,9 +88,8 @@ class Args:
 
 
 class ScriptArgs(Protocol):
-    """What the ``Args`` of a script with folds hold, among others."""
+    """What the ``Args`` of a script with folds hold, among others: ``data_dir`` or ``num_folds``."""
 
-    data_dir: str
     fold: int
     output_dir: str
     run_name: str | None
@@ -85,12 +99,13 @@ class ScriptArgs(Protocol):
 
 @dataclass
 class Fold:
-    """One fold: its number, the settings and the folder of its run, and the images that belong to it."""
+    """One fold: its number, the settings and the folder of its run, and the images that belong to it, of validation and
+    test if there is one; None: the script itself divides the rows."""
 
     number: int
     args: ScriptArgs
     directory: Path
-    images: dict[str, set[str]]  # validation, and test if there is one
+    images: dict[str, set[str]] | None
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -128,16 +143,32 @@ def load_script(path: Path) -> ModuleType:
     """The script, imported as a module.
 
     Raises:
-        UserError: no such file, or it lacks what a script with folds has: ``Args`` with ``data_dir``, ``fold`` and what
-            names a run, and ``default_name``.
+        UserError: no such file, or it lacks what a script with folds has: ``Args`` with ``fold`` and what names a run,
+            and ``default_name``.
     """
     module = import_script(path)
     known = {field.name for field in dataclasses.fields(module.Args)} if hasattr(module, "Args") else set()
-    missing = [name for name in ("data_dir", "fold", "output_dir", "run_name", "resume") if name not in known]
+    missing = [name for name in ("fold", "output_dir", "run_name", "resume") if name not in known]
     if missing or not hasattr(module, "default_name"):
         what = f"its Args have no {missing[0]}" if missing else "it has no default_name"
-        raise UserError(f"{path}: {what}; what has folds is scripts/image_classify.py, or a copy of it")
+        with_folds = "image_classify.py, clip_har.py, text_classify.py and sign_train.py"
+        raise UserError(f"{path}: {what}; {with_folds} have folds, and copies of them")
     return module
+
+
+def folds_of(args: ScriptArgs) -> dict[int, dict[str, set[str]] | None]:
+    """Fold -> its images, or None where the script divides its training rows itself.
+
+    Raises:
+        UserError: neither is there, or the folds of the images are not a cross-validation.
+    """
+    if getattr(args, "num_folds", None):
+        return dict.fromkeys(range(args.num_folds))
+    if hasattr(args, "num_folds"):
+        raise UserError("--num_folds is missing: into how many folds the training rows are divided, as --num_folds 5")
+    if not args.data_dir:
+        raise UserError("--data_dir is missing: a folder with raw/<class>/ and the splits/ of tools/split_folds.py")
+    return read_folds(Path(args.data_dir))
 
 
 # ------------------------------------------------------------------------------------------------------------ folds
@@ -280,7 +311,7 @@ def fold_predictions(fold: Fold, split: str, label_names: list[str]) -> Predicti
         found = runs.read_predictions(fold.directory, split, label_names)
     except UserError as error:
         raise UserError(f"{error}; {retrain(fold)}") from None
-    if strange := set(found.files) - fold.images[split]:
+    if fold.images and (strange := set(found.files) - fold.images[split]):
         raise UserError(
             f"{fold.directory / f'predictions_{split}.csv'}: {min(strange)} is not in that part of the splits, which "
             "were made again since: --overwrite starts all folds again"
@@ -327,18 +358,21 @@ def ensemble(parts: list[tuple[Fold, Predictions]]) -> Predictions:
                 f"{fold.directory} and {first.directory} were tested on different images ({odd}): the data changed "
                 "in between; --overwrite starts all folds again"
             )
-    return Predictions(one.files, one.labels, np.mean([found.probabilities for _, found in parts], axis=0))
+    mean = np.mean([found.probabilities for _, found in parts], axis=0)
+    return Predictions(one.files, one.labels, mean, one.texts)
 
 
 def out_of_fold(parts: list[tuple[Fold, Predictions]]) -> Predictions:
-    """The validation predictions of all folds together: no image twice."""
+    """The validation predictions of all folds together: no file twice."""
     import numpy as np
 
     files = [name for _, found in parts for name in found.files]
-    if len(set(files)) != len(files):
-        raise RuntimeError("an image was validated on in two folds")
+    of_texts = all(found.texts is not None for _, found in parts)  # whose rows each fold numbers from 1 on
+    if len(set(files)) != len(files) and not of_texts:
+        raise RuntimeError("a sample was validated on in two folds")
     labels = np.concatenate([found.labels for _, found in parts])
-    return Predictions(files, labels, np.concatenate([found.probabilities for _, found in parts]))
+    texts = [text for _, found in parts for text in found.texts] if of_texts else None
+    return Predictions(files, labels, np.concatenate([found.probabilities for _, found in parts]), texts)
 
 
 def mean_and_deviation(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -354,137 +388,201 @@ def mean_and_deviation(rows: list[dict[str, Any]]) -> tuple[dict[str, Any], dict
     return mean, deviation
 
 
+def shown_metrics(results: dict[str, Any]) -> dict[str, str]:
+    """Metric -> its title in tables; ``results`` of all folds."""
+    there = results["mean"]["validation"]
+    return next((names for names in SHOWN if set(names) <= set(there)), {name: name for name in [*there][:3]})
+
+
 def table_rows(results: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
-    """(title, values) of a line for each fold, the mean, the deviation and the ensemble; ``SHOWN`` for each split."""
+    """(title, values) of a line for each fold, the mean, the deviation and the ensemble; the metrics of each split."""
+    shown = shown_metrics(results)
     lines = [(f"fold {row['fold']}", row) for row in results["folds"]]
     lines += [("mean", results["mean"]), ("± std", results["std"])]
     if "ensemble" in results:
         lines.append(("ensemble", {"test": results["ensemble"]}))
-    return [(title, [row.get(split, {}).get(name) for split in results["mean"] for name in SHOWN])
+    return [(title, [row.get(split, {}).get(name) for split in results["mean"] for name in shown])
             for title, row in lines]  # fmt: skip
 
 
 def summary_text(results: dict[str, Any], title: str, notes: list[str]) -> str:
     """The result on one screen, at most 80 columns wide."""
-    splits = list(results["mean"])
-    head = "".join(f"{split:>12}{'':{10 * len(SHOWN) - 10}}" for split in splits)
+    splits, shown = list(results["mean"]), shown_metrics(results)
+    head = "".join(f"{split:>12}{'':{10 * len(shown) - 10}}" for split in splits)
     lines = [title, "", f"{'':10}{head}".rstrip()]
-    lines.append(f"{'':10}" + "".join("  " + "".join(f"{name:>10}" for name in SHOWN.values()) for _ in splits))
+    lines.append(f"{'':10}" + "".join("  " + "".join(f"{name:>10}" for name in shown.values()) for _ in splits))
     for name, values in table_rows(results):
         cells = ["–" if value is None else f"{value:.4f}" for value in values]
-        if name == "ensemble":  # which has no validation images
+        if name == "ensemble":  # which has no validation samples
             cells = ["" if split == "validation" else cell
-                     for cell, split in zip(cells, [s for s in splits for _ in SHOWN], strict=True)]  # fmt: skip
-        parts = [cells[start : start + len(SHOWN)] for start in range(0, len(cells), len(SHOWN))]
+                     for cell, split in zip(cells, [s for s in splits for _ in shown], strict=True)]  # fmt: skip
+        parts = [cells[start : start + len(shown)] for start in range(0, len(cells), len(shown))]
         lines.append((f"{name:<10}" + "".join("  " + "".join(f"{c:>10}" for c in part) for part in parts)).rstrip())
     return "\n".join([*lines, "", *notes, "", "Repeat it with:", f"  {command_line()}", ""])
 
 
 def write_result(
-    draft: Path, folds: list[Fold], rows: list[dict[str, Any]], label_names: list[str], title: str
+    draft: Path, folds: list[Fold], rows: list[dict[str, Any]], label_names: list[str] | None, title: str
 ) -> None:
-    """Writes all files of the result into the new folder ``draft``; ``rows``: of the folds, for ``results.json``."""
-    from accelerando.report.metrics import confusion_matrix, report_text
-    from accelerando.report.predictions import write_predictions
+    """Writes all files of the result into the new folder ``draft``.
 
+    ``rows``: of the folds, for ``results.json``; ``label_names``: None where a row has not one label.
+    """
     draft.mkdir(parents=True)
-    found = {split: [(fold, fold_predictions(fold, split, label_names)) for fold in folds]
-             for split in folds[0].images}  # fmt: skip
-    together = {"validation": out_of_fold(found["validation"])}
     mean, deviation = mean_and_deviation(rows)
     results: dict[str, Any] = {"folds": rows, "mean": mean, "std": deviation}
-    results["out_of_fold"] = {**score(together["validation"]), "count": len(together["validation"].files)}
     notes = ["± std: standard deviation over the folds (of the sample, n - 1)"]
-    if "test" in found:
-        together["test"] = ensemble(found["test"])
-        results["ensemble"] = {**score(together["test"]), "count": len(together["test"].files)}
-        notes.append(f"ensemble: mean of the folds' probabilities, {len(together['test'].files):,} test images")
-        own = [(score(part)["loss"], row["test"]["loss"]) for (_, part), row in zip(found["test"], rows, strict=True)]
-        if any(abs(plain - given) > 0.02 * max(plain, given, 0.01) for plain, given in own):
-            results["ensemble"]["loss"] = None
-            notes.append("          no loss: that of the folds is not the plain cross-entropy (smoothing, weights)")
-    images = len(folds[0].images.get("test", ())) + sum(len(fold.images["validation"]) for fold in folds)
-    if unread := images - sum(len(part.files) for part in together.values()):
-        notes.append(f"images that could not be read, which no number includes: {unread:,}")
-    if getattr(folds[0].args, "trainer_type", None) == "dp":
-        notes.append("privacy: an image trains every fold but one, so together they spend more than one's epsilon")
-    last = "test" if "test" in together else "validation"
-    matrix = confusion_matrix(together[last].labels, together[last].probabilities.argmax(axis=1), len(label_names))
-    results |= {"label_names": label_names, "confusion_matrix": matrix.tolist()}
+    counts = f"{len(folds)} folds, {sum(row['validation']['count'] for row in rows):,} {unit(folds)} validated on"
+    matrix = None
+    if label_names is None:  # several labels or numbers
+        counts += f", {rows[0]['test']['count']:,} tested on" if "test" in mean else ""
+    else:
+        together = write_pooled(draft, folds, results, label_names, notes)
+        counts = f"{len(folds)} folds, {len(together['validation'].files):,} {unit(folds)} validated on"
+        counts += f", {len(together['test'].files):,} tested on" if "test" in together else ""
+        matrix = write_confusion(draft, together, label_names)
+        results |= {"label_names": label_names, "confusion_matrix": matrix.tolist()}
     results |= {"seconds": round(sum(row["seconds"] for row in rows), 3), "command": command_line()}
     notes.append(f"time: {results['seconds']:,.1f} s of training")
-    for split, part in together.items():
-        write_predictions(draft / f"predictions_{split}.csv", part.files, label_names, part.probabilities, part.labels)
-    (draft / f"classification_report_{last}.txt").write_text(report_text(matrix, label_names), encoding="utf-8")
-    plot_confusion(matrix, label_names, draft / "plots" / f"confusion_{last}.png")
-    counts = f"{len(folds)} folds, {results['out_of_fold']['count']:,} images validated on"
-    counts += f", {results['ensemble']['count']:,} tested on" if "test" in together else ""
     (draft / "summary.txt").write_text(summary_text(results, f"{title}\n{counts}", notes), encoding="utf-8")
     write_page(draft / "report.html", title, counts, folds[0].args, results, matrix, notes)
     text = json.dumps(results, indent=2, ensure_ascii=False) + "\n"
     (draft / "results.json").write_text(text, encoding="utf-8")
 
 
+def unit(folds: list[Fold]) -> str:
+    """What the folds are made of."""
+    return "samples" if folds[0].images is None else "images"
+
+
+def write_pooled(
+    draft: Path, folds: list[Fold], results: dict[str, Any], label_names: list[str], notes: list[str]
+) -> dict[str, Predictions]:
+    """The predictions of all folds together, of validation and test, which are written and scored into ``results``."""
+    from accelerando.report.predictions import write_predictions
+
+    rows, shown = results["folds"], shown_metrics(results)
+    names = {title: name for name, title in shown.items()}  # a metric of `score` as the script calls it
+
+    def scores(found: Predictions) -> dict[str, Any]:
+        own = score(found)
+        named = {names[title]: own[name] for name, title in SHOWN[0].items() if title in names}
+        return {**(own if names["accuracy"] == "accuracy" else {}), **named, "count": len(found.files)}
+
+    found = {split: [(fold, fold_predictions(fold, split, label_names)) for fold in folds] for split in results["mean"]}
+    together = {"validation": out_of_fold(found["validation"])}
+    results["out_of_fold"] = scores(together["validation"])
+    if "test" in found:
+        together["test"] = ensemble(found["test"])
+        results["ensemble"] = scores(together["test"])
+        count = f"{len(together['test'].files):,} test {unit(folds)}"
+        notes.append(f"ensemble: mean of the folds' probabilities, {count}")
+        own = [(score(part)["loss"], row["test"]["loss"]) for (_, part), row in zip(found["test"], rows, strict=True)]
+        if any(abs(plain - given) > 0.02 * max(plain, given, 0.01) for plain, given in own):
+            results["ensemble"]["loss"] = None
+            notes.append("          no loss: that of the folds is not the plain cross-entropy (smoothing, weights)")
+    if folds[0].images is not None:
+        images = len(folds[0].images.get("test", ())) + sum(len(fold.images["validation"]) for fold in folds)
+        if unread := images - sum(len(part.files) for part in together.values()):
+            notes.append(f"images that could not be read, which no number includes: {unread:,}")
+    if getattr(folds[0].args, "trainer_type", None) == "dp":
+        notes.append("privacy: an image trains every fold but one, so together they spend more than one's epsilon")
+    for split, part in together.items():
+        samples, of_texts = part.texts or part.files, part.texts is not None
+        path = draft / f"predictions_{split}.csv"
+        write_predictions(path, samples, label_names, part.probabilities, part.labels, of_texts=of_texts)
+    return together
+
+
+def write_confusion(draft: Path, together: dict[str, Predictions], label_names: list[str]) -> np.ndarray:
+    """What the ensemble (without a test set: all folds) confuses, int [C, C], as a table and a figure."""
+    from accelerando.report.metrics import confusion_matrix, report_text
+
+    last = "test" if "test" in together else "validation"
+    matrix = confusion_matrix(together[last].labels, together[last].probabilities.argmax(axis=1), len(label_names))
+    (draft / f"classification_report_{last}.txt").write_text(report_text(matrix, label_names), encoding="utf-8")
+    plot_confusion(matrix, label_names, draft / "plots" / f"confusion_{last}.png")
+    return matrix
+
+
 def write_page(
-    path: Path, title: str, counts: str, args: ScriptArgs, results: dict[str, Any], matrix: np.ndarray, notes: list[str]
-) -> None:
+    path: Path, title: str, counts: str, args: ScriptArgs, results: dict[str, Any], matrix: np.ndarray | None,
+    notes: list[str],
+) -> None:  # fmt: skip
     """``report.html``: the figures, the folds, and what the ensemble (without a test set: all folds) confuses."""
     from accelerando.report.metrics import per_class
 
-    last = "test" if "ensemble" in results else "validation"
-    mean, deviation = results["mean"][last]["accuracy"], results["std"][last]["accuracy"]
-    spread = "one fold" if deviation is None else f"± {100 * deviation:.2f} over {len(results['folds'])} folds"
+    last = "test" if "test" in results["mean"] else "validation"
     who = "ensemble" if last == "test" else "all folds"
-    pooled = results["ensemble" if last == "test" else "out_of_fold"]
-    tiles = [
-        (f"{last} accuracy, mean", f"{100 * mean:.2f} %", spread),
-        (f"{last} accuracy, {who}", f"{100 * pooled['accuracy']:.2f} %", f"{pooled['count']:,} images"),
-        (f"{last} F1 (macro), {who}", f"{pooled['f1_macro']:.4f}", f"{len(results['label_names'])} classes"),
-        ("training", f"{results['seconds']:,.0f} s", "all folds"),
-    ]
-    header = ["", *(f"{split} {name}" for split in results["mean"] for name in SHOWN.values())]
-    values, names = per_class(matrix), results["label_names"]
+    shown = shown_metrics(results)
+    main, what = next(iter(shown.items()))
+    percent = what == "accuracy"
+
+    def written(value: float) -> str:
+        return f"{100 * value:.2f} %" if percent else f"{value:.4f}"
+
+    mean, deviation = results["mean"][last][main], results["std"][last][main]
+    part = f"{100 * deviation:.2f}" if percent and deviation is not None else f"{deviation or 0:.4f}"
+    spread = "one fold" if deviation is None else f"± {part} over {len(results['folds'])} folds"
+    tiles = [(f"{last} {what}, mean", written(mean), spread)]
+    blocks = []
+    if matrix is not None:
+        pooled, names = results["ensemble" if last == "test" else "out_of_fold"], results["label_names"]
+        f1 = next(name for name, metric in shown.items() if metric == "F1 macro")
+        tiles += [
+            (f"{last} accuracy, {who}", written(pooled[main]), f"{pooled['count']:,} samples"),
+            (f"{last} F1 (macro), {who}", f"{pooled[f1]:.4f}", f"{len(names)} classes"),
+        ]
+        values = per_class(matrix)
+        blocks = [
+            page.confusion(matrix, names, title=f"Confusion matrix, {last}, {who}"),
+            page.per_class(names, values["precision"], values["recall"], values["f1"], values["support"],
+                           title=f"Per class, {last}, {who}"),
+        ]  # fmt: skip
+    tiles.append(("training", f"{results['seconds']:,.0f} s", "all folds"))
+    header = ["", *(f"{split} {name}" for split in results["mean"] for name in shown.values())]
     blocks = [
         page.headline(tiles),
         page.table(header, [(name, *numbers) for name, numbers in table_rows(results)], title="Folds",
                      note="; ".join(" ".join(note.split()) for note in notes[:-1])),
-        page.confusion(matrix, names, title=f"Confusion matrix, {last}, {who}"),
-        page.per_class(names, values["precision"], values["recall"], values["f1"], values["support"],
-                         title=f"Per class, {last}, {who}"),
+        *blocks,
         page.command(command_line()),
         page.settings(grouped(args), title="Settings of all folds"),
     ]  # fmt: skip
     page.write_report(path, title, counts, blocks)
 
 
-def rows_of(folds: list[Fold]) -> tuple[list[dict[str, Any]], list[str]]:
-    """What ``results.json`` keeps of each fold, and the class names, which they share.
+def rows_of(folds: list[Fold]) -> tuple[list[dict[str, Any]], list[str] | None]:
+    """What ``results.json`` keeps of each fold, and the class names, which they share; None: a row has not one label.
 
     Raises:
         UserError: a run has no results, or was made from other splits: its classes, or whether there is a test set.
     """
-    rows, names = [], None
+    rows, names, splits, of_classes = [], None, None, True
     for fold in folds:
         results = fold_results(fold)
-        if lacking := [name for name in ("label_names", "validation", "seconds") if name not in results]:
+        own = results.get("gloss_names", results.get("label_names"))
+        if lacking := [name for name in ("validation", "seconds") if name not in results]:
             raise UserError(f"{fold.directory / 'results.json'}: no {lacking[0]} in it: not of a run of this script")
-        names = names or results["label_names"]
-        other = [f"{split} images" for split in ("validation", "test") if (split in results) != (split in fold.images)]
-        other += ["classes"] if results["label_names"] != names else []
+        of_classes &= "confusion_matrix" in results or "gloss_confusion_matrix" in results
+        there = [split for split in ("validation", "test") if split in results]
+        names, splits = names or own, splits or (there if fold.images is None else [*fold.images])
+        other = [f"{split} {unit(folds)}" for split in ("validation", "test") if (split in there) != (split in splits)]
+        other += ["classes"] if own != names else []
         if other:
             raise UserError(
                 f"{fold.directory}: its {other[0]} differ from the current ones; --overwrite starts all folds again"
             )
-        scores = {split: results[split] for split in fold.images}
+        scores = {split: results[split] for split in there}
         rows.append({"fold": fold.number, "run": str(fold.directory), **scores, "seconds": results["seconds"]})
-    return rows, names
+    return rows, names if of_classes else None
 
 
 def check_target(target: Path) -> None:
     """UserError where the folder of the result holds something else or cannot be made."""
     check_can_be_made(target, "--output_dir")
     if target.is_dir() and any(target.iterdir()):
-        if (target / "results.json").is_file() and isinstance(runs.read_results(target).get("out_of_fold"), dict):
+        if (target / "results.json").is_file() and isinstance(runs.read_results(target).get("folds"), list):
             return
     elif not target.exists():
         return
@@ -509,9 +607,7 @@ def plan(script: Path, flags: list[str], wanted: tuple[int, ...]) -> tuple[list[
         raise UserError("--push_to_hub: each fold would overwrite the one before it; drop it here")
     if hasattr(module, "check_args"):
         module.check_args(args)  # it also fills in settings that the names of the runs depend on
-    if not args.data_dir:
-        raise UserError("--data_dir is missing: a folder with raw/<class>/ and the splits/ of tools/split_folds.py")
-    images = read_folds(Path(args.data_dir))
+    images = folds_of(args)
     if unknown := [number for number in wanted if number not in images]:
         raise UserError(f"--folds {unknown[0]}: there are folds {', '.join(map(str, images))}")
     names, shared, named = run_names(module, args, list(images))
@@ -539,9 +635,10 @@ def main() -> None:
     done = [fold for fold, state in zip(folds, states, strict=True) if state == "finished"]
     if done:  # what no longer fits is reported before hours of training
         _, label_names = rows_of(done)
-        for fold in done:
-            for split in fold.images:
-                fold_predictions(fold, split, label_names)
+        for fold in done if label_names else ():
+            for split in ("validation", "test"):
+                if split in fold_results(fold):
+                    fold_predictions(fold, split, label_names)
     if len(done) < len(folds):
         launcher = launcher or default_launcher(CONFIGS)
         for state, command in zip(states, commands, strict=True):

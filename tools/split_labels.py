@@ -78,26 +78,6 @@ def deal_clips(gloss: np.ndarray, shares: np.ndarray, rng: np.random.Generator) 
     return side
 
 
-def read_groups(args: Args) -> np.ndarray:
-    """The group of each row of ``--labels``, numbered from 0, int [n].
-
-    Raises:
-        UserError: no such column, or a row without a group.
-    """
-    import numpy as np
-
-    from accelerando.data.sign_labels import label_records
-
-    words = []
-    for where, row in label_records(Path(args.labels)):
-        if args.group_column not in row:
-            raise UserError(f"no column {args.group_column!r}; there are {', '.join(row)}")
-        words.append(row[args.group_column].strip())
-        if not words[-1]:
-            raise UserError(f"{where}: {args.group_column} is empty; give each unknown one a name of its own")
-    return np.unique(words, return_inverse=True)[1]
-
-
 def report(side: np.ndarray, gloss: np.ndarray, group: np.ndarray | None, shares: np.ndarray, args: Args) -> str:
     """An aligned table, a line for each side, and the glosses that a side lacks."""
     import numpy as np
@@ -146,7 +126,7 @@ def main() -> None:
 
     import numpy as np
 
-    from accelerando.data.sign_labels import label_records, read_labels
+    from accelerando.data.sign_labels import label_records, read_groups, read_labels
     from accelerando.data.splits import deal_groups
 
     labels = read_labels(args.labels)
@@ -155,13 +135,14 @@ def main() -> None:
     rng = np.random.default_rng(args.seed)
     gloss = np.unique(labels.gloss, return_inverse=True)[1]
     group = None
+    if args.group_column is not None:
+        group = np.unique(read_groups(Path(args.labels), args.group_column), return_inverse=True)[1]
     try:
-        if args.group_column is None:
+        if group is None:
             # A file that is listed twice is dealt out once.
             _, first, clip = np.unique(labels.files, return_index=True, return_inverse=True)
             side = deal_clips(gloss[first], shares, rng)[clip]
         else:
-            group = read_groups(args)
             wanted, groups = [name for name, share in zip(SIDES, shares, strict=True) if share > 0], group.max() + 1
             if groups < len(wanted):
                 raise UserError(f"{groups} groups for {', '.join(wanted)}: too few")

@@ -179,6 +179,22 @@ def label_records(path: Path) -> Iterable[tuple[str, dict[str, str]]]:
         raise UserError(f"{path}: {error.strerror or error}") from None
 
 
+def read_groups(path: Path, column: str) -> list[str]:
+    """The value of a further column for each row of a labels file, such as its signer.
+
+    Raises:
+        UserError: no such column, or a row without a value.
+    """
+    groups = []
+    for where, record in label_records(path):
+        if column not in record:
+            raise UserError(f"{path}: no column {column!r}; there are {', '.join(record)}")
+        groups.append(record[column].strip())
+        if not groups[-1]:
+            raise UserError(f"{path}: {where}: {column} is empty; give each unknown one a name of its own")
+    return groups
+
+
 def _hint(column: str, there: list[str]) -> str:
     plain = {name.lower(): name for name in there}
     close = difflib.get_close_matches(column, plain, n=1, cutoff=0.5)

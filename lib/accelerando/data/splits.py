@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from accelerando.base.errors import UserError
@@ -158,3 +160,25 @@ def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np
     if len(held) == 0:
         raise UserError(f"{len(labels)} rows are too few to hold any out: name a validation file")
     return np.setdiff1d(np.arange(len(labels)), held), held
+
+
+def fold_split(strata: np.ndarray, groups: Sequence[str], folds: int, fold: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rest, held out), sorted row numbers: of ``folds`` folds the one with the number ``fold`` is held out.
+
+    The same rows are always dealt in the same way. Each fold gets its share of each stratum (int [n]), and all rows of
+    a group (n names).
+
+    Raises:
+        UserError: no such fold, or fewer groups than folds.
+    """
+    if not 0 <= fold < folds:
+        raise UserError(f"--fold {fold}: there are folds 0 to {folds - 1}")
+    names, group = np.unique(np.asarray(groups), return_inverse=True)
+    if len(names) < folds:
+        raise UserError(f"--num_folds {folds}: the {len(strata):,} rows are {len(names):,} groups, too few for that")
+    classes = np.unique(strata, return_inverse=True)[1]
+    side = deal_folds(classes, group, 0.0, folds, np.random.default_rng(0))
+    held = np.flatnonzero(side == 1 + fold)
+    if len(held) == 0:
+        raise UserError(f"--num_folds {folds}: fold {fold} gets no rows, since a few groups hold most of them")
+    return np.flatnonzero(side != 1 + fold), held

@@ -71,6 +71,20 @@ class TextTable:
             hint = "split first (tools/preprocess_text.py), augment the training rows alone, and name --validation_file"
             raise UserError(f"{self.source}: has copies of rows (column {AUGMENTED!r}), not to be {use}; {hint}")
 
+    def groups(self, column: str | None = None) -> list[str]:
+        """The group of each row: its value of another column, or its texts, so that equal rows are one group.
+
+        Raises:
+            UserError: a row has no value there.
+        """
+        if column is None:
+            return [self.text(row) for row in range(len(self))]
+        values = [None if value is None else str(value).strip() for value in self.others[column].to_pylist()]
+        for row, value in enumerate(values, start=1):
+            if not value:
+                raise UserError(f"{self.source}: row {row}: {column} is empty; give each unknown one a name of its own")
+        return values
+
     def take(self, rows: np.ndarray) -> TextTable:
         """The given rows, in the given order."""
         import pyarrow as pa

@@ -68,11 +68,12 @@ def read_results(run: Path) -> dict[str, Any]:
 @dataclass
 class Predictions:
     """The predictions of a run, or of an ensemble, for n samples: ``files`` [n] (of texts, the numbers of the rows),
-    the true ``labels`` int [n] and ``probabilities`` float64 [n, C]."""
+    the true ``labels`` int [n] and ``probabilities`` float64 [n, C]; ``texts`` [n], if that is what they are of."""
 
     files: list[str]
     labels: np.ndarray
     probabilities: np.ndarray
+    texts: list[str] | None = None
 
 
 def read_predictions(run: Path, split: str, label_names: list[str]) -> Predictions:
@@ -85,7 +86,7 @@ def read_predictions(run: Path, split: str, label_names: list[str]) -> Predictio
 
     numbers = {name: number for number, name in enumerate(label_names)}
     columns = [f"p_{name}" for name in label_names]
-    files, labels, probabilities = [], [], []
+    files, labels, probabilities, texts = [], [], [], []
     for where, record in _prediction_records(run, split, ["label", *columns]):
         try:
             labels.append(numbers[record["label"]])
@@ -93,7 +94,9 @@ def read_predictions(run: Path, split: str, label_names: list[str]) -> Predictio
         except (KeyError, ValueError):
             raise UserError(f"{_predictions_file(run, split)}: {where}: unknown label or not a number") from None
         files.append(record["file" if "file" in record else "row"])
-    return Predictions(files, np.array(labels), np.array(probabilities).reshape(-1, len(label_names)))
+        texts += [record["text"]] if "file" not in record and "text" in record else []
+    found = np.array(probabilities).reshape(-1, len(label_names))
+    return Predictions(files, np.array(labels), found, texts or None)
 
 
 def predicted_files(run: Path, split: str) -> set[str] | None:

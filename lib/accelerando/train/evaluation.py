@@ -119,7 +119,7 @@ def mirrored_mean(one: torch.Tensor, other: torch.Tensor, problem_type: str | No
 
 def check_validation(args: RunArgs, splits: Collection[str], report_on_train: bool = False) -> None:
     """UserError if there is no validation set and none will be held out, but one is needed or nothing is evaluated."""
-    if "validation" in splits or args.validation_fraction:
+    if "validation" in splits or args.validation_fraction or getattr(args, "num_folds", None):
         return
     if args.early_stop:
         raise UserError(

@@ -42,8 +42,9 @@ if TYPE_CHECKING:
 
 LONGEST_NAME = 150  # characters of a run's default name
 # What a finished run gives to trackers that keep files.
-TRACKED_FILES = ("config.yaml", "summary.txt", "results.json", "metrics.csv", "report.html", "predictions_*.csv",
-                 "plots/*.png", "logs/*.txt", "logs/train.log")  # fmt: skip
+TRACKED_FILES = ("config.yaml", "summary.txt", "results.json", "metrics.csv", "report.html",
+                 "predictions_validation.csv", "predictions_test.csv", "plots/*.png", "logs/*.txt",
+                 "logs/train.log")  # fmt: skip
 
 
 def choose_directory(args: RunArgs, default_name: str, hint: str = "") -> Path:
