@@ -73,9 +73,9 @@ demo_image: setup
 	@echo; $(BIN)/python data/make_image_demo.py --output_dir data/demo_image  # says how far logistic regression gets
 	@echo "Report: $(CURDIR)/runs/demo_image_cv/report.html"
 
-# What CI runs; what needs no training in a process of its own, for daily work; and, before a release, all of it: further
-# models, strategies and process counts, which show again what a test of the first shows. Compiled once, or each of some
-# thousand processes compiles the package for itself where bytecode is not written.
+# What CI runs; what is quick, for daily work: no training in a process of its own, no test of more than a second or so;
+# and, before a release, all of it: further models, strategies and process counts, which show again what the first ones
+# show. Compiled once, or each of some thousand processes compiles the package for itself where bytecode is not written.
 compiled: setup
 	@$(BIN)/python -m compileall -q lib scripts tools data
 
@@ -86,7 +86,7 @@ test-all: compiled
 	$(BIN)/python -m pytest tests -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 test-fast: compiled
-	$(BIN)/python -m pytest tests -n 2 --dist loadgroup -m "not launch" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup -m "not launch and not exhaustive and not slow" $(PYTEST_ARGS)
 
 torture: compiled
 	$(BIN)/python -m pytest tests/torture.py -s $(PYTEST_ARGS)

@@ -24,15 +24,17 @@ LONGEST = (
 )  # fmt: skip
 
 
+SLOW = Path(__file__).with_name("slow_tests.txt")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The markers of this suite."""
     config.addinivalue_line("markers", "figures: runs in this process draw their figures")
-    config.addinivalue_line(
-        "markers", "launch: starts training processes; the rest is the fast suite (-m 'not launch')"
-    )
+    config.addinivalue_line("markers", "launch: starts training processes; make test-fast leaves these out")
     config.addinivalue_line(
         "markers", "exhaustive: shows once more what another test shows; left to make test-all (-m 'not exhaustive')"
     )
+    config.addinivalue_line("markers", "slow: takes more than a second or so in this process; see tests/slow_tests.py")
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background job, whose children inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -40,7 +42,10 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For ``--dist loadgroup``: a file is one group, unless its tests say otherwise; the longest groups start first."""
+    slow = {*SLOW.read_text().splitlines()}
     for item in items:
+        if f"{item.path.name}::{item.name}" in slow:
+            item.add_marker(pytest.mark.slow)
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 

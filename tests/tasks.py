@@ -339,7 +339,8 @@ EXHAUSTIVE = {
     "clip-two", "clip-2", "clip-launchers", "sign-gru", "sign-iv3_gru", "sign-two", "sign-2", "sign-launchers",
     "sign-sharded", "image-two", "image-2", "image-launchers", "image-sharded", "har-flyp", "har-two", "har-2",
     "har-probe", "har-launchers", "har-sharded", "multitask-two", "multitask-2", "multitask-launchers",
-    "multitask-sharded",
+    "multitask-sharded", "clip-sharded",
+    *(f"{task}-{label}" for task in ("sign", "image", "har", "multitask") for label in ("1", "processes", "prolonged", "find_lr")),
 }  # fmt: skip
 
 

@@ -527,6 +527,7 @@ def test_it_stops_at_a_signal_and_the_same_command_goes_on(
 
 
 @pytest.mark.launch
+@pytest.mark.exhaustive
 def test_ctrl_z_lets_the_fold_rest_too(image_set: Path, tmp_path: Path, monkeypatch) -> None:
     import psutil
 

@@ -261,6 +261,7 @@ def test_without_pyav_a_video_names_the_package(run: Path, media_set: Path, call
     assert code == 1 and err.count("a video needs PyAV to be read: pip install av") == 2
 
 
+@pytest.mark.exhaustive
 def test_an_image_run_opens_where_nothing_else_was_imported(image_here, image_set: Path, tmp_path: Path) -> None:
     """Each tool registers the classes of this library by itself."""
     run = image_here("--max_steps", "1", base=["--data_dir", str(image_set), "--image_size", "32", "--report_to", "none",

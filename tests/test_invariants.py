@@ -40,6 +40,10 @@ ONE_AND_TWO = [
     for task in TASKS.values()
     for processes in (1, 2)
 ]
+ALONE_AND_TWO = [  # every script alone, also where ONE_AND_TWO leaves it to the exhaustive suite
+    parameter if parameter.values[1] == 2 else pytest.param(*parameter.values, id=parameter.id)
+    for parameter in ONE_AND_TWO
+]
 WAYS = {"one": {}, "ddp": {"processes": 2}, "fsdp": {"processes": 2, "fsdp": True}}
 EVERY_RUN = (
     "config.yaml", "summary.txt", "results.json", "metrics.jsonl", "metrics.csv", "report.html", "best/model.safetensors",
@@ -139,7 +143,7 @@ def test_a_signal_to_the_whole_group_lets_it_save(task: Task, number: signal.Sig
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("task", each("resume"))
+@pytest.mark.parametrize("task", each("processes", "resume"))
 def test_going_on_with_another_number_of_processes(task: Task, request, tmp_path: Path) -> None:
     """One process, then two, then one: every sample of each epoch is used once."""
     args = task.args(request, *task.random, "--epochs", "3", "--run_name", "run")
@@ -184,7 +188,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("task", each("resume"))
+@pytest.mark.parametrize("task", each("prolonged", "resume"))
 def test_a_finished_run_is_resumed_to_the_same_end_and_can_be_prolonged(
     task: Task, unbroken, request, tmp_path: Path
 ) -> None:
@@ -397,7 +401,7 @@ def test_a_run_is_neither_overwritten_nor_mixed_unasked(task: Task, here) -> Non
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize(("task", "processes"), ONE_AND_TWO)
+@pytest.mark.parametrize(("task", "processes"), ALONE_AND_TWO)
 def test_bad_input_ends_with_one_line(task: Task, processes: int, request, tmp_path: Path) -> None:
     """Data that is not there: one line, exit code 2, no run directory, whatever the number of processes."""
     flags, words = task.broken

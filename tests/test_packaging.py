@@ -119,6 +119,7 @@ def test_an_installed_wheel_has_commands_and_a_script_to_copy(wheels: Path, outs
 
 
 @pytest.mark.launch
+@pytest.mark.exhaustive
 def test_uv_runs_a_script_in_an_empty_folder_by_its_own_metadata(wheels: Path, outside, tmp_path: Path) -> None:
     """With the wheel at hand, and wheels without content in place of the libraries, which stand on the path here."""
     shutil.copytree(wheels, tmp_path / "index")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from harness import TEXT, launch, results
-from tasks import TASKS, Task
+from tasks import Task, each
 
 from accelerando.base.errors import Stopped, UserError
 from accelerando.train.range_test import HIGHEST, LOWEST, STEPS, RangeTest, suggestion
@@ -79,7 +79,7 @@ def test_it_ends_when_the_loss_explodes() -> None:
         assert 40 < len(test.losses) < 60
 
 
-@pytest.mark.parametrize("task", [pytest.param(task, id=task.name) for task in TASKS.values()])
+@pytest.mark.parametrize("task", each("find_lr"))
 def test_every_script_has_it_and_its_run_is_left_alone(task: Task, request, capsys) -> None:
     """Files of a finished run of the same name stay as they are; the test has a folder beside it."""
     here = request.getfixturevalue(task.here)

@@ -214,6 +214,7 @@ def test_with_cached_features_the_same_is_learnt(towers_here) -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.exhaustive
 def test_two_processes_learn_what_one_does(clip_args, tiny_bert: Path, net_weights: Path, tmp_path: Path) -> None:
     """With DDP and with FSDP2; killed and resumed, the sharded run ends with the same bytes, which open."""
     still = json.loads((tiny_bert / "config.json").read_text())
