@@ -29,7 +29,7 @@ class Variant:
 
     flags: Flags
     processes: int = 1
-    kills: int = 2
+    kills: int = 1
 
 
 @dataclass(frozen=True)
@@ -215,10 +215,10 @@ TASKS = {
         random=TEXT_RANDOM,
         killed={
             "one": Variant(TEXT_RANDOM, kills=3),
-            "two": Variant((*TEXT_RANDOM, "--batch_size", "6"), processes=2),
-            "cnn-workers": Variant((*TEXT_RANDOM, *CNN, "--num_workers", "2"), kills=1),
+            "two": Variant((*TEXT_RANDOM, "--batch_size", "6"), processes=2, kills=2),
+            "cnn-workers": Variant((*TEXT_RANDOM, *CNN, "--num_workers", "2")),
             "lora-two": Variant((*TEXT_RANDOM, "--batch_size", "6", "--strategy", "lora", "--lora_r", "4",
-                                 "--lora_dropout", "0.2"), processes=2, kills=1),
+                                 "--lora_dropout", "0.2"), processes=2),
         },
         exact=("--hidden_dropout_prob", "0", "--attention_probs_dropout_prob", "0", "--lora_dropout", "0",
                "--eval_batch_size", "5"),
@@ -261,7 +261,7 @@ TASKS = {
             "one": Variant(CLIP_RANDOM), "two": Variant(CLIP_RANDOM, processes=2),
             # The image tower's features come from the cache, which the first start makes.
             "locked": Variant((*CLIP_RANDOM, "--scenario", "full", "--lock_image_tower", "--augmentation", "none",
-                               "--text_lr", "1e-3", "--layer_decay", "0.8"), kills=1),
+                               "--text_lr", "1e-3", "--layer_decay", "0.8")),
         },
         exact=("--lora_dropout", "0", "--lr", "3e-4", "--epochs", "1", "--class_field", "kind", "--wise_ft", "0.5",
                "--ema_decay", "0.9", "--eval_every", "2"),
@@ -280,7 +280,7 @@ TASKS = {
         killed={
             "one": Variant((*SIGN_RANDOM, "--num_workers", "2")),
             "two": Variant(SIGN_RANDOM, processes=2),
-            "gru": Variant(SIGN_GRU, kills=1),
+            "gru": Variant(SIGN_GRU),
         },
         exact=("--dropout", "0", "--lr", "1e-3", "--eval_batch_size", "5"),
         kinds={
@@ -316,7 +316,7 @@ TASKS = {
         killed={
             "one": Variant((*HAR_RANDOM, "--num_workers", "2")),
             "two": Variant(HAR_RANDOM, processes=2),
-            "probe": Variant((*HAR_RANDOM[: HAR_RANDOM.index("--augmentation")], *HAR_PROBE), kills=1),
+            "probe": Variant((*HAR_RANDOM[: HAR_RANDOM.index("--augmentation")], *HAR_PROBE)),
         },
         exact=("--lr", "1e-3", "--eval_batch_size", "5", "--augmentation", "light", "--views", "2"),
         kinds={
@@ -339,7 +339,7 @@ EXHAUSTIVE = {
     "clip-two", "clip-2", "clip-launchers", "sign-gru", "sign-iv3_gru", "sign-two", "sign-2", "sign-launchers",
     "sign-sharded", "image-two", "image-2", "image-launchers", "image-sharded", "har-flyp", "har-two", "har-2",
     "har-probe", "har-launchers", "har-sharded", "multitask-two", "multitask-2", "multitask-launchers",
-    "multitask-sharded", "clip-sharded",
+    "multitask-sharded", "clip-sharded", "clip-find_lr", "clip-processes", "clip-prolonged", "multitask-full",
     *(f"{task}-{label}" for task in ("sign", "image", "har", "multitask") for label in ("1", "processes", "prolonged", "find_lr")),
 }  # fmt: skip
 

@@ -76,6 +76,7 @@ def test_a_run_goes_on_from_the_bucket_on_another_machine(bucket_args, s3: Serve
 
 
 @pytest.mark.launch
+@pytest.mark.exhaustive
 def test_an_upload_that_fails_is_named_and_training_goes_on(bucket_args, s3: Server, tmp_path: Path) -> None:  # noqa: F811
     process = start(CLIP, *bucket_args, "--epochs", "4", cwd=tmp_path)
     run = tmp_path / "runs" / "run"

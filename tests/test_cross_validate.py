@@ -482,7 +482,13 @@ if __name__ == "__main__":
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGINT, id="interrupted"),
+        pytest.param(signal.SIGKILL, id="killed", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_it_stops_at_a_signal_and_the_same_command_goes_on(
     number: int, image_set: Path, tmp_path: Path, monkeypatch
 ) -> None:

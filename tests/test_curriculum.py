@@ -90,6 +90,7 @@ def test_losses_are_read_from_the_probabilities(tmp_path: Path) -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.exhaustive
 def test_killed_and_resumed(text_args, tmp_path: Path) -> None:
     """The same bytes as undisturbed; two processes see the same shares."""
     args = [*text_args, "--curriculum", "rarity", "--epochs", "3", "--batch_size", "16", "--save_every", "3", "--run_name",

@@ -268,7 +268,8 @@ def test_the_readmes_commands_run(workshop, tiny_bert: Path, monkeypatch: pytest
         if "sweep.py" in command:  # tests/test_sweep.py has more trials than one
             command = command.replace("sweep.py", "sweep.py --direct --trials 1")
         if "cross_validate.py" in command:
-            command = command.replace("cross_validate.py", "cross_validate.py --folds 0") + " --run_name cv"
+            command = command.replace("cross_validate.py", "cross_validate.py --folds 0")
+            command += "" if "--run_name" in command else " --run_name cv"
         if "image_classify.py" in command:
             command += " --max_steps 2 --image_size 32" + ("" if "--run_name" in command else " --run_name images")
         if "pipeline.py" in command:  # the steps run in tests/test_pipeline.py

@@ -65,6 +65,7 @@ def test_its_own_test_split(run: Path, call) -> None:
     assert code == 0 and "18 samples of" in out and "top3_accuracy" in out
 
 
+@pytest.mark.exhaustive
 def test_what_changes_the_numbers(run: Path, call) -> None:
     def loss(*flags: str) -> float:
         return scores(call(run, "--format", "json", *flags)[1])["loss"]

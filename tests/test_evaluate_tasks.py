@@ -285,6 +285,7 @@ def test_classes_without_names_are_numbers(trained, request, found, text_set: Pa
 # --------------------------------------------------------------------------------------------------- exports and copies
 
 
+@pytest.mark.exhaustive
 def test_an_export_is_scored_beside_its_run(trained, request, call, call_tool, found) -> None:
     """With the bias of its loss, too; tests/test_export.py scores those of the other tasks."""
     run = trained(request, "clip")

@@ -41,8 +41,11 @@ TRAINED: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def models(*names: str) -> list:
-    """pytest parameters; further models of text, and signs, are left to the exhaustive suite."""
-    return [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in ("cnn", "gru", "sign"))) for name in names]
+    """pytest parameters; further models of text, and what other tests export too, are left to the exhaustive suite."""
+    return [
+        pytest.param(name, marks=[pytest.mark.exhaustive] * (name in ("cnn", "gru", "sign", "clip", "har")))
+        for name in names
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -199,6 +199,7 @@ def test_a_saved_head_is_where_training_starts(har_here) -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.exhaustive
 def test_a_saved_run_is_a_model_for_another_process(har_here, har_args, tmp_path: Path) -> None:
     """In which transformers has not met the classifier's class yet."""
     run = har_here(*LINEAR, "--max_steps", "2", name="first")

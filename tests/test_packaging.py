@@ -146,6 +146,7 @@ def stub(folder: Path, name: str, version: str) -> None:
 
 
 @pytest.mark.launch
+@pytest.mark.exhaustive
 def test_the_wrappers_choose_task_and_config(tmp_path: Path) -> None:
     """train.sh trains what TASK names with the CONFIG; preprocess.sh makes what it is trained on."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

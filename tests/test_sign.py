@@ -209,7 +209,10 @@ COMMANDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.exhaustive] * (number > 4)) for number, name in enumerate(COMMANDS)],
+)
 def test_the_guide_s_commands_run(name: str, sign_here, sign_set: Path, tmp_path: Path, quick_compile) -> None:
     model, flags = COMMANDS[name]
     kind = {"transformer": "keypoints", "iv3_gru": "features"}[model]

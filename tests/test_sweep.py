@@ -255,6 +255,7 @@ def test_a_pruned_trial_is_stopped_by_a_signal_and_saves(sweep, pruner: str) -> 
     assert [how for _, how in starts()] == ["new"] * (2 if pruner == "median" else 4)
 
 
+@pytest.mark.exhaustive
 def test_more_trials_are_added_and_the_same_command_runs_none(sweep) -> None:
     flags = ("--sweep", "lr=1e-5..1e-1:log", "--sampler", "random")
     first = sweep(*flags, "--trials", 3)

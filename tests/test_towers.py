@@ -80,6 +80,7 @@ def test_an_open_tower_s_batch_norms_learn(towers_here) -> None:
     assert not torch.equal(first["vision_model.net.bn1.running_mean"], second["vision_model.net.bn1.running_mean"])
 
 
+@pytest.mark.exhaustive
 def test_a_classifier_s_batch_norms_keep_their_statistics_if_asked(towers_here, har_here) -> None:
     model = towers_here("--scenario", "full", name="towers").absolute() / "last"
     before = load_file(model / "model.safetensors")

@@ -228,6 +228,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.launch
+@pytest.mark.exhaustive
 def test_a_server_that_hangs_neither_ends_nor_slows_training(
     mlflow_server, text_args, tmp_path: Path, monkeypatch
 ) -> None:
