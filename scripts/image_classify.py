@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from accelerando.base.config import check_ranges, parse_args, was_given, without_effect
+from accelerando.base.config import check_ranges, parse_args, without_effect
 from accelerando.base.errors import UserError, errors_in_one_line
 from accelerando.base.files import cache_folder
 from accelerando.base.log import log
@@ -66,7 +66,7 @@ from accelerando.train.averages import Ema, averaged
 from accelerando.train.batches import TrainBatches, check_no_batch_of_one, first_batch
 from accelerando.train.class_losses import class_losses, inverse_frequency, log_frequency, mixed_loss
 from accelerando.train.distillation import Teacher, distilled, open_image_teacher, teacher_folder
-from accelerando.train.evaluation import EvaluationRows, check_validation, mirrored_mean
+from accelerando.train.evaluation import EvaluationRows, best_metric, check_validation, mirrored_mean
 from accelerando.train.gradients import step_is_repeated
 from accelerando.train.layerwise import layers_of, train_from, train_mode
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
@@ -94,7 +94,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     Found = dict[str, dict[str, np.ndarray]]  # by split: what `evaluate` found
-    Shown = tuple[dict[str, object], list[str], list[dict]]  # entries of results.json, blocks of the report, worst rows
 
 
 BestMetric = Literal[
@@ -298,7 +297,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     if any(not 8 <= size <= args.image_size for size in args.progressive_sizes):
         raise UserError(f"--progressive_sizes: sides from 8 up to --image_size {args.image_size}")
     names, splits, problem_type = open_splits(args)
-    args.best_metric = best_metric(args, problem_type)
+    args.best_metric = best_metric(args, BEST_METRICS, problem_type)
     for name in ONE_LABEL if problem_type != "single_label" else ():
         if getattr(args, name):
             raise UserError(f"--{name} is for one label an image; these are {problem_type} targets")
@@ -352,17 +351,6 @@ def open_splits(args: Args) -> tuple[list[str], dict[str, ImageFiles], ProblemTy
     if len(left_out) > 5:
         log.warning("... and %d more", len(left_out) - 5)
     return list(classes), splits, "single_label"
-
-
-def best_metric(args: Args, problem_type: ProblemType) -> str:
-    """The metric that chooses the best weights; UserError: what was asked for is none of this kind of target."""
-    fitting, known = BEST_METRICS[problem_type], {name for names in BEST_METRICS.values() for name in names}
-    if args.best_metric in fitting or args.best_metric not in known:  # a copy may have a metric of its own
-        return args.best_metric
-    if args.best_metric == Args.best_metric and not was_given("best_metric"):
-        return fitting[0]
-    what = f"--best_metric {args.best_metric} is not measured on {problem_type} targets"
-    raise UserError(f"{what}: use one of {', '.join(fitting)}")
 
 
 def training_images(args: Args, data: Data) -> TrainingImages:
@@ -518,7 +506,7 @@ def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None
     write_model_card(folder, run, "image-classification", args.model_name, usage, data_title(args))
 
 
-def show_classes(run: Run, data: Data, found: Found, last: str) -> Shown:
+def show_classes(run: Run, data: Data, found: Found, last: str) -> target_reports.Shown:
     """Of one label an image: reports of all splits; of ``last`` confusion matrix and the most confident mistakes."""
     matrices, rows = results.write_class_reports(run, found, data.label_names), found[last]
     calibration, calibrated = results.write_calibration(run, found, last)
@@ -530,27 +518,6 @@ def show_classes(run: Run, data: Data, found: Found, last: str) -> Shown:
     return details, blocks, worst_mistakes(rows["labels"], rows["logits"], data.label_names)
 
 
-def show_labels(run: Run, data: Data, found: Found, last: str) -> Shown:
-    """Of several labels an image: reports of all splits; of ``last`` a table of the labels and the highest losses."""
-    tables = target_reports.write_label_reports(run, found, data.label_names, data.thresholds)
-    details: dict[str, object] = {"label_names": data.label_names}
-    if data.thresholds is not None:
-        details["thresholds"] = dict(zip(data.label_names, data.thresholds.tolist(), strict=True))
-    blocks = [target_reports.label_table(tables[last], data.label_names, last)]
-    return details, blocks, target_reports.worst_labels(found[last], data.label_names, data.thresholds)
-
-
-def show_numbers(run: Run, data: Data, found: Found, last: str) -> Shown:
-    """Of numbers: plots of all splits; of ``last`` predicted over true ones, and the highest losses."""
-    plots = target_reports.write_number_plots(run, found, data.label_names)
-    blocks = target_reports.number_blocks(found[last], plots[last].read_bytes(), data.label_names, last)
-    return {"label_names": data.label_names}, blocks, target_reports.worst_numbers(found[last], data.label_names)
-
-
-# What is shown of each kind of target, beside metrics and curves.
-SHOWN = {"single_label": show_classes, "multi_label": show_labels, "regression": show_numbers}
-
-
 def write_report(run: Run, model: torch.nn.Module, data: Data, found: Found, args: Args) -> None:
     """Results and report of the best weights; ``found``: what :func:`evaluate` found in each split. Main process."""
     one_label = data.problem_type == "single_label"
@@ -559,7 +526,12 @@ def write_report(run: Run, model: torch.nn.Module, data: Data, found: Found, arg
         target_reports.keep_thresholds(run.directory / "best", data.label_names, data.thresholds)
     metrics = {split: score(rows, data, split, args) for split, rows in found.items()}
     last = results.split_to_show(found)
-    details, blocks, worst = SHOWN[data.problem_type](run, data, found, last)
+    if one_label:
+        details, blocks, worst = show_classes(run, data, found, last)
+    elif data.problem_type == "multi_label":
+        details, blocks, worst = target_reports.show_labels(run, found, last, data.label_names, data.thresholds)
+    else:
+        details, blocks, worst = target_reports.show_numbers(run, found, last, data.label_names)
     for split, rows in found.items():
         files = [data.splits[split].names[row].as_py() for row in rows["row"].tolist()]
         path = run.directory / f"predictions_{split}.csv"

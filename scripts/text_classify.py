@@ -83,7 +83,7 @@ from accelerando.train.distillation import (
     teacher_collate,
     teacher_folder,
 )
-from accelerando.train.evaluation import EvaluationRows, check_validation
+from accelerando.train.evaluation import EvaluationRows, best_metric, check_validation
 from accelerando.train.gradients import step_is_repeated
 from accelerando.train.layerwise import layers_of, reinitialise, train_from
 from accelerando.train.loop import evaluation_is_due, finish_step, plan_steps, record_evaluation, training_steps
@@ -102,7 +102,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     Found = dict[str, dict[str, np.ndarray]]  # by split: what `evaluate` found
-    Shown = tuple[dict[str, object], list[str], list[dict]]  # entries of results.json, blocks of the report, worst rows
 
 
 BestMetric = Literal[
@@ -341,7 +340,7 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
     }
     check_validation(args, tables, args.report_on_train)
     tables, problem_type = as_targets(tables, args.problem_type, args.label_column)
-    args.best_metric = best_metric(args, problem_type)
+    args.best_metric = best_metric(args, BEST_METRICS, problem_type)
     for name in ONE_LABEL if problem_type != "single_label" else ():
         if getattr(args, name):
             raise UserError(f"--{name} is for one label a row; these are {problem_type} targets")
@@ -396,17 +395,6 @@ def load_data(args: Args, accelerator: Accelerator) -> Data:
 def windows_of(args: Args) -> Windows | None:
     """How long texts are read; None: they are cut off."""
     return Windows(args.max_length, args.window_stride, args.max_windows) if args.window_stride else None
-
-
-def best_metric(args: Args, problem_type: ProblemType) -> str:
-    """The metric that chooses the best weights; UserError: what was asked for is none of this kind of target."""
-    fitting, known = BEST_METRICS[problem_type], {name for names in BEST_METRICS.values() for name in names}
-    if args.best_metric in fitting or args.best_metric not in known:  # a copy may have a metric of its own
-        return args.best_metric
-    if args.best_metric == Args.best_metric and not was_given("best_metric"):
-        return fitting[0]
-    what = f"--best_metric {args.best_metric} is not measured on {problem_type} targets"
-    raise UserError(f"{what}: use one of {', '.join(fitting)}")
 
 
 def training_rows(args: Args, data: Data, accelerator: Accelerator) -> Rows:
@@ -632,19 +620,10 @@ def write_beside_weights(folder: Path, run: Run, data: Data, args: Args) -> None
     write_model_card(folder, run, "text-classification", source, usage, data_title(args))
 
 
-def texts_of_rows(data: Data, found: Found) -> dict[str, list[str]]:
-    """The texts of each split in the order of its rows, for the tables of predictions."""
-    tables = {split: data.tables[split] for split in found}
-    return {split: [table.text(row) for row in range(len(table))] for split, table in tables.items()}
-
-
-def show_classes(run: Run, data: Data, found: Found, last: str) -> Shown:
+def show_classes(run: Run, data: Data, found: Found, last: str) -> target_reports.Shown:
     """Of one label a row: reports of all splits; of ``last`` the confusion matrix and the most confident mistakes."""
     matrices, rows = results.write_class_reports(run, found, data.label_names), found[last]
     calibration, calibrated = results.write_calibration(run, found, last)
-    for split, texts in texts_of_rows(data, found).items():
-        path, predicted = run.directory / f"predictions_{split}.csv", probabilities(found[split]["logits"])
-        write_predictions(path, texts, data.label_names, predicted, found[split]["labels"], of_texts=True)
     details = {"label_names": data.label_names, "confusion_matrix": matrices[last].tolist(), "calibration": calibration}
     table, labels = data.tables[last], [data.label_names[label] for label in rows["labels"]]
     columns = {"label": labels, "tokens": data.splits[last].lengths}
@@ -654,33 +633,6 @@ def show_classes(run: Run, data: Data, found: Found, last: str) -> Shown:
     return details, blocks, worst_mistakes(rows["labels"], rows["logits"], data.label_names)
 
 
-def show_labels(run: Run, data: Data, found: Found, last: str) -> Shown:
-    """Of several labels a row: reports of all splits; of ``last`` a table of the labels and the highest losses."""
-    tables = target_reports.write_label_reports(run, found, data.label_names, data.thresholds)
-    details: dict[str, object] = {"label_names": data.label_names}
-    if data.thresholds is not None:
-        details["thresholds"] = dict(zip(data.label_names, data.thresholds.tolist(), strict=True))
-    for split, texts in texts_of_rows(data, found).items():
-        path = run.directory / f"predictions_{split}.csv"
-        target_reports.write_label_predictions(path, texts, found[split], data.label_names, data.thresholds)
-    blocks = [target_reports.label_table(tables[last], data.label_names, last)]
-    return details, blocks, target_reports.worst_labels(found[last], data.label_names, data.thresholds)
-
-
-def show_numbers(run: Run, data: Data, found: Found, last: str) -> Shown:
-    """Of numbers: plots of all splits; of ``last`` predicted over true ones, and the highest losses."""
-    plots = target_reports.write_number_plots(run, found, data.label_names)
-    for split, texts in texts_of_rows(data, found).items():
-        path = run.directory / f"predictions_{split}.csv"
-        target_reports.write_number_predictions(path, texts, found[split], data.label_names)
-    blocks = target_reports.number_blocks(found[last], plots[last].read_bytes(), data.label_names, last)
-    return {"label_names": data.label_names}, blocks, target_reports.worst_numbers(found[last], data.label_names)
-
-
-# What is shown of each kind of target, beside metrics and curves.
-SHOWN = {"single_label": show_classes, "multi_label": show_labels, "regression": show_numbers}
-
-
 def write_report(run: Run, model: torch.nn.Module, data: Data, found: Found, args: Args) -> None:
     """Results and report of the best weights; ``found``: what :func:`evaluate` found in each split. Main process."""
     if data.problem_type == "multi_label" and "validation" in found:
@@ -688,7 +640,22 @@ def write_report(run: Run, model: torch.nn.Module, data: Data, found: Found, arg
         target_reports.keep_thresholds(run.directory / "best", data.label_names, data.thresholds)
     metrics = {split: score(rows, data, split, args) for split, rows in found.items()}
     last = results.split_to_show(found)
-    details, blocks, worst = SHOWN[data.problem_type](run, data, found, last)
+    if data.problem_type == "single_label":
+        details, blocks, worst = show_classes(run, data, found, last)
+    elif data.problem_type == "multi_label":
+        details, blocks, worst = target_reports.show_labels(run, found, last, data.label_names, data.thresholds)
+    else:
+        details, blocks, worst = target_reports.show_numbers(run, found, last, data.label_names)
+    for split, rows in found.items():
+        texts = [data.tables[split].text(row) for row in range(len(data.tables[split]))]
+        path = run.directory / f"predictions_{split}.csv"
+        if data.problem_type == "single_label":
+            predicted = probabilities(rows["logits"])
+            write_predictions(path, texts, data.label_names, predicted, rows["labels"], of_texts=True)
+        elif data.problem_type == "multi_label":
+            target_reports.write_label_predictions(path, texts, rows, data.label_names, data.thresholds)
+        else:
+            target_reports.write_number_predictions(path, texts, rows, data.label_names)
     for mistake in worst:
         mistake["text"] = data.tables[last].text(mistake["row"])
     counts = {split: len(rows["labels"]) for split, rows in found.items()}

@@ -66,13 +66,8 @@ def fork_server() -> Iterator[None]:
 @pytest.fixture
 def no_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A report's figures are one white pixel, unless the test is marked ``figures``: drawing takes half of a short run."""
-    from accelerando.report import results, target_reports
-
     if not request.node.get_closest_marker("figures"):
-        for name in ("plot_curves", "plot_confusion", "plot_calibration"):
-            monkeypatch.setattr(results, name, getattr(results, name))  # back to it after the test
-        monkeypatch.setattr(target_reports, "plot_numbers", target_reports.plot_numbers)
-        draw_nothing()
+        draw_nothing(monkeypatch.setattr)
 
 
 @pytest.fixture

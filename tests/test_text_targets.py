@@ -105,15 +105,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def train(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
     """See :func:`harness.run_in_this_process`; only the plots of numbers are drawn."""
-    from accelerando.report import results as drawn
     from accelerando.report import target_reports
 
     with pytest.MonkeyPatch.context() as patch:
         own = target_reports.plot_numbers
-        for name in ("plot_curves", "plot_confusion"):
-            patch.setattr(drawn, name, getattr(drawn, name))  # back to it after the tests
-        draw_nothing()
-        target_reports.plot_numbers = own
+        draw_nothing(patch.setattr)
+        patch.setattr(target_reports, "plot_numbers", own)
         here = contextlib.contextmanager(run_in_this_process)
         with here(TEXT, [], tmp_path_factory.mktemp("runs_of_targets"), patch) as run:
 

@@ -22,6 +22,7 @@ from accelerando.report.target_metrics import chosen_labels, per_label, regressi
 from accelerando.train.state import Run
 
 Found = Mapping[str, Mapping[str, np.ndarray]]  # by split: labels [n, C], logits [n, C], losses [n]
+Shown = tuple[dict[str, Any], list[str], list[dict[str, Any]]]  # for results.json, blocks of the report, worst rows
 TEXTS = ("file", "labels", "predicted")  # the columns of a table of predictions that are no numbers
 LABEL_COLUMNS = ("precision", "recall", "f1", "average_precision", "threshold", "support")
 
@@ -119,6 +120,25 @@ def number_blocks(rows: Mapping[str, np.ndarray], plot: bytes, names: Sequence[s
         table = [(name, *(values[key] for key in columns)) for name, values in zip(names, measured, strict=True)]
         blocks.append(page.table(["number", *columns], table, title=f"Per number, {what}"))
     return blocks
+
+
+def show_labels(
+    run: Run, found: Found, last: str, label_names: Sequence[str], thresholds: np.ndarray | None = None
+) -> Shown:
+    """Of several labels a row: reports of all splits; of ``last`` a table of the labels and the highest losses."""
+    tables = write_label_reports(run, found, label_names, thresholds)
+    details: dict[str, Any] = {"label_names": list(label_names)}
+    if thresholds is not None:
+        details["thresholds"] = dict(zip(label_names, thresholds.tolist(), strict=True))
+    blocks = [label_table(tables[last], label_names, last)]
+    return details, blocks, worst_labels(found[last], label_names, thresholds)
+
+
+def show_numbers(run: Run, found: Found, last: str, names: Sequence[str]) -> Shown:
+    """Of numbers: plots of all splits; of ``last`` predicted over true ones, and the highest losses."""
+    plots = write_number_plots(run, found, names)
+    blocks = number_blocks(found[last], plots[last].read_bytes(), names, last)
+    return {"label_names": list(names)}, blocks, worst_numbers(found[last], names)
 
 
 def write_label_predictions(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from accelerando.base.config import was_given
 from accelerando.base.errors import UserError
 from accelerando.base.log import progress_bar
 from accelerando.train.accelerator import reshard
@@ -130,3 +131,18 @@ def check_validation(args: RunArgs, splits: Collection[str], report_on_train: bo
         raise UserError("--scheduler plateau needs validation data, but --validation_fraction 0 leaves none")
     if "test" not in splits and not report_on_train:
         raise UserError("--validation_fraction 0: nothing would be evaluated; name test data or use --report_on_train")
+
+
+def best_metric(args: RunArgs, choices: Mapping[str, Sequence[str]], problem_type: str) -> str:
+    """The metric that chooses the best weights; ``choices``: those of each kind of target, the default first.
+
+    Raises:
+        UserError: the one that was asked for is not measured on this kind.
+    """
+    fitting, known = choices[problem_type], {name for names in choices.values() for name in names}
+    if args.best_metric in fitting or args.best_metric not in known:  # a copy may have a metric of its own
+        return args.best_metric
+    if args.best_metric == type(args).best_metric and not was_given("best_metric"):
+        return fitting[0]
+    what = f"--best_metric {args.best_metric} is not measured on {problem_type} targets"
+    raise UserError(f"{what}: use one of {', '.join(fitting)}")
