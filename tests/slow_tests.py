@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 if __name__ == "__main__":
-    limit = float(sys.argv[2]) if len(sys.argv) > 2 else 1.2
+    limit = float(sys.argv[2]) if len(sys.argv) > 2 else 1.0
     cases = ElementTree.parse(sys.argv[1]).iter("testcase")
     slow = {
         f"{case.get('classname').rpartition('.')[2]}.py::{case.get('name')}"

@@ -602,11 +602,9 @@ def test_yaml_says_the_same_as_flags(sweep) -> None:
             sweep.module.read_args(["--config", "s.yaml"])
 
 
-def test_the_readmes_file_of_a_sweep_is_one(sweep) -> None:
-    blocks = re.findall(r"```yaml\n(sweep:.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 1
-    Path("s.yaml").write_text(blocks[0])
-    made = sweep.module.make_sweep(["--config", "s.yaml", str(TEXT), "--train_file", "x.csv", "--architecture", "cnn"])
+def test_the_shipped_settings_of_a_sweep_are_one(sweep) -> None:
+    path = ROOT / "configs" / "sweep_text.yaml"
+    made = sweep.module.make_sweep(["--config", str(path), str(TEXT), "--train_file", "x.csv"])
     assert made.plan.sampler == "tpe"
     assert len(made.settings) >= 3
 
