@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For ``--dist loadgroup``: a file is one group, unless its tests say otherwise; the longest groups start first."""
     slow = {*SLOW.read_text().splitlines()}
     for item in items:
-        if f"{item.path.name}::{item.name}" in slow:
+        if item.path.name in slow or f"{item.path.name}::{item.name}" in slow:
             item.add_marker(pytest.mark.slow)
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
