@@ -27,6 +27,7 @@ from accelerando.data.decode import evaluation_side
 from accelerando.data.folders import read_splits
 from accelerando.data.images import ImageAugmentation, TrainingImages
 from accelerando.inference.named import find_named
+from accelerando.inference.runs import read_answers
 from accelerando.report.target_metrics import chosen_labels, sigmoid
 from accelerando.train.evaluation import mirrored_mean
 
@@ -270,6 +271,11 @@ def test_pipeline_predict_report_and_evaluation_agree(
     run, found = trained(name), found_by_script(trained(name))
     names = list(config(run)["id2label"].values())
     table = read_csv(run / "predictions_test.csv")
+    if name in ("squares", "vit"):  # what compare_runs.py compares
+        answered = read_answers(run, "test")
+        assert answered.samples == [row["file"] for row in table]
+        true = [", ".join(label for label, there in zip(names, row, strict=True) if there) for row in found["labels"]]
+        assert answered.labels == true
     paths = [str(made / row["file"]) for row in table]
     classify = pipeline("image-classification", model=str(run / "best"), device="cpu")
     said = [{each["label"]: each["score"] for each in answer} for answer in classify(paths, top_k=len(names))]

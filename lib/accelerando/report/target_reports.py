@@ -23,7 +23,7 @@ from accelerando.train.state import Run
 
 Found = Mapping[str, Mapping[str, np.ndarray]]  # by split: labels [n, C], logits [n, C], losses [n]
 Shown = tuple[dict[str, Any], list[str], list[dict[str, Any]]]  # for results.json, blocks of the report, worst rows
-TEXTS = ("file", "labels", "predicted")  # the columns of a table of predictions that are no numbers
+TEXTS = ("file", "label", "predicted")  # the columns of a table of predictions that are no numbers
 LABEL_COLUMNS = ("precision", "recall", "f1", "average_precision", "threshold", "support")
 
 
@@ -216,8 +216,8 @@ def target_columns(
 ) -> dict[str, list[str]]:
     """Columns of a table of predictions, as texts, for ``logits`` [n, C] of several labels or numbers a row.
 
-    Several labels: ``labels`` (if they are given), ``predicted``, and each one's probability as ``p_<label>``; numbers:
-    ``<name>`` (if given) and ``predicted_<name>``. ``problem_type``: as in :mod:`data.targets`.
+    Several labels: ``label`` (all of them, if given), ``predicted``, and each one's probability as ``p_<label>``;
+    numbers: ``<name>`` (if given) and ``predicted_<name>``. ``problem_type``: as in :mod:`data.targets`.
     """
     columns: dict[str, list[str]] = {}
     if problem_type == "regression":
@@ -226,7 +226,7 @@ def target_columns(
                 columns[f"{before}{name}"] = [f"{value:.7g}" for value in values[:, place].tolist()]
         return columns
     if labels is not None:
-        columns["labels"] = [_listed(row > 0, names, "") for row in labels]
+        columns["label"] = [_listed(row > 0, names, "") for row in labels]
     columns["predicted"] = [_listed(row, names, "") for row in chosen_labels(logits, thresholds)]
     for name, values in zip(names, sigmoid(logits).T, strict=True):
         columns[f"p_{name}"] = [f"{value:.6f}" for value in values.tolist()]
