@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from accelerando.base.errors import UserError
+from accelerando.data.media import _shard_fields
 from accelerando.report.slices import columns_of_files, slices, slices_block
 
 
@@ -118,3 +119,18 @@ def test_folders_count_where_they_say_more_than_the_labels() -> None:
     names = ["ant/web/1.jpg", "ant/own/2.jpg", "bee/own/3.jpg"]
     assert columns_of_files(names, ["ant", "ant", "bee"], None)["folder"] == ["ant/web", "ant/own", "bee/own"]
     assert set(columns_of_files(["ant/1.jpg", "bee/2.jpg"], ["ant", "bee"], None)) == {"label"}
+
+
+def test_fields_of_shards_are_columns_where_they_are_named() -> None:
+    records = [{"year": 1, "note": "x"}, {"year": 2}, {}]
+
+    class Pairs:
+        def __len__(self) -> int:
+            return len(records)
+
+        def metadata(self, row: int) -> dict[str, object]:
+            return records[row]
+
+    assert _shard_fields(Pairs(), ("year",), "shards").to_pydict() == {"year": [1, 2, None]}
+    with pytest.raises(UserError, match=r"shards: no field 'camera' in the .json of its samples: year, note"):
+        _shard_fields(Pairs(), ("camera",), "shards")

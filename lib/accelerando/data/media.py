@@ -249,8 +249,9 @@ def _shard_fields(pairs: PairSource, fields: Sequence[str], where: str) -> pa.Ta
 
     records = [pairs.metadata(row) for row in range(len(pairs))]
     there = {name: None for record in records for name in record}
-    table = pa.table({name: array_of_any([record.get(name) for record in records]) for name in there})
-    return named_columns(table, fields, where)
+    if missing := [name for name in fields if name not in there]:
+        raise UserError(f"{where}: no field {missing[0]!r} in the .json of its samples: {', '.join(there) or 'none'}")
+    return pa.table({name: array_of_any([record.get(name) for record in records]) for name in fields})
 
 
 def _shard_label(pairs: PairSource, row: int, field: str) -> str:
