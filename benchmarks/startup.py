@@ -78,8 +78,8 @@ def make_data(folder: Path) -> dict[str, list[str]]:
     flags = {
         "text": ["--train_file", texts / "train.json", "--validation_file", texts / "validation.json", "--model_name",
                  places["bert"], "--max_length", "48", "--batch_size", "16"],
-        "image": ["--data_dir", places["images"], "--model_name", places["resnet"], "--image_size", "32", "--batch_size",
-                  "16"],
+        "image": ["--data_dir", places["images"], "--model_name", places["resnet"], "--image_size", "32",
+                  "--batch_size", "16"],
         "sign": ["--keypoints-train", signs / "train", "--keypoints-val", signs / "val", "--batch_size", "16",
                  "--hidden_size", "32", "--num_layers", "2", "--num_attention_heads", "4"],
         "clip": ["--data_dir", places["pairs"], "--model_name", places["clip"], "--effective_batch_size", "16",

@@ -1,12 +1,17 @@
 """Invariants 2, 4 and 6 at their root: one order, fair shares, nothing lost or doubled."""
 
+import tracemalloc
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from harness import ROOT
 
+import accelerando.data.order as order_module
+from accelerando.data import shards
 from accelerando.data.collate import collate_text
-from accelerando.data.order import deal, epoch_order
+from accelerando.data.order import deal, epoch_order, permuted
 from accelerando.train.batches import TrainBatches, evaluation_batches
 
 SIZES = [1, 2, 5, 31, 32, 33, 255, 257, 1000, 9001]
@@ -196,3 +201,77 @@ def test_collate_pads_to_the_longest_and_marks_what_is_real() -> None:
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch["labels"].tolist() == [1, 0]
     assert collate_text(2, multiple_of=8)(samples)["input_ids"].shape == (2, 8)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 1000, 4097])
+def test_a_permutation_of_any_length_has_every_row_once(size: int) -> None:
+    for key in range(3):
+        found = permuted(np.arange(size), size, key)
+        assert np.array_equal(np.sort(found), np.arange(size))
+        assert np.array_equal(found[size // 2 :], permuted(np.arange(size // 2, size), size, key))  # from any place
+    assert size < 64 or not np.array_equal(permuted(np.arange(size), size, 0), permuted(np.arange(size), size, 1))
+
+
+def test_a_permutation_looks_random() -> None:
+    """Rows do not depend on their positions, nor on the row before: chi-squared of 16 x 16 counts, 255 expected."""
+    size = 200_000
+    for key in range(5):
+        found = permuted(np.arange(size), size, key) * 16 // size
+        for before in (np.arange(size) * 16 // size, np.roll(found, 1), np.roll(found, 7), np.arange(size) % 16):
+            counts = np.bincount(before * 16 + found, minlength=256)
+            assert 170 < ((counts - size / 256) ** 2 / (size / 256)).sum() < 360
+
+
+@pytest.mark.parametrize("bucketed", [False, True])
+def test_an_order_that_is_made_in_parts(bucketed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order_module, "LARGE", 1000)
+    monkeypatch.setattr(order_module, "LARGE_PART", 512)
+    lengths = np.random.default_rng(0).integers(1, 200, 3001) if bucketed else None
+    order = epoch_order(3001, 1, 2, lengths)
+    assert isinstance(order, order_module.LargeOrder) and len(order) == 3001
+    assert np.array_equal(np.sort(order[:]), np.arange(3001))
+    fresh = epoch_order(3001, 1, 2, lengths)
+    for start, stop in [(2900, 3001), (0, 40), (500, 1600), (3001, 3010), (1023, 1025)]:  # in any turn
+        assert np.array_equal(fresh[start:stop], order[:][start:stop])
+    assert not np.array_equal(order[:], epoch_order(3001, 1, 3, lengths)[:])
+    if bucketed:  # samples of similar length together, as in an order that is made at once
+        assert np.abs(np.diff(lengths[order[:]])).mean() < 0.5 * np.abs(np.diff(lengths)).mean()
+
+
+def test_the_first_batch_of_a_billion_rows() -> None:
+    """Nothing is made for the whole epoch, at its start nor in its middle; steps go on at the usual pace."""
+
+    class Billion:
+        unit = "rows"
+
+        def __len__(self) -> int:
+            return 10**9
+
+        def __getitem__(self, row: int) -> int:
+            return row
+
+    def collate(rows: list[int]) -> dict[str, torch.Tensor]:
+        return {"row": torch.tensor(rows)}
+
+    tracemalloc.start()
+    begun, middle = (iter(TrainBatches(Billion(), collate, 256).windows(3, place)) for place in (0, 5 * 10**8))
+    rows = [next(iter(next(windows)))["row"] for windows in (begun, middle) for _ in range(3)]
+    assert tracemalloc.get_traced_memory()[1] < 200e6
+    tracemalloc.stop()
+    assert len(torch.cat(rows).unique()) == 6 * 256
+    again = next(iter(next(TrainBatches(Billion(), collate, 256).windows(3, 5 * 10**8 + 256))))["row"]
+    assert torch.equal(again, rows[4])
+
+
+def test_the_order_of_many_shards_is_made_in_parts(
+    pair_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = shards.ShardPairs(shards.list_shards(str(pair_set / "train")), tmp_path)
+    monkeypatch.setattr(shards, "SHARDS_AT_ONCE", 1)
+    whole = pairs.epoch_order(1, 0)
+    monkeypatch.setattr(shards, "LARGE", 10)
+    order = pairs.epoch_order(1, 0)
+    assert np.array_equal(np.sort(order[:]), np.arange(len(pairs)))
+    assert np.array_equal(pairs.epoch_order(1, 0)[20:55], order[:][20:55])
+    places = [np.searchsorted(pairs.starts, part[:], side="right") for part in (whole, order)]
+    assert np.array_equal(*places) and not np.array_equal(whole, order[:])  # the same shards in the same turn

@@ -322,7 +322,7 @@ def embedded(
     samples = Samples(source, transform, chosen_parts(source, args.parts))
     rows = np.arange(len(source))
     if hasattr(source, "prefetch"):
-        source.prefetch(rows)
+        source.prefetch([rows])
     plan = Plan([rows[start : start + args.batch_size] for start in range(0, len(rows), args.batch_size)])
     key = key_of(source)
     for batch in make_loader(samples, collate, plan, args.num_workers, model.logit_scale.device):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from accelerando.data.decode import Source
     from accelerando.data.folders import ImageFiles
+    from accelerando.data.order import Order
 
 
 PolicyName = Literal["none", "randaugment", "trivialaugment"]
@@ -136,11 +137,11 @@ class TrainingImages:
                 sample |= {"other_label": self.files.target(other), "share": share}
         return sample | {"pixel_values": pixels}
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+    def epoch_order(self, seed: int, epoch: int) -> Order:
         """The order of rows in an epoch, int64 [n]; ``balanced``: every class equally often."""
         return order_of_classes(self.files.classes, self.balanced, seed, epoch)
 
-    def prefetch(self, rows: np.ndarray) -> None:
+    def prefetch(self, parts: Iterable[np.ndarray]) -> None:
         """Does nothing: the files are local."""
 
     def problem(self, row: int) -> str:

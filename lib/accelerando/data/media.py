@@ -7,7 +7,7 @@ import fnmatch
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import torch
 
     from accelerando.data.decode import Source
+    from accelerando.data.order import Order
     from accelerando.data.pairs import PairSource
     from accelerando.data.transforms import ImageTransform
 
@@ -537,11 +538,11 @@ class TrainingMedia:
                 sample |= {"other_label": int(self.classes[other]), "share": share}
         return sample | {"pixel_values": pixels, "frames": [len(pixels)]}
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+    def epoch_order(self, seed: int, epoch: int) -> Order:
         """The order of rows in an epoch, int64 [n]; ``balanced``: every class equally often."""
         return order_of_classes(self.classes, self.balanced, seed, epoch)
 
-    def prefetch(self, rows: np.ndarray) -> None:
+    def prefetch(self, parts: Iterable[np.ndarray]) -> None:
         """Does nothing: the files are local, or fetched when they are opened."""
 
     def problem(self, row: int) -> str:
@@ -622,11 +623,11 @@ class FeatureRows:
         views = views if len(views) else np.zeros((1, self.features.shape[2]), np.float32)
         return sample | {"features": views, "frames": [1] * len(views)}
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+    def epoch_order(self, seed: int, epoch: int) -> Order:
         """The order of rows in an epoch, int64 [n]: that of :class:`TrainingMedia`."""
         return order_of_classes(self.classes, self.balanced, seed, epoch)
 
-    def prefetch(self, rows: np.ndarray) -> None:
+    def prefetch(self, parts: Iterable[np.ndarray]) -> None:
         """Does nothing: they are local."""
 
     def problem(self, row: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -81,7 +81,7 @@ class Mixture:
             mixed[turns == part] = own
         return number_repeats(np.concatenate([mixed.reshape(-1), *rest]), len(self))
 
-    def prefetch(self, rows: np.ndarray) -> None:
+    def prefetch(self, parts: Iterable[np.ndarray]) -> None:
         """Does nothing: the samples are local."""
 
     def problem(self, row: int) -> str:
@@ -101,9 +101,9 @@ class Mixture:
         if self.lengths is not None:
             lengths = np.asarray(self.lengths[[*self.parts][part]])
         if count == size:
-            return epoch_order(size, seed + part, epoch, lengths)
+            return epoch_order(size, seed + part, epoch, lengths)[:]
         chosen = np.resize(np.random.default_rng([seed + part, epoch, 5]).permutation(size), count)
-        return chosen[epoch_order(count, seed + part, epoch, None if lengths is None else lengths[chosen])]
+        return chosen[epoch_order(count, seed + part, epoch, None if lengths is None else lengths[chosen])[:]]
 
     def _samples(self, part: int) -> Sequence[Any]:
         return self.parts[[*self.parts][part]]

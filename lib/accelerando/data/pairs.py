@@ -7,7 +7,7 @@ import difflib
 import errno
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -26,6 +26,8 @@ from accelerando.data.transforms import ImageTransform
 
 if TYPE_CHECKING:
     import torch
+
+    from accelerando.data.order import Order
 
 
 class PairSource(Protocol):
@@ -48,11 +50,11 @@ class PairSource(Protocol):
     def image_facts(self) -> str:
         """A digest that changes when an image file does: of names, sizes and modification times."""
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+    def epoch_order(self, seed: int, epoch: int) -> Order:
         """The order of rows in an epoch, int64 [n], chosen for fast reading."""
 
-    def prefetch(self, rows: np.ndarray) -> None:
-        """Starts to fetch remote data of ``rows`` in advance, in this order; does nothing for local data."""
+    def prefetch(self, parts: Iterable[np.ndarray]) -> None:
+        """Starts to fetch remote data of rows in advance, in this order; does nothing for local data."""
 
 
 @dataclass
@@ -131,11 +133,11 @@ class PairDataset:
                 sample["caption"] = ""
         return sample
 
-    def prefetch(self, rows: np.ndarray) -> None:
-        """Starts to fetch remote data of ``rows`` in advance, in this order."""
-        self.source.prefetch(rows)
+    def prefetch(self, parts: Iterable[np.ndarray]) -> None:
+        """Starts to fetch remote data of rows in advance, in this order."""
+        self.source.prefetch(parts)
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+    def epoch_order(self, seed: int, epoch: int) -> Order:
         """The order of rows in an epoch, int64 [n]: the source's own."""
         return self.source.epoch_order(seed, epoch)
 
@@ -231,11 +233,11 @@ class TablePairs:
         """The row's other columns."""
         return self.others.slice(row, 1).to_pylist()[0] if self.others.num_columns else {}
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+    def epoch_order(self, seed: int, epoch: int) -> Order:
         """The order of rows in an epoch, int64 [n], shuffled."""
         return epoch_order(len(self), seed, epoch)
 
-    def prefetch(self, rows: np.ndarray) -> None:
+    def prefetch(self, parts: Iterable[np.ndarray]) -> None:
         """Does nothing: the images are local."""
 
     def where(self, row: int) -> str:
@@ -296,16 +298,16 @@ class PairSubset:
         """The location of a row, for a message."""
         return self.source.where(int(self.rows[row]))
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+    def epoch_order(self, seed: int, epoch: int) -> Order:
         """The order of rows in an epoch, int64 [n]: the source's, which keeps the rows of a shard together."""
         place = np.full(len(self.source), -1)
         place[self.rows] = np.arange(len(self.rows))
-        order = place[self.source.epoch_order(seed, epoch)]
+        order = place[self.source.epoch_order(seed, epoch)[:]]
         return order[order >= 0]
 
-    def prefetch(self, rows: np.ndarray) -> None:
-        """Starts to fetch remote data of ``rows`` in advance, in this order."""
-        self.source.prefetch(self.rows[rows])
+    def prefetch(self, parts: Iterable[np.ndarray]) -> None:
+        """Starts to fetch remote data of rows in advance, in this order."""
+        self.source.prefetch(self.rows[rows] for rows in parts)
 
 
 def rows_of_source(pairs: PairSource) -> tuple[PairSource, np.ndarray]:

@@ -12,12 +12,13 @@ import contextlib
 import functools
 import hashlib
 import io
+import itertools
 import math
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -230,36 +231,43 @@ class FileCache:
         """The local copy of ``file``, open for reading."""
         return open(self.get(file), "rb")
 
-    def prefetch(self, files: list[RemoteFile]) -> None:
-        """Fetches ``files`` in this order in the background; replaces an earlier order, and an empty list stops it.
+    def prefetch(self, files: Iterable[RemoteFile]) -> None:
+        """Fetches ``files`` in this order in the background; replaces an earlier order, and an empty one stops it.
 
-        It stays at most ``ahead`` files, and half of ``max_bytes``, ahead of the last file requested with ``get`` in
-        any process. Errors are ignored here: the ``get`` that needs the file tries again and raises them.
+        A thread draws ``files`` as it reaches them. It stays at most ``ahead`` files, and half of ``max_bytes``, ahead
+        of the last file requested with ``get`` in any process. Errors are ignored here: the ``get`` that needs the file
+        tries again and raises them.
         """
         if self._pid != os.getpid():
             self._requested, self._pid = threading.Event(), os.getpid()
-        self._order = order = list(files)
+        order = iter(files)
+        first = next(order, None)
+        self._order = order = itertools.chain([] if first is None else [first], order)
         self._requested.set()
-        if order:
-            filesystem(order[0].url)  # imports now: a fork during an import in the thread would leave a lock held
+        if first is not None:
+            filesystem(first.url)  # imports now: a fork during an import in the thread would leave a lock held
             threading.Thread(target=self._fetch_ahead, args=(order, time.time_ns()), daemon=True).start()
 
-    def _fetch_ahead(self, order: list[RemoteFile], since: int) -> None:
+    def _fetch_ahead(self, order: Iterator[RemoteFile], since: int) -> None:
+        known: list[RemoteFile] = []  # the order, as far as it was drawn
         reached = 0  # how far in the order files were requested
-        for position, file in enumerate(order):
+        for position in itertools.count():
             while True:
                 if self._order is not order:
                     return
                 self._requested.clear()
-                for at in range(reached, min(len(order), reached + self.ahead + 1)):
-                    if self._requested_at(order[at]) >= since:
+                known += itertools.islice(order, max(0, reached + self.ahead + 1 - len(known)))
+                if position == len(known):
+                    return
+                for at in range(reached, len(known)):
+                    if self._requested_at(known[at]) >= since:
                         reached = at + 1
-                waiting = sum(one.size for one in order[reached : position + 1])
+                waiting = sum(one.size for one in known[reached : position + 1])
                 if position < reached + self.ahead and (waiting <= self.max_bytes // 2 or position <= reached):
                     break
                 self._requested.wait(POLL)
             with contextlib.suppress(Exception):  # the get that needs the file gets the same error and raises it
-                self._ensure(file, requested=False)
+                self._ensure(known[position], requested=False)
 
     def _ensure(self, file: RemoteFile, requested: bool) -> Path:
         path = self.folder / self._key(file)
@@ -363,7 +371,7 @@ class RangeReader:
         """The file for sequential reading, in blocks of a few MB."""
         return io.BufferedReader(_Blocks(self, file), RANGE_BLOCK)
 
-    def prefetch(self, files: list[RemoteFile]) -> None:
+    def prefetch(self, files: Iterable[RemoteFile]) -> None:
         """Does nothing: no file is kept."""
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import tarfile
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
@@ -22,8 +23,10 @@ from accelerando.base.errors import UserError, first_line
 from accelerando.base.files import derived, expand_braces, folders_below, open_whole, visible_files
 from accelerando.base.log import log
 from accelerando.data.digest import digest, ends_of, file_stamps
+from accelerando.data.order import LARGE, LargeOrder
 
 if TYPE_CHECKING:
+    from accelerando.data.order import Order
     from accelerando.data.remote import FileCache, RangeReader, RemoteFile
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")  # of several in a sample, the first in this order is taken
@@ -301,23 +304,36 @@ class ShardPairs:
             names = {member.offset_data: member.name for member in tar}
         return [names.get(start, "?") for start in starts]
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+    def epoch_order(self, seed: int, epoch: int) -> Order:
         """The order of rows in an epoch, int64 [n]: shards are shuffled, then the samples of a few shards at a time."""
         rng = np.random.default_rng([seed, epoch])
         shards = rng.permutation(len(self.shards))
         groups = [shards[start : start + SHARDS_AT_ONCE] for start in range(0, len(shards), SHARDS_AT_ONCE)]
-        rows = [
-            np.concatenate([np.arange(self.starts[shard], self.starts[shard + 1]) for shard in group])
-            for group in groups
-        ]
-        return np.concatenate([rng.permutation(part) for part in rows])
 
-    def prefetch(self, rows: np.ndarray) -> None:
-        """Starts to fetch remote shards of ``rows`` in advance, in this order."""
+        def rows_of(group: np.ndarray) -> np.ndarray:
+            return np.concatenate([np.arange(self.starts[shard], self.starts[shard + 1]) for shard in group])
+
+        if len(self) <= LARGE:
+            return np.concatenate([rng.permutation(rows_of(group)) for group in groups])
+        sizes = [int(np.diff(self.starts)[group].sum()) for group in groups]
+        return LargeOrder(
+            np.concatenate([[0], np.cumsum(sizes)]),
+            lambda number: np.random.default_rng([seed, epoch, 6, number]).permutation(rows_of(groups[number])),
+        )
+
+    def prefetch(self, parts: Iterable[np.ndarray]) -> None:
+        """Starts to fetch remote shards of rows in advance, in this order."""
         if self.remote is not None:
-            shards = np.searchsorted(self.starts, rows, side="right") - 1
-            _, first = np.unique(shards, return_index=True)
-            self.remote.prefetch([self.shards[shards[at]] for at in np.sort(first)])
+            self.remote.prefetch(self._files_of(parts))
+
+    def _files_of(self, parts: Iterable[np.ndarray]) -> Iterator[RemoteFile]:
+        """The remote shards of rows, each once, as they are first needed."""
+        seen: set[int] = set()
+        for rows in parts:
+            for shard in dict.fromkeys((np.searchsorted(self.starts, rows, side="right") - 1).tolist()):
+                if shard not in seen:
+                    seen.add(shard)
+                    yield self.shards[shard]
 
     def _entry(self, row: int) -> tuple[int, np.ndarray]:
         shard = int(np.searchsorted(self.starts, row, side="right")) - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,10 +116,10 @@ class TrainingClips:
         """The order of clips in an epoch, int64 [n]."""
         rows = balanced_rows(self.clips.gloss, seed, epoch) if self.balanced else np.arange(len(self))
         lengths = self.clips.lengths[rows] if self.buckets else None
-        order = rows[epoch_order(len(rows), seed, epoch, lengths)]
+        order = rows[epoch_order(len(rows), seed, epoch, lengths)[:]]
         return number_repeats(order, len(self)) if self.balanced else order
 
-    def prefetch(self, rows: np.ndarray) -> None:
+    def prefetch(self, parts: Iterable[np.ndarray]) -> None:
         """Does nothing: the clips are local."""
 
     def problem(self, row: int) -> str:

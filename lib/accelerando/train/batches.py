@@ -8,6 +8,7 @@ number of samples, so a run can be resumed with a different number of processes.
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import signal
 import threading
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from accelerando.data.curriculum import Curriculum
-    from accelerando.data.order import Share
+    from accelerando.data.order import Order, Share
     from accelerando.train.guard import Watch
     from accelerando.train.shared_memory import InSlot, Slots
 
@@ -49,11 +50,11 @@ class TrainingData(Protocol):
     def at(self, row: int, epoch: int, draw: int = 0) -> Any:
         """The sample ``row`` as augmented in ``epoch``; ``draw`` counts its earlier occurrences in the epoch."""
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+    def epoch_order(self, seed: int, epoch: int) -> Order:
         """The order of rows in an epoch, int64 [n]; a repeated row is row + len * draw (:func:`number_repeats`)."""
 
-    def prefetch(self, rows: np.ndarray) -> None:
-        """Starts to fetch remote data of ``rows`` in advance, in this order; does nothing for local data."""
+    def prefetch(self, parts: Iterable[np.ndarray]) -> None:
+        """Starts to fetch remote data of rows in advance, in this order; local data leaves ``parts`` unread."""
 
     def problem(self, row: int) -> str:
         """The location of the sample ``row`` and why it cannot be read."""
@@ -92,7 +93,7 @@ class Rows:
         """The sample ``row`` in ``epoch``."""
         return self.samples.at(row, epoch, draw) if hasattr(self.samples, "at") else self.samples[row]
 
-    def epoch_order(self, seed: int, epoch: int) -> np.ndarray:
+    def epoch_order(self, seed: int, epoch: int) -> Order:
         """The order of an epoch; see :func:`data.order.epoch_order`."""
         if self.curriculum is not None:
             log.info("Curriculum: the easiest %.0f %% of the %s", 100 * self.curriculum.share(epoch), self.unit)
@@ -101,7 +102,7 @@ class Rows:
             return order_of_classes(self.classes, True, seed, epoch, self.lengths)
         return epoch_order(len(self.samples), seed, epoch, self.lengths)
 
-    def prefetch(self, rows: np.ndarray) -> None:
+    def prefetch(self, parts: Iterable[np.ndarray]) -> None:
         """Does nothing: the samples are local."""
 
     def problem(self, row: int) -> str:
@@ -270,15 +271,15 @@ class TrainBatches:
     def windows(self, epoch: int, position: int = 0) -> Iterator[Window]:
         """The windows of ``epoch`` from ``position`` (samples of it already used) on."""
         epoch = epoch if self.overfit_batches is None else 0
-        starts = range(position, self.num_samples, self.window_size)
         order = None if self.poisson_seed is not None else self.dataset.epoch_order(self.seed, epoch)
-        rows = [self._rows_of(order, epoch, start) for start in starts]
-        shares = [self._share_of(part) for part in rows]
+        total = len(self.dataset)
+        # Steps are planned while the epoch goes on: those of a billion rows would take minutes and gigabytes.
+        planned, read = itertools.tee(self._steps(order, epoch, position))
         self._plan.epoch = epoch
-        self._plan.batches = [rows for share in shares for rows in share.micro_batches]
-        self.dataset.prefetch(np.concatenate(rows) % len(self.dataset) if rows else np.zeros(0, np.int64))
+        self._plan.batches = (rows for _, _, share in read for rows in share.micro_batches)
+        self.dataset.prefetch(part % total for _, part in self._parts(order, epoch, position))
         batches = start_workers(self._make_loader())
-        for start, part, share in zip(starts, rows, shares, strict=True):
+        for start, part, share in planned:
             pending = iter(share.counts)
             yield Window(
                 num_samples=len(part),
@@ -292,7 +293,17 @@ class TrainBatches:
                 _fetch=lambda pending=pending: self._next(batches, next(pending)),
             )
 
-    def _rows_of(self, order: np.ndarray | None, epoch: int, start: int) -> np.ndarray:
+    def _steps(self, order: Order | None, epoch: int, position: int) -> Iterator[tuple[int, np.ndarray, Share]]:
+        """Start, rows and this process's share of each window."""
+        for start, part in self._parts(order, epoch, position):
+            yield start, part, self._share_of(part)
+
+    def _parts(self, order: Order | None, epoch: int, position: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Start and rows, of all processes, of each window."""
+        for start in range(position, self.num_samples, self.window_size):
+            yield start, self._rows_of(order, epoch, start)
+
+    def _rows_of(self, order: Order | None, epoch: int, start: int) -> np.ndarray:
         """The rows of the window that begins at position ``start``."""
         if order is not None:
             return order[start : min(start + self.window_size, self.num_samples)]
@@ -388,11 +399,11 @@ def evaluation_batches(
     with :func:`gather_rows`.
     """
     rows = np.arange(len(dataset)) if lengths is None else np.argsort(-np.asarray(lengths), kind="stable")
-    shares = [
+    shares, read = itertools.tee(
         deal(rows[start : start + batch_size * num_processes], batch_size, num_processes, process_index)
         for start in range(0, len(rows), batch_size * num_processes)
-    ]
-    plan = Plan([share.micro_batches[0] for share in shares])
+    )
+    plan = Plan(share.micro_batches[0] for share in read)
     batches = start_workers(make_loader(dataset, collate, plan, num_workers, device))
     for share in shares:
         batch = next(batches)
@@ -440,9 +451,9 @@ def gather_rows(accelerator: Accelerator, num_samples: int, columns: dict[str, t
 
 @dataclass
 class Plan:
-    """The batches of row numbers that a loader reads, and their epoch."""
+    """The batches of row numbers that a loader reads, once, and their epoch."""
 
-    batches: list[np.ndarray] = field(default_factory=list)
+    batches: Iterable[np.ndarray] = ()
     epoch: int = 0
 
 
@@ -455,9 +466,6 @@ class _PlannedBatches:
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         epoch, total = self.plan.epoch, self.num_samples
         return ([(row % total, epoch, row // total) for row in rows.tolist()] for rows in self.plan.batches)
-
-    def __len__(self) -> int:
-        return len(self.plan.batches)
 
 
 class _Indexed:
