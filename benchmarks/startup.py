@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,8 +31,9 @@ SCRIPTS = {
     "text": "text_classify.py", "image": "image_classify.py", "sign": "sign_train.py", "clip": "clip_finetune.py",
     "har": "clip_har.py", "multitask": "text_multitask.py",
 }  # fmt: skip
-KINDS = ("torch", "first step", "launched", "whole run")
+KINDS = ("first step", "launched", "whole run")
 STARTED = "STARTUP_BENCHMARK_STARTED"
+STDLIB = {name.strip("_") for name in sys.stdlib_module_names}
 
 
 class Watcher:
@@ -98,7 +100,7 @@ def command_of(task: str, flags: list[str], folder: Path) -> list[str]:
     return [script, *flags, *run, "--report_to", "none", "--num_workers", "0", "--cache_dir", str(folder / "cache")]
 
 
-def seconds(kind: str, command: list[str], options: list[str] = ()) -> tuple[float, str]:
+def seconds(kind: str, command: list[str], options: Sequence[str] = ()) -> tuple[float, str]:
     """Seconds of one start, and what the process wrote to stderr."""
     here = [sys.executable, *options, __file__, "--train", *command]
     whole = {
@@ -131,9 +133,6 @@ def import_seconds(command: list[str]) -> Counter[str]:
     return spent
 
 
-STDLIB = {name.strip("_") for name in sys.stdlib_module_names}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=SCRIPTS, default=[*SCRIPTS])
@@ -155,16 +154,14 @@ def main() -> None:
             taken.setdefault("torch", []).append(seconds("torch", [])[0])
             for task, command in commands.items():
                 for kind in args.kinds:
-                    if kind != "torch":
-                        taken.setdefault(f"{task} {kind}", []).append(seconds(kind, command)[0])
+                    taken.setdefault(f"{task} {kind}", []).append(seconds(kind, command)[0])
         medians = {what: statistics.median(values) for what, values in taken.items()}
         torch = medians["torch"]
         print(f'python -c "import torch": {torch:.2f} s (median of {args.rounds})\n')
-        kinds = [kind for kind in args.kinds if kind != "torch"]
-        print(f"{'seconds':<10}" + "".join(f"{kind:>14}" for kind in kinds) + "   (multiples)")
+        print("seconds, and multiples of that\n" + " " * 10 + "".join(f"{kind:>14}" for kind in args.kinds))
         for task in args.tasks:
-            own = [medians[f"{task} {kind}"] for kind in kinds]
-            print(f"{task:<10}" + "".join(f"{value:7.2f} ({value / torch:3.1f})" for value in own))
+            own = [medians[f"{task} {kind}"] for kind in args.kinds]
+            print(f"{task:<10}" + "".join(f"{value:8.2f} ({value / torch:3.1f})" for value in own))
         if args.imports:
             spent = {task: import_seconds(command) for task, command in commands.items()}
             total = sum(spent.values(), Counter())

@@ -94,6 +94,7 @@ def epoch_order(num_samples: int, seed: int, epoch: int, lengths: np.ndarray | N
     With ``lengths`` [num_samples] (tokens, frames), samples of similar length follow each other in runs of 32, so that
     batches need little padding; which samples share a run changes every epoch.
     """
+    lengths = None if lengths is None else np.asarray(lengths)
     if num_samples <= LARGE:
         rng = np.random.default_rng([seed, epoch])
         return _in_runs(rng.permutation(num_samples), rng, lengths)
@@ -114,7 +115,7 @@ def _in_runs(order: np.ndarray, rng: np.random.Generator, lengths: np.ndarray | 
     if lengths is None or num_samples <= RUN:
         return order
     # Without a little noise, a small set would form the same batches in every epoch.
-    noisy = np.asarray(lengths[order], dtype=np.float64) * rng.uniform(0.97, 1.03, num_samples)
+    noisy = lengths[order].astype(np.float64) * rng.uniform(0.97, 1.03, num_samples)
     blocks: list[np.ndarray] = []
     leftover = order[:0]
     for start in range(0, num_samples, POOL):

@@ -315,9 +315,9 @@ class ShardPairs:
 
         if len(self) <= LARGE:
             return np.concatenate([rng.permutation(rows_of(group)) for group in groups])
-        sizes = [int(np.diff(self.starts)[group].sum()) for group in groups]
+        ends = np.cumsum(np.diff(self.starts)[shards])
         return LargeOrder(
-            np.concatenate([[0], np.cumsum(sizes)]),
+            np.concatenate([[0], ends[SHARDS_AT_ONCE - 1 : -1 : SHARDS_AT_ONCE], ends[-1:]]),
             lambda number: np.random.default_rng([seed, epoch, 6, number]).permutation(rows_of(groups[number])),
         )
 
@@ -330,6 +330,8 @@ class ShardPairs:
         """The remote shards of rows, each once, as they are first needed."""
         seen: set[int] = set()
         for rows in parts:
+            if len(seen) == len(self.shards):
+                return
             for shard in dict.fromkeys((np.searchsorted(self.starts, rows, side="right") - 1).tolist()):
                 if shard not in seen:
                     seen.add(shard)

@@ -451,7 +451,7 @@ def gather_rows(accelerator: Accelerator, num_samples: int, columns: dict[str, t
 
 @dataclass
 class Plan:
-    """The batches of row numbers that a loader reads, once, and their epoch."""
+    """The batches of row numbers that a loader reads next, and their epoch."""
 
     batches: Iterable[np.ndarray] = ()
     epoch: int = 0
