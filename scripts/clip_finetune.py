@@ -214,6 +214,7 @@ class Args:
     s3_checkpoint_prefix: str = "checkpoints"  # s3: where in the bucket
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
     keep_checkpoints: int = 2  # checkpoints to keep
+    background_save: bool = True  # write checkpoints while training goes on, from a copy in memory
     log_every: int = 10  # optimizer steps between log lines
     report_on_train: bool = False  # score the best weights on the training pairs too
     report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, trackio, ...: one, several, or none

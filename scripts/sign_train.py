@@ -171,6 +171,7 @@ class Args:
     allow_changed_data: bool = False  # resume although the data is not what the checkpoint was made with
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
     keep_checkpoints: int = 2  # checkpoints to keep
+    background_save: bool = True  # write checkpoints while training goes on, from a copy in memory
     log_every: int = 50  # optimizer steps between log lines
     log_csv: str | None = None  # CSV with a row for each evaluation, for a spreadsheet
     report_on_train: bool = False  # score the best weights on the training clips too

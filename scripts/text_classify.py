@@ -231,6 +231,7 @@ class Args:
     allow_changed_data: bool = False  # resume although the data is not what the checkpoint was made with
     save_every: int = 0  # optimizer steps between checkpoints; 0: every epoch
     keep_checkpoints: int = 2  # checkpoints to keep
+    background_save: bool = True  # write checkpoints while training goes on, from a copy in memory
     log_every: int = 50  # optimizer steps between log lines
     report_on_train: bool = False  # score the best weights on the training rows too
     report_to: tuple[str, ...] = ("tensorboard",)  # tensorboard, wandb, mlflow, trackio, ...: one, several, or none

@@ -477,7 +477,7 @@ def make_run(folder: Path) -> object:
     from safetensors.torch import save_file
 
     from accelerando.report.predictions import write_predictions
-    from accelerando.train.checkpoint import _write_manifest
+    from accelerando.train.checkpoint_folders import write_manifest
     from accelerando.train.state import TrainState
 
     (folder / "config.yaml").write_text(to_yaml(script("image_classify").Args()))
@@ -494,13 +494,13 @@ def make_run(folder: Path) -> object:
         state = {"state": vars(TrainState(step=step)), "schedule": {}, "optimizer": {}, "scaler": None}
         (place / "state.json").write_text(json.dumps(state))
         (place / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
-        _write_manifest(place)
+        write_manifest(place)
     return None
 
 
 def read_run(folder: Path) -> object:
     from accelerando.inference import runs
-    from accelerando.train.checkpoint import find_checkpoint, open_checkpoint
+    from accelerando.train.checkpoint_folders import find_checkpoint, open_checkpoint
     from accelerando.train.state import TrainState
     from accelerando.train.tracking import read_history
 

@@ -12,7 +12,7 @@ from harness import TEXT, launch, weights
 from made_data import make_rows, write_json
 
 from accelerando.base.errors import UserError
-from accelerando.train.checkpoint import _write_manifest, find_damage
+from accelerando.train.checkpoint_folders import find_damage, write_manifest
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_checkpoint_of_another_version_and_an_incomplete_manifest(train_here, 
     folder = run / "checkpoints" / "step_000002"
     content, manifest = (folder / "state.json").read_text(), (folder / "manifest.json").read_text()
     (folder / "state.json").write_text(json.dumps({**json.loads(content), "format": 7}))
-    _write_manifest(folder)
+    write_manifest(folder)
     with pytest.raises(
         UserError, match=r"step_000002 was saved by another version of accelerando \(format 7, this vers"
     ):

@@ -25,6 +25,7 @@ from accelerando.data.pairs import PairSubset, TablePairs
 from accelerando.data.shards import ShardPairs
 from accelerando.train.batches import TrainBatches
 from accelerando.train.changed_data import changed_splits
+from accelerando.train.checkpoint import Saver
 from accelerando.train.loop import finish_step, plan_steps, training_steps
 from accelerando.train.state import Run, TrainState
 
@@ -123,13 +124,13 @@ def test_a_checkpoint_without_a_digest_still_resumes(
 
 def forget_data(run: Path) -> None:
     """Makes the checkpoints of ``run`` those of a version that did not note its data."""
-    from accelerando.train.checkpoint import _write_manifest
+    from accelerando.train.checkpoint_folders import write_manifest
 
     for folder in (run / "checkpoints").iterdir():
         content = json.loads((folder / "state.json").read_text())
         del content["state"]["data"]
         (folder / "state.json").write_text(json.dumps(content))
-        _write_manifest(folder)
+        write_manifest(folder)
 
 
 class Listed:
@@ -168,7 +169,8 @@ def test_an_epoch_without_samples_is_an_error_and_no_endless_loop() -> None:
     """A data set that shrinks while it is trained on."""
     args = SimpleNamespace(epochs=3, max_steps=None, log_every=9, eval_every=0, save_every=0, early_stop=None,
                            overfit_batches=None, find_lr=False)  # fmt: skip
-    run = Run(Path(), Accelerator(cpu=True), args, TrainState())
+    accelerator = Accelerator(cpu=True)
+    run = Run(Path(), accelerator, args, TrainState(), saver=Saver(accelerator))
     rows = [torch.zeros(1)] * 10
     batches = TrainBatches(Listed(rows), lambda samples: {"x": torch.stack(samples)}, 4, accelerator=run.accelerator)
     plan_steps(run, batches)

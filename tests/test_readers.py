@@ -29,7 +29,7 @@ from accelerando.data.shards import ShardPairs, list_shards
 from accelerando.data.sign_clips import class_names, read_clip, synthetic_clips
 from accelerando.data.sign_labels import inspect_clip, label_problems, read_labels, report_problems
 from accelerando.inference import answers, inputs
-from accelerando.train.checkpoint import step_folders
+from accelerando.train.checkpoint_folders import step_folders
 
 
 def pairs_of(source: Path, cache: Path) -> list[tuple[bytes, bytes]]:
@@ -110,7 +110,7 @@ def test_pipes_do_not_hold_a_reader(tmp_path: Path) -> None:
     """Opening one would wait for a writer for ever."""
     from accelerando.data.folders import read_index
     from accelerando.inference.runs import read_json
-    from accelerando.train.checkpoint import MANIFEST, find_damage
+    from accelerando.train.checkpoint_folders import MANIFEST, find_damage
 
     for name in ("a.npz", "rows.txt", "config.json", MANIFEST):
         os.mkfifo(tmp_path / name)

@@ -37,7 +37,7 @@ from accelerando.data.remote import (
 )
 from accelerando.data.shards import ShardPairs, list_shards
 from accelerando.train import remote_checkpoints
-from accelerando.train.checkpoint import REQUIRED, find_damage
+from accelerando.train.checkpoint_folders import REQUIRED, find_damage
 from accelerando.train.remote_checkpoints import (
     fetch_checkpoint,
     newest_remote_checkpoint,
@@ -628,6 +628,7 @@ def make_checkpoint(folder: Path, step: int, size: int = 3001) -> Path:
     (path / "best").mkdir(parents=True)
     files = dict.fromkeys(REQUIRED, b"{}") | {
         "model.safetensors": noise(size, step),
+        "optimizer.safetensors": b"{}",
         "empty.bin": b"",
         "best/config.json": b"{}",
     }
@@ -702,7 +703,7 @@ def test_an_upload_is_tried_again_and_ends_in_one_line(proxy: Proxy, s3: Server,
     with monkeypatch.context() as patch:
         patch.setattr(server, "put_file", shaky)
         upload_checkpoint(path, URL)
-    assert len(calls) == len(REQUIRED) + 2 + 3  # each file of the checkpoint once, the manifest, and two again
+    assert len(calls) == len(REQUIRED) + 3 + 3  # each file of the checkpoint once, the manifest, and two again
     assert find_damage(s3.root / "bucket/runs/a/step_000100") is None
     for url, words in (("s3://nobucket/a", "no bucket nobucket"), (f"s3://{KEY}:{SECRET}@bucket/a", "put keys in")):
         with pytest.raises(UserError, match=words) as error:

@@ -1,32 +1,31 @@
-"""Checkpoints for exact resume: written atomically, verified before they are used.
+"""Checkpoints for exact resume: written atomically, beside training, and verified before they are used.
 
-A checkpoint is a folder ``checkpoints/step_000500`` with ``model.safetensors`` and ``optimizer.safetensors`` (unsharded
-tensors under the model's own names, so that they load on any number of processes), ``state.json`` (position, schedule,
-scaler, counters), ``rng.json`` (the random states of every process), ``metrics.jsonl`` (the history), ``best/`` (the
-best model so far; its weights are hard links, which need no space until a better one is found) and ``manifest.json``
-(size and SHA-256 of each file). Nothing in it is pickled.
+A checkpoint is a folder ``checkpoints/step_000500`` with ``model.safetensors`` and ``optimizer.safetensors`` (tensors
+under the model's own names, so that they load on any number of processes), ``state.json`` (position, schedule, scaler,
+counters), ``rng.json`` (the random states of every process), ``metrics.jsonl`` (the history), ``best/`` (the best model
+so far; its weights are hard links, which need no space until a better one is found) and ``manifest.json`` (size and
+SHA-256 of each file). Under FSDP2 each process writes the part that it holds: ``model/`` and ``optimizer/`` with a file
+of each. Nothing in it is pickled.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import os
-import re
-import shutil
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerando.base.errors import UserError
-from accelerando.base.files import restore_folder, whole_folder
+from accelerando.base.files import whole_folder
 from accelerando.base.processes import gather_objects
 from accelerando.base.rng import rng_state, set_rng_state
 from accelerando.train.accelerator import is_sharded, unwrapped
 from accelerando.train.averages import Ema, averaged
-from accelerando.train.weights import contiguous, main_process_writes, model_state, set_model_state
+from accelerando.train.checkpoint_folders import SHARDED, WHOLE, Checkpoint, copy_model, prune, write_manifest
+from accelerando.train.tensor_files import Shard, Snapshot, read_shards, saved_shapes, shards_of, write_tensors
+from accelerando.train.weights import check_same_tensors, main_process_writes, set_model_state, what_failed
 
 if TYPE_CHECKING:
     import torch
@@ -34,16 +33,100 @@ if TYPE_CHECKING:
 
     from accelerando.train.optim import Schedule
 
-MANIFEST = "manifest.json"
-FORMAT = 1  # of a checkpoint; another version of this library may write another one
-REQUIRED = ("model.safetensors", "optimizer.safetensors", "state.json", "rng.json", "metrics.jsonl")
-
 
 # ----------------------------------------------------------------------------------------------------------- saving
 
 
+class Saver:
+    """Writes checkpoints one at a time, in a thread of its own or at once.
+
+    Until the thread is done, the checkpoint is a draft: a run that is killed meanwhile continues from the one before.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.snapshots: dict[str, Snapshot] = {}
+        self.what = ""
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._group: Any = None
+
+    @property
+    def failed(self) -> bool:
+        """True if this process could not write the last checkpoint; :meth:`wait` on all processes says why."""
+        return self._error is not None
+
+    def start(self, what: str, write: Callable[[], None], in_background: bool) -> None:
+        """Calls ``write``; ``what`` names the checkpoint in messages. Call it on every process, after :meth:`wait`."""
+        self.what = what
+
+        def run() -> None:
+            try:
+                write()
+            except Exception as error:
+                self._error = error
+
+        if in_background:
+            self._thread = threading.Thread(target=run, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            run()
+            self.wait()
+
+    def join(self) -> None:
+        """Waits until this process has written its part."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def wait(self) -> None:
+        """Waits until all processes have written the last checkpoint; call it on every process.
+
+        Raises:
+            UserError: one of them could not: the disk is full or not writable.
+        """
+        self.join()
+        error, self._error = self._error, None
+        with main_process_writes(self.accelerator, self.what):
+            if error is not None:
+                raise error
+
+    def gathered(self, write: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What ``write`` returned on all processes, in the thread of each.
+
+        Raises:
+            UserError: one of them could not write.
+        """
+        from torch import distributed
+
+        found: dict[str, Any] = {}
+        problem = None
+        try:
+            found = write()
+        except Exception as error:
+            problem = what_failed(error)
+            if problem is None:
+                raise
+        if self._group is None:
+            everything = [(found, problem)]
+        else:
+            everything = [None] * distributed.get_world_size()
+            distributed.all_gather_object(everything, (found, problem), group=self._group)
+        for _, problem in everything:
+            if problem:
+                raise UserError(problem)
+        return {name: facts for found, _ in everything for name, facts in found.items()}
+
+    def open_group(self) -> None:
+        """Makes the group of processes over which their threads speak; call it on every process."""
+        from torch import distributed
+
+        if self._group is None and self.accelerator.num_processes > 1:
+            self._group = distributed.new_group(backend="gloo")
+
+
 def save_checkpoint(
-    accelerator: Accelerator,
+    saver: Saver,
     folder: Path,
     step: int,
     model: torch.nn.Module,
@@ -54,201 +137,95 @@ def save_checkpoint(
     best: Path,
     ema: Ema,
     history: Sequence[dict[str, Any]] = (),
+    in_background: bool = False,
+    when_saved: Callable[[Path], None] = lambda path: None,
 ) -> Path:
     """Saves everything exact resume needs as ``folder/step_NNNNNN`` and removes all but the ``keep`` newest.
 
     Call it on every process. ``state``: the run's counters, for JSON; ``best``: the folder of the best model so far;
-    ``history``: the rows of metrics.jsonl.
+    ``history``: the rows of metrics.jsonl. ``in_background``: the tensors are copied, and written while training goes
+    on; a problem is then raised by the next call of ``saver``'s methods. ``when_saved`` is called on the main process
+    with the folder, when it is complete.
 
     Raises:
         UserError: the disk is full or not writable; earlier checkpoints are not affected.
     """
+    accelerator = saver.accelerator
+    saver.wait()  # for the one before
+    main, sharded = accelerator.is_main_process, is_sharded(accelerator)
+    target = folder / f"step_{step:06d}"
+    if sharded:
+        saver.open_group()
+
     tensors, optimizer_rest = _split_tensors(_optimizer_state(accelerator, model, optimizer))
-    weights = model_state(accelerator, model)
-    with averaged(ema):
-        average = {} if not ema.is_on else {name: t.clone() for name, t in model_state(accelerator, model).items()}
-    rng = gather_objects(accelerator, rng_state(accelerator))
-    scaler = getattr(accelerator, "scaler", None)
+    parts: dict[str, dict[str, Shard]] = {}
+
+    def add(kind: str, found: dict[str, torch.Tensor], copied: bool) -> None:
+        parts[kind] = shards_of(found, main)
+        if copied:
+            parts[kind] = saver.snapshots.setdefault(kind, Snapshot()).take(parts[kind])
+
+    add("model", _model_tensors(accelerator, model), in_background)
+    add("optimizer", tensors, in_background)
+    if ema.is_on:
+        with averaged(ema):
+            add("ema", _model_tensors(accelerator, model), copied=True)
     content = {
-        "format": FORMAT,
+        "format": SHARDED if sharded else WHOLE,
         "step": step,
         "num_processes": accelerator.num_processes,
         "state": state,
         "schedule": schedule.state_dict(),
-        "scaler": scaler.state_dict() if scaler is not None else None,
+        "scaler": scaler.state_dict() if (scaler := getattr(accelerator, "scaler", None)) is not None else None,
         "optimizer": optimizer_rest,
     }
-    target = folder / f"step_{step:06d}"
+    texts = {
+        "state.json": json.dumps(content, indent=1),
+        "rng.json": json.dumps(gather_objects(accelerator, rng_state(accelerator))),
+        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in history),
+    }
 
-    def write(draft: Path) -> None:
-        from safetensors.torch import save_file
+    draft, opened = None, contextlib.ExitStack()
+    with main_process_writes(accelerator, f"checkpoint {target}"), contextlib.ExitStack() as stack:
+        if main:
+            draft = stack.enter_context(whole_folder(target))
+            draft.mkdir(parents=True)
+            if best.is_dir():  # now: it may be replaced while the rest is written
+                copy_model(best, draft / "best")
+            for kind in parts if sharded else ():
+                (draft / kind).mkdir()
+        opened = stack.pop_all()
+    draft = gather_objects(accelerator, draft)[0]
 
-        draft.mkdir(parents=True)
-        save_file(contiguous(weights), draft / "model.safetensors", metadata={"format": "pt"})
-        save_file(contiguous(tensors), draft / "optimizer.safetensors", metadata={"format": "pt"})
-        if average:
-            save_file(contiguous(average), draft / "ema.safetensors", metadata={"format": "pt"})
-        (draft / "state.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
-        (draft / "rng.json").write_text(json.dumps(rng), encoding="utf-8")
-        (draft / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history), encoding="utf-8")
-        if best.is_dir():
-            _copy_model(best, draft / "best")
-        _write_manifest(draft)
+    def write_own() -> dict[str, Any]:
+        if not draft.is_dir():
+            raise UserError("this machine does not see the folder: --output_dir has to be on a disk that all share")
+        facts = {}
+        for kind, part in parts.items():
+            rank = f"shard-{accelerator.process_index + 1:05d}-of-{accelerator.num_processes:05d}"
+            name = f"{kind}/{rank}.safetensors" if sharded else f"{kind}.safetensors"
+            facts[name] = write_tensors(draft / name, part, sharded)
+        return facts
 
-    with main_process_writes(accelerator, f"checkpoint {target}"):
-        if accelerator.is_main_process:
-            with whole_folder(target) as draft:
-                write(draft)
-            _prune(folder, keep, newest=target)
+    def write() -> None:
+        with opened:  # at its end the draft becomes the checkpoint
+            facts = saver.gathered(write_own) if sharded else write_own()
+            if main:
+                for name, text in texts.items():
+                    (draft / name).write_text(text, encoding="utf-8")
+                write_manifest(draft, facts)
+        if main:
+            prune(folder, keep, newest=target)
+            when_saved(target)
+
+    def nothing() -> None:
+        """Where the main process has all tensors."""
+
+    saver.start(f"checkpoint {target}", write if main or sharded else nothing, in_background)
     return target
 
 
-def _copy_model(source: Path, target: Path) -> None:
-    """Copies a model: hard links for weights, which are never changed in place, and copies of the other files."""
-
-    def link_or_copy(old: str, new: str) -> None:
-        if old.endswith(".safetensors"):
-            with contextlib.suppress(OSError):  # the file system has no hard links
-                os.link(old, new)
-                return
-        shutil.copy2(old, new)
-
-    shutil.copytree(source, target, copy_function=link_or_copy)
-
-
-def restore_best(checkpoint: Path, best: Path) -> None:
-    """Restores the best model from ``checkpoint``: ``best`` may be from a later step, or partly replaced."""
-    shutil.rmtree(best, ignore_errors=True)
-    if (checkpoint / "best").is_dir():
-        _copy_model(checkpoint / "best", best)
-
-
-def _write_manifest(folder: Path) -> None:
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
-    }
-    (folder / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _prune(folder: Path, keep: int, newest: Path) -> None:
-    for old in [path for path in step_folders(folder) if path != newest][max(0, keep - 1) :]:
-        shutil.rmtree(old, ignore_errors=True)
-    for draft in folder.glob(".step_*"):  # drafts of a killed run
-        shutil.rmtree(draft, ignore_errors=True)
-
-
 # ---------------------------------------------------------------------------------------------------------- loading
-
-
-def step_folders(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, newest first."""
-    found = [path for path in folder.glob("step_*") if re.fullmatch("step_[0-9]+", path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def find_damage(checkpoint: Path) -> str | None:
-    """None for an intact checkpoint; otherwise a description of what is missing or corrupted."""
-    if not (checkpoint / MANIFEST).is_file():
-        return f"{MANIFEST} is missing or corrupted"
-    try:
-        files = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        for name, expected in files.items():
-            path = checkpoint / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != expected["bytes"]:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {expected['bytes']:,}"
-            if _sha256(path) != expected["sha256"]:
-                return f"{name} is corrupted (its checksum differs)"
-        known = "state.json" not in files or _read_state(checkpoint).get("format") == FORMAT
-        if unlisted := [name for name in REQUIRED if name not in files and known]:
-            return f"{MANIFEST} does not list {', '.join(unlisted)}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"{MANIFEST} is missing or corrupted"
-    return None
-
-
-def _read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-
-
-def find_checkpoint(
-    accelerator: Accelerator, folder: Path, warn: Callable[[str], None], verified: Path | None = None
-) -> Path | None:
-    """The newest complete checkpoint in ``folder`` (or ``folder`` itself), the same on every process.
-
-    A corrupted one is ignored with a warning; the one that was just ``verified`` is not hashed again. None: there are
-    no checkpoints.
-
-    Raises:
-        UserError: there are checkpoints, but none is complete.
-    """
-    choice: tuple[str | None, list[str]] = (None, [])
-    if accelerator.is_main_process:
-        for old in folder.glob(".step_*.old"):  # killed while a step was saved again
-            restore_folder(folder / old.name.removeprefix(".").removesuffix(".old"))
-        candidates = [folder] if (folder / MANIFEST).is_file() else step_folders(folder)
-        damaged = []
-        good = None
-        for path in candidates:
-            problem = None if path == verified else find_damage(path)
-            if problem is None:
-                good = str(path)
-                break
-            damaged.append(f"{path}: {problem}")
-        choice = (good, damaged)
-    good, damaged = gather_objects(accelerator, choice)[0]
-    if good is None and damaged:
-        raise UserError(f"no complete checkpoint to resume from ({'; '.join(damaged)}): start again with --overwrite")
-    for line in damaged:
-        warn(f"checkpoint {line}; falling back to {Path(good).name}")
-    return Path(good) if good else None
-
-
-def remove_later_checkpoints(checkpoint: Path, warn: Callable[[str], None]) -> None:
-    """Removes the checkpoints after the ``checkpoint`` that a run continues from: corrupted, or about to be replaced.
-
-    Otherwise the new ones would be pruned instead of them, and the next resume would find them.
-    """
-    for path in step_folders(checkpoint.parent):
-        if int(path.name[5:]) > int(checkpoint.name[5:]):
-            warn(f"removed {path}: the run continues from {checkpoint.name}")
-            shutil.rmtree(path, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A verified checkpoint: its folder and the content of its ``state.json``."""
-
-    path: Path
-    content: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        """The number of optimizer steps taken."""
-        return int(self.path.name[5:])
-
-
-def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in the folder ``path``, which :func:`find_checkpoint` found complete.
-
-    Raises:
-        UserError: it was saved by a version of this library that writes another format.
-    """
-    content = _read_state(path)
-    if content.get("format") != FORMAT:
-        raise UserError(
-            f"{path} was saved by another version of accelerando (format {content.get('format')}, this version reads "
-            f"{FORMAT}): resume it with that version, or start again with --overwrite or another --run_name"
-        )
-    return Checkpoint(path, content)
 
 
 def load_checkpoint(
@@ -264,16 +241,14 @@ def load_checkpoint(
     Raises:
         UserError: the checkpoint belongs to another model or another optimizer.
     """
-    from safetensors.torch import load_file
-
     path, content = checkpoint.path, checkpoint.content
     if ema.is_on:
-        name = "ema" if (path / "ema.safetensors").is_file() else "model"  # EMA was turned on for the resume
-        set_model_state(accelerator, model, load_file(path / f"{name}.safetensors"), source=str(path))
+        averages = any((path / name).exists() for name in ("ema.safetensors", "ema"))
+        _load_weights(accelerator, model, checkpoint, "ema" if averages else "model")  # EMA was turned on only now
         ema.take_from_weights()
-    set_model_state(accelerator, model, load_file(path / "model.safetensors"), source=str(path))
-    tensors = load_file(path / "optimizer.safetensors")
-    _set_optimizer_state(accelerator, model, optimizer, _join_tensors(content["optimizer"], tensors), path)
+    _load_weights(accelerator, model, checkpoint, "model")
+    tensors = _load_optimizer_tensors(accelerator, model, checkpoint)
+    _set_optimizer_state(accelerator, model, optimizer, _join_tensors(content["optimizer"], tensors), checkpoint)
     schedule.load_state_dict(content["schedule"])
     scaler = getattr(accelerator, "scaler", None)
     if scaler is not None and content["scaler"]:
@@ -283,6 +258,45 @@ def load_checkpoint(
         set_rng_state(rng[accelerator.process_index])
 
 
+def _load_weights(accelerator: Accelerator, model: torch.nn.Module, checkpoint: Checkpoint, kind: str) -> None:
+    """Loads ``kind`` (model or ema) into ``model``."""
+    from safetensors.torch import load_file
+
+    path = checkpoint.path
+    if not checkpoint.is_sharded:
+        set_model_state(accelerator, model, load_file(path / f"{kind}.safetensors"), source=str(path))
+        return
+    state = _model_tensors(accelerator, model)
+    check_same_tensors(
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        {name: shape for name, (shape, _) in saved_shapes(path / kind).items()},
+        source=str(path),
+    )
+    read_shards(path / kind, state)
+
+
+def _load_optimizer_tensors(
+    accelerator: Accelerator, model: torch.nn.Module, checkpoint: Checkpoint
+) -> dict[str, torch.Tensor]:
+    """The tensors of the optimizer's state; of a sharded checkpoint, sharded like their parameters."""
+    import torch
+    from safetensors.torch import load_file
+
+    if not checkpoint.is_sharded:
+        return load_file(checkpoint.path / "optimizer.safetensors")
+    folder = checkpoint.path / "optimizer"
+    own = {name.replace("_orig_mod.", ""): p for name, p in unwrapped(accelerator, model).named_parameters()}
+    tensors = {}
+    for path, (shape, dtype) in saved_shapes(folder).items():
+        like = own.get(path.split("/")[2])  # /state/<parameter>/<kind>
+        if like is not None and tuple(like.shape) == shape:
+            tensors[path] = torch.zeros_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+        else:
+            tensors[path] = torch.zeros(shape, dtype=dtype)
+    read_shards(folder, tensors)
+    return tensors
+
+
 # ------------------------------------------------------------------------------------------------- states of a model
 
 
@@ -290,12 +304,22 @@ def _plain_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)
 
 
+def _model_tensors(accelerator: Accelerator, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The model's own tensors by name; under FSDP2 the sharded ones."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    plain = unwrapped(accelerator, model)
+    if is_sharded(accelerator):
+        return get_model_state_dict(plain, options=StateDictOptions())
+    return {name: tensor.detach() for name, tensor in plain.state_dict().items()}
+
+
 def _optimizer_state(
     accelerator: Accelerator, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
-    options = StateDictOptions(full_state_dict=True, cpu_offload=is_sharded(accelerator))
+    options = StateDictOptions(full_state_dict=not is_sharded(accelerator))
     return get_optimizer_state_dict(unwrapped(accelerator, model), _plain_optimizer(optimizer), options=options)
 
 
@@ -304,7 +328,7 @@ def _set_optimizer_state(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
-    checkpoint: Path,
+    checkpoint: Checkpoint,
 ) -> None:
     import torch
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
@@ -314,9 +338,10 @@ def _set_optimizer_state(
     unknown = set(saved[0]) ^ set(groups[0]) if saved else {"groups"}
     if len(saved) != len(groups) or unknown:
         raise UserError(
-            f"{checkpoint} was trained with another optimizer or schedule: use the same --optimizer and --scheduler"
+            f"{checkpoint.path} was trained with another optimizer or schedule: use the same --optimizer and "
+            "--scheduler"
         )
-    options = StateDictOptions(full_state_dict=True)
+    options = StateDictOptions(full_state_dict=not (checkpoint.is_sharded and is_sharded(accelerator)))
     plain = unwrapped(accelerator, model)
     trained = {parameter: parameter.requires_grad for parameter in plain.parameters()}
     # torch expects a state for each trainable parameter. Those that have none yet (a layer that is not yet unfrozen or

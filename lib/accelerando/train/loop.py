@@ -117,17 +117,21 @@ class Step:
 def finish_step(run: Run, window: Window, grad_norm: torch.Tensor | float, lr: float) -> Step:
     """Counts the optimizer step over ``window``, on every process; writes a log line if one is due.
 
-    ``lr``: the learning rate of this step. A single collective operation sums the losses and the stop signals.
+    ``lr``: the learning rate of this step. A single collective operation sums the losses, the stop signals and the
+    checkpoints that could not be written.
 
     Raises:
         StopRequested: a process was asked to stop; :func:`train.stop.stoppable` saves and exits.
+        UserError: a checkpoint could not be written.
     """
     import torch
 
     state, args = run.state, run.args
-    stop = window.loss_sum.new_tensor(float(stop_noted()), dtype=torch.float64)
-    totals = torch.stack([window.loss_sum.double(), stop])
-    loss, stop = run.accelerator.reduce(totals, reduction="sum").tolist()
+    flags = window.loss_sum.new_tensor([stop_noted(), run.saver.failed], dtype=torch.float64)
+    totals = torch.cat([window.loss_sum.double().reshape(1), flags])
+    loss, stop, failed = run.accelerator.reduce(totals, reduction="sum").tolist()
+    if failed:
+        run.saver.wait()
     state.step += 1
     state.position = window.position
     state.samples += window.num_samples

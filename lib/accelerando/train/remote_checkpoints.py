@@ -22,7 +22,7 @@ from accelerando.data.remote import (
     protocol_of,
     retried,
 )
-from accelerando.train.checkpoint import MANIFEST, find_damage
+from accelerando.train.checkpoint_folders import MANIFEST, find_damage
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -18,13 +18,12 @@ from accelerando.base.processes import command_line
 from accelerando.train import range_test
 from accelerando.train.accelerator import describe_processes, seed_each_process
 from accelerando.train.changed_data import check_data
-from accelerando.train.checkpoint import (
+from accelerando.train.checkpoint import Saver, load_checkpoint, save_checkpoint
+from accelerando.train.checkpoint_folders import (
     find_checkpoint,
-    load_checkpoint,
     open_checkpoint,
     remove_later_checkpoints,
     restore_best,
-    save_checkpoint,
     step_folders,
 )
 from accelerando.train.guard import Guard
@@ -137,6 +136,7 @@ def start_run(
             the data has changed.
     """
     run = Run(directory, accelerator, args, TrainState(), metrics, model_title)
+    run.saver = Saver(accelerator)
     run.remote = remote and f"{remote}/{directory.name}"
     fetched = None
     if accelerator.is_main_process:
@@ -265,32 +265,41 @@ def _remove_remote_after(run: Run, step: int) -> None:
 
 
 def save(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, ema: Ema) -> Path:
-    """Saves a checkpoint; call it on every process. See :func:`train.checkpoint.save_checkpoint`."""
-    keep = run.args.keep_checkpoints
-    path = save_checkpoint(
-        run.accelerator,
+    """Saves a checkpoint; call it on every process. See :func:`train.checkpoint.save_checkpoint`.
+
+    With ``background_save`` training goes on meanwhile, except at the end of the run and when it is stopped.
+    """
+    last = run.is_over or run.is_stopping
+    return save_checkpoint(
+        run.saver,
         run.checkpoints,
         run.state.step,
         model,
         optimizer,
         schedule,
         dataclasses.asdict(run.state),
-        keep,
+        run.args.keep_checkpoints,
         run.directory / "best",
         ema,
         run.history,
+        in_background=run.args.background_save and not last,
+        when_saved=lambda path: _report_saved(run, path),
     )
-    log.info("Saved %s", path, extra={"only_file": on_terminal()})
-    if run.remote and run.accelerator.is_main_process:
-        from accelerando.train.remote_checkpoints import prune_remote, upload_checkpoint
 
-        try:
-            upload_checkpoint(path, run.remote)
-            prune_remote(run.remote, keep)
-            log.info("Uploaded to %s/%s", run.remote, path.name, extra={"only_file": on_terminal()})
-        except UserError as error:
-            log.warning("Not uploaded: %s; %s is complete, and the next checkpoint will be uploaded", error, path)
-    return path
+
+def _report_saved(run: Run, path: Path) -> None:
+    """Logs that the checkpoint ``path`` is complete, and uploads it."""
+    log.info("Saved %s", path, extra={"only_file": on_terminal()})
+    if not run.remote:
+        return
+    from accelerando.train.remote_checkpoints import prune_remote, upload_checkpoint
+
+    try:
+        upload_checkpoint(path, run.remote)
+        prune_remote(run.remote, run.args.keep_checkpoints)
+        log.info("Uploaded to %s/%s", run.remote, path.name, extra={"only_file": on_terminal()})
+    except UserError as error:
+        log.warning("Not uploaded: %s; %s is complete, and the next checkpoint will be uploaded", error, path)
 
 
 def restore(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, ema: Ema) -> None:

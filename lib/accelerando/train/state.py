@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from tqdm import tqdm
 
-    from accelerando.train.checkpoint import Checkpoint
+    from accelerando.train.checkpoint import Saver
+    from accelerando.train.checkpoint_folders import Checkpoint
     from accelerando.train.guard import Guard
     from accelerando.train.range_test import RangeTest
     from accelerando.train.trackers import Tracker
@@ -41,6 +42,7 @@ class RunArgs(Protocol):
     eval_every: int
     save_every: int
     keep_checkpoints: int
+    background_save: bool
     log_every: int
     report_to: tuple[str, ...]
     wandb_project: str
@@ -131,6 +133,8 @@ class Run:
     total_steps: int = 0  # optimizer steps of the whole run
     history: list[dict[str, Any]] = field(default_factory=list)  # the rows of metrics.jsonl
     resumed: Checkpoint | None = None  # the checkpoint it continues from
+    saver: Saver | None = None  # writes the checkpoints
+    is_stopping: bool = False  # a process was asked to stop
     remote: str | None = None  # URL to which checkpoints are uploaded
     trackers: list[Tracker] = field(default_factory=list)
     bar: tqdm | None = None  # the progress bar during training

@@ -88,6 +88,7 @@ def stoppable(run: Run, on_stop: Callable[[], Path | None] | None = None) -> Ite
     try:
         yield
     except StopRequested:
+        run.is_stopping = True
         saved = run.checkpoints if any(run.checkpoints.glob("step_*")) else None
         checkpoint = on_stop() if on_stop else saved
         for tracker in run.trackers:
@@ -97,3 +98,6 @@ def stoppable(run: Run, on_stop: Callable[[], Path | None] | None = None) -> Ite
             raise Stopped("stopped by a signal", exit_code) from None
         log.warning("Stopped by a signal: %s is complete; the same command with --resume continues", checkpoint)
         raise Stopped("", exit_code) from None
+    except Exception:
+        run.saver.join()  # so that a checkpoint that is being written is not lost
+        raise

@@ -79,21 +79,28 @@ def save_model_folder(
 @contextlib.contextmanager
 def main_process_writes(accelerator: Accelerator, what: str) -> Iterator[None]:
     """Turns an error on the main process into a UserError on all processes, which would otherwise hang."""
-    from safetensors import SafetensorError
-
     problem = None
     try:
         yield
-    except UserError as error:
-        problem = f"{what}: {error}"
-    except (OSError, SafetensorError) as error:
-        problem = (
-            f"cannot write {what}: {getattr(error, 'strerror', None) or first_line(error)}; "
-            "everything saved before is intact: free some space, then use --resume"
-        )
+    except Exception as error:
+        problem = what_failed(error)
+        if problem is None:
+            raise
     problem = next((text for text in gather_objects(accelerator, problem) if text), None)
     if problem:
-        raise UserError(problem)
+        raise UserError(f"{what}: {problem}")
+
+
+def what_failed(error: Exception) -> str | None:
+    """Why a file could not be written; None for an error of another kind."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError | SafetensorError):
+        reason = getattr(error, "strerror", None) or first_line(error)
+        return f"{reason}; everything saved before is intact: free some space, then use --resume"
+    return None
 
 
 def module_config(model: torch.nn.Module) -> dict[str, Any]:
@@ -133,11 +140,8 @@ def set_model_state(
 
     plain = unwrapped(accelerator, model)
     whole = plain.state_dict()
-    own = {name: tuple(tensor.shape) for name, tensor in whole.items()}
-    wrong = [name for name in state if name not in own or own[name] != tuple(state[name].shape)]
-    wrong += [] if partly else [name for name in own if name not in state]
-    if wrong:
-        raise UserError(f"{source} belongs to another model: {wrong[0]} differs (and {len(wrong) - 1} more)")
+    own, given = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (whole, state))
+    check_same_tensors(own, given, source, partly)
     if is_sharded(accelerator):
         options = StateDictOptions(full_state_dict=True, strict=not partly)
         set_model_state_dict(plain, state, options=options)
@@ -145,6 +149,16 @@ def set_model_state(
         versioned = type(whole)(state)  # some modules (MNASNet) check the version in a state dict's metadata
         versioned._metadata = whole._metadata
         plain.load_state_dict(versioned, strict=not partly)
+
+
+def check_same_tensors(
+    own: dict[str, tuple[int, ...]], given: dict[str, tuple[int, ...]], source: str, partly: bool = False
+) -> None:
+    """UserError if the shapes that ``source`` has by name are not the model's ``own``; ``partly``: some may lack."""
+    wrong = [name for name, shape in given.items() if own.get(name) != shape]
+    wrong += [] if partly else [name for name in own if name not in given]
+    if wrong:
+        raise UserError(f"{source} belongs to another model: {wrong[0]} differs (and {len(wrong) - 1} more)")
 
 
 def load_trained_weights(accelerator: Accelerator, model: torch.nn.Module, folder: Path) -> None:
