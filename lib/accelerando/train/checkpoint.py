@@ -46,6 +46,7 @@ class Saver:
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.snapshots: dict[str, Snapshot] = {}
+        self.digests: dict[tuple[int, ...], str] = {}  # of the best weights, which many checkpoints have
         self.what = ""
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -213,7 +214,7 @@ def save_checkpoint(
             if main:
                 for name, text in texts.items():
                     (draft / name).write_text(text, encoding="utf-8")
-                write_manifest(draft, facts)
+                write_manifest(draft, facts, saver.digests)
         if main:
             prune(folder, keep, newest=target)
             when_saved(target)

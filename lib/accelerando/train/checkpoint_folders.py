@@ -48,15 +48,25 @@ def restore_best(checkpoint: Path, best: Path) -> None:
         copy_model(checkpoint / "best", best)
 
 
-def write_manifest(folder: Path, known: dict[str, dict[str, Any]] | None = None) -> None:
-    """Writes size and SHA-256 of each file in ``folder``; those in ``known`` (path -> both) are not read again."""
-    known = known or {}
-    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    files = {
-        name: known.get(name) or {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-        for name in names
-        if name != MANIFEST
-    }
+def write_manifest(
+    folder: Path, known: dict[str, dict[str, Any]] | None = None, digests: dict[tuple[int, ...], str] | None = None
+) -> None:
+    """Writes size and SHA-256 of each file in ``folder``; those in ``known`` (path -> both) are not read again.
+
+    ``digests`` keeps those of weights: the best model's are in many checkpoints, as hard links to one file.
+    """
+    known, digests = known or {}, {} if digests is None else digests
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name, facts = path.relative_to(folder).as_posix(), path.stat()
+        if name in known:
+            files[name] = known[name]
+        elif name != MANIFEST:
+            identity = (facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
+            digest = digests.get(identity) or sha256(path)
+            if path.suffix == ".safetensors":
+                digests[identity] = digest
+            files[name] = {"bytes": facts.st_size, "sha256": digest}
     (folder / MANIFEST).write_text(json.dumps(files, indent=1), encoding="utf-8")
 
 
