@@ -122,6 +122,10 @@ bench_image: setup
 bench_har: setup
 	$(BIN)/python benchmarks/har.py
 
+# ARGS="--shards 20000 --pairs 100000000": larger than the default.
+bench_scale: setup
+	$(BIN)/python benchmarks/scale.py $(ARGS)
+
 bench_gpu: setup
 	$(BIN)/python benchmarks/gpu.py
 

@@ -1,5 +1,6 @@
 """Invariants 2, 4 and 6 at their root: one order, fair shares, nothing lost or doubled."""
 
+import itertools
 import tracemalloc
 from pathlib import Path
 
@@ -9,9 +10,11 @@ import torch
 from harness import ROOT
 
 import accelerando.data.order as order_module
+import accelerando.train.batches as batches_module
 from accelerando.data import shards
 from accelerando.data.collate import collate_text
 from accelerando.data.order import deal, epoch_order, permuted
+from accelerando.inference.scripts import import_script
 from accelerando.train.batches import TrainBatches, evaluation_batches
 
 SIZES = [1, 2, 5, 31, 32, 33, 255, 257, 1000, 9001]
@@ -275,3 +278,28 @@ def test_the_order_of_many_shards_is_made_in_parts(
     assert np.array_equal(pairs.epoch_order(1, 0)[20:55], order[:][20:55])
     places = [np.searchsorted(pairs.starts, part[:], side="right") for part in (whole, order)]
     assert np.array_equal(*places) and not np.array_equal(whole, order[:])  # the same shards in the same turn
+
+
+def test_a_set_of_shards_at_a_small_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/scale.py: ranks get the order of the epoch, also resumed on fewer, and the real pairs among it."""
+    scale = import_script(ROOT / "benchmarks" / "scale.py")
+    monkeypatch.setattr(shards, "LARGE", 500)
+    setting = scale.Setting(tmp_path, shards=20, pairs=1500, real=2, ranks=6, resumed=4, batch=8)
+    done = {name: step(setting) for name, step in scale.steps_of(setting).items()}
+    assert done["2 windows of all 6 ranks"].found == {"rows": 2 * 6 * 8}
+    assert done["2 windows of all 4 ranks there"].found == {"rows": 2 * 4 * 8}
+    assert done["pairs of 2 real shards"].found["real_pairs"] == 2 * scale.REAL_PAIRS
+    assert len({step.found["digest"] for step in done.values() if "digest" in step.found}) == 1
+    assert all(step.seconds > 0 and step.peak_mb >= step.before_mb > 0 for step in done.values())
+
+    # The checks fail when they should: a row that comes twice, another order after resuming, another pair.
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="exactly once"):
+        broken.setattr(batches_module, "deal", lambda rows, *how: deal(np.append(rows[1:], rows[1]), *how))
+        scale.deal_epoch(setting)
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="middle: 4 ranks read other rows"):
+        calls, order_of = itertools.count(), shards.ShardPairs.epoch_order  # another order each time that it is asked
+        broken.setattr(shards.ShardPairs, "epoch_order", lambda pairs, seed, _: order_of(pairs, seed, next(calls)))
+        scale.read_ranks_at("middle", "resumed", setting)
+    with monkeypatch.context() as broken, pytest.raises(SystemExit, match="is another pair"):
+        broken.setattr(scale, "real_pair", lambda shard, number, real=scale.real_pair: real(shard, number + 1))
+        scale.read_real_shards(setting)

@@ -86,6 +86,20 @@ def _shards_below(folder: Path) -> list[Path]:
     return found
 
 
+def identity_of(shard: Path | RemoteFile) -> str:
+    """What changes when a local or remote shard does: its place, size and modification time, or URL, size and version."""
+    if isinstance(shard, Path):
+        stat = shard.stat()
+        return f"{VERSION}|{shard.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+    return f"{VERSION}|{shard.url}|{shard.size}|{shard.version}"
+
+
+def index_file(path: Path, cache: Path, remote: RemoteFile | None = None) -> Path:
+    """The .npy file in ``cache`` that keeps the index of a shard in its present state; ``path`` names a remote one."""
+    identity = identity_of(path if remote is None else remote)
+    return cache / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.npy"
+
+
 def index_shard(
     path: Path, cache: Path, remote: tuple[RemoteFile, FileCache | RangeReader] | None = None
 ) -> np.ndarray:
@@ -96,12 +110,7 @@ def index_shard(
     Raises:
         UserError: the tar is corrupted or truncated, or a sample lacks its image or its caption.
     """
-    if remote is None:
-        stat = path.stat()
-        identity = f"{VERSION}|{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
-    else:
-        identity = f"{VERSION}|{remote[0].url}|{remote[0].size}|{remote[0].version}"
-    target = cache / f"{path.stem}-{hashlib.sha256(identity.encode()).hexdigest()[:20]}.npy"
+    target = index_file(path, cache, remote[0] if remote else None)
 
     def make(target: Path) -> None:
         if remote is None:
