@@ -22,7 +22,7 @@ from accelerando.base.errors import UserError
 from accelerando.data.digest import describe, digest
 from accelerando.data.folders import ImageFiles
 from accelerando.data.pairs import PairSubset, TablePairs
-from accelerando.data.shards import ShardPairs
+from accelerando.data.shards import FACTS, ShardPairs
 from accelerando.train.batches import TrainBatches
 from accelerando.train.changed_data import changed_splits
 from accelerando.train.checkpoint import Saver
@@ -293,6 +293,44 @@ def test_pairs_have_the_digest_of_their_files_names_and_captions(pair_set: Path,
     (tmp_path / "2.jpg").write_bytes(b"xxx")
     after = TablePairs(table, tmp_path).digest()
     assert (after["images"] == before["images"], after["captions"] == before["captions"]) == (False, True)
+
+
+def test_a_set_of_shards_is_opened_from_one_file_and_a_changed_shard_is_noticed(
+    pair_set: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, cache = Path(shutil.copytree(pair_set / "train", tmp_path / "train")), tmp_path / "cache"
+    paths = sorted(folder.glob("*.tar"))
+    first = ShardPairs(paths, cache)
+    # What checkpoints hold that were made when each start read every index.
+    every = [f"{path.name} {digest(first._index(number))}" for number, path in enumerate(paths)]
+    assert first.digest() == {"shards": digest(" ".join(every))}
+
+    [facts] = (cache / "shard_sets").glob("*.npy")
+    for file in (cache / "shards").glob("*.npy"):
+        file.unlink()
+    again = ShardPairs(paths, cache)
+    assert (len(again), again.digest()) == (75, first.digest()) and not list((cache / "shards").glob("*.npy"))
+    assert again.read(40) == first.read(40) and len(list((cache / "shards").glob("*.npy"))) == 1  # made when it is read
+
+    np.save(facts, np.load(facts)[:2])
+    assert ShardPairs(paths, cache).digest() == first.digest() and "will be made again" in caplog.text
+    assert ShardPairs(paths[:2], cache).digest() != first.digest() != ShardPairs(paths[::-1], cache).digest()
+
+    made = {file.name: file.stat().st_mtime_ns for file in (cache / "shards").glob("*.npy")}
+    with tarfile.open(paths[1]) as tar:
+        member = tar.getmembers()[1]
+    content = bytearray(paths[1].read_bytes())
+    content[member.offset_data] ^= 1
+    paths[1].write_bytes(content)
+    os.utime(paths[1], ns=(0, 1))
+    changed = ShardPairs(paths, cache)
+    assert len(changed) == 75 and changed.digest() != first.digest()
+    kept = {file.name: file.stat().st_mtime_ns for file in (cache / "shards").glob("*.npy")}
+    assert len(kept) == 4 and made.items() <= kept.items()  # only the changed one has a new index
+    paths[1].write_bytes(paths[0].read_bytes())
+    with pytest.raises(UserError, match=r"00001\.tar: the file changed while it was in use"):
+        changed.read(31)
+    assert np.load(facts).dtype == FACTS
 
 
 def test_an_edit_of_the_same_length_changes_the_digest_and_a_copy_does_not(pair_set: Path, tmp_path: Path) -> None:

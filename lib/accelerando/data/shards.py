@@ -34,6 +34,7 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 UNPACK = "compressed: unpack it (gunzip), since samples are read from any place of it"
 SPLITS = {"train", "val", "validation", "test"}
 VERSION = 2  # of the index
+FACTS = np.dtype([("pairs", "<i8"), ("digest", "S32")])  # of a shard, the digest that of its index
 CAPTION_IN_JSON = (0, 0)  # start and size of a text that is the "caption" of the sample's JSON
 PLACES = [(f"{part}_{field}", "<u8") for part in ("image", "text", "json") for field in ("start", "size")]
 INDEX = np.dtype([*PLACES, ("content", "<u8")])  # content: a digest of the ends of the sample's files
@@ -87,7 +88,7 @@ def _shards_below(folder: Path) -> list[Path]:
 
 
 def identity_of(shard: Path | RemoteFile) -> str:
-    """What changes when a local or remote shard does: its place, size and modification time, or URL, size and version."""
+    """A text that changes when a shard does: its path, size and modification time, or its URL, size and version."""
     if isinstance(shard, Path):
         stat = shard.stat()
         return f"{VERSION}|{shard.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
@@ -238,16 +239,10 @@ class ShardPairs:
     def __init__(
         self, shards: list[Path] | list[RemoteFile], cache: Path, remote: FileCache | RangeReader | None = None
     ) -> None:
-        from accelerando.base.log import progress_bar
-
         self.shards, self.cache, self.remote = shards, cache / "shards", remote
-        counts = np.zeros(len(shards), np.int64)
-        with progress_bar(len(shards), 0, " shards", "indexing") as bar:
-            for number in range(len(shards)):
-                counts[number] = len(self._index(number))
-                self._forget_all()
-                bar.update()
-        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        facts = self._facts(cache / "shard_sets")
+        self.starts = np.concatenate([[0], np.cumsum(facts["pairs"])])
+        self._digests = facts["digest"]
         if not len(self):
             raise UserError(f"{self.name(0)}: no samples in it (nor in the {len(shards) - 1} other shards)")
 
@@ -263,8 +258,8 @@ class ShardPairs:
 
     def digest(self) -> dict[str, str]:
         """See :class:`data.digest.Digested`: of the shards' names, and place, size and ends of what is in them."""
-        total = [f"{Path(self.name(shard)).name} {digest(self._index(shard))}" for shard in range(len(self.shards))]
-        self._forget_all()
+        names = [Path(self.name(shard)).name for shard in range(len(self.shards))]
+        total = [f"{name} {one.decode()}" for name, one in zip(names, self._digests, strict=True)]
         return {"shards": digest(" ".join(total))}
 
     def image_numbers(self) -> np.ndarray:
@@ -360,18 +355,51 @@ class ShardPairs:
         file = self._file(shard)
         return [os.pread(file, size, start) for start, size in parts]
 
+    def _facts(self, folder: Path) -> np.ndarray:
+        """``FACTS`` of every shard in its present state, [shards]: from a file in ``folder``, else from the indexes.
+
+        Each process needs them when it starts, and to open and read 20,000 indexes takes more than ten seconds.
+        """
+        from accelerando.base.log import progress_bar
+
+        identities = "\n".join(map(identity_of, self.shards))
+        key = hashlib.sha256(identities.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+        def make(target: Path) -> None:
+            facts = np.zeros(len(self.shards), FACTS)
+            with progress_bar(len(self.shards), 0, " shards", "indexing") as bar:
+                for number in range(len(self.shards)):
+                    index = self._open_index(number)
+                    facts[number] = len(index), digest(index)
+                    self._forget_all()
+                    bar.update()
+            with open_whole(target, "wb") as file:
+                np.save(file, facts)
+
+        def read(target: Path) -> np.ndarray:
+            facts = np.load(target, allow_pickle=False)
+            if facts.dtype != FACTS or len(facts) != len(self.shards):
+                raise ValueError("not the facts of these shards")
+            return facts
+
+        return derived(folder / f"{key}.npy", read, make)
+
     def _index(self, shard: int) -> np.ndarray:
         indexes = self.__dict__.setdefault("_indexes", {})
         if shard not in indexes:
             while len(indexes) >= OPEN_FILES:  # each holds a file descriptor
                 indexes.pop(next(iter(indexes)))
-            file = self.shards[shard]
-            indexes[shard] = (
-                index_shard(file, self.cache)
-                if self.remote is None
-                else index_shard(Path(Path(file.url).name), self.cache, (file, self.remote))
-            )
+            index = self._open_index(shard)
+            if len(index) != self.starts[shard + 1] - self.starts[shard]:
+                raise UserError(f"{self.name(shard)}: the file changed while it was in use: start again")
+            indexes[shard] = index
         return indexes[shard]
+
+    def _open_index(self, shard: int) -> np.ndarray:
+        file = self.shards[shard]
+        if self.remote is None:
+            return index_shard(file, self.cache)
+        return index_shard(Path(Path(file.url).name), self.cache, (file, self.remote))
 
     def _file(self, shard: int) -> int:
         # Each process opens its own files; pread does not move a shared file position.
