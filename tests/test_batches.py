@@ -10,6 +10,7 @@ import torch
 from harness import ROOT
 
 import accelerando.data.order as order_module
+import accelerando.data.pairs as pairs_module
 import accelerando.train.batches as batches_module
 from accelerando.data import shards
 from accelerando.data.collate import collate_text
@@ -278,6 +279,10 @@ def test_the_order_of_many_shards_is_made_in_parts(
     assert np.array_equal(pairs.epoch_order(1, 0)[20:55], order[:][20:55])
     places = [np.searchsorted(pairs.starts, part[:], side="right") for part in (whole, order)]
     assert np.array_equal(*places) and not np.array_equal(whole, order[:])  # the same shards in the same turn
+    monkeypatch.setattr(pairs_module, "LARGE_PART", 7)
+    some = np.random.default_rng(0).permutation(len(pairs))[:40]  # a subset keeps the turn of its rows
+    subset = pairs_module.PairSubset(pairs, some).epoch_order(1, 0)
+    assert some[subset].tolist() == [row for row in order[:].tolist() if row in some]
 
 
 def test_a_set_of_shards_at_a_small_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from accelerando.base.log import progress_bar
 from accelerando.data.digest import digest, digest_of, file_contents, file_facts, file_stamps
 from accelerando.data.duplicates import join_pairs
 from accelerando.data.mapped import by_file, opened
-from accelerando.data.order import epoch_order
+from accelerando.data.order import LARGE_PART, epoch_order
 from accelerando.data.table_formats import table_suffix
 from accelerando.data.tables import read_text_table
 from accelerando.data.transforms import ImageTransform
@@ -302,8 +302,9 @@ class PairSubset:
         """The order of rows in an epoch, int64 [n]: the source's, which keeps the rows of a shard together."""
         place = np.full(len(self.source), -1)
         place[self.rows] = np.arange(len(self.rows))
-        order = place[self.source.epoch_order(seed, epoch)[:]]
-        return order[order >= 0]
+        order = self.source.epoch_order(seed, epoch)
+        parts = (place[order[start : start + LARGE_PART]] for start in range(0, len(order), LARGE_PART))
+        return np.concatenate([part[part >= 0] for part in parts])
 
     def prefetch(self, parts: Iterable[np.ndarray]) -> None:
         """Starts to fetch remote data of rows in advance, in this order."""
