@@ -279,6 +279,12 @@ def test_runs_that_differ_in_seed_or_fold_alone_are_a_set(tmp_path: Path) -> Non
     assert cross.name == "cv" and cross.counted == "3 folds" and cross.folds == 3
 
 
+def test_folders_of_one_name_are_told_apart_by_as_little_as_it_takes(tmp_path: Path) -> None:
+    places = [tmp_path / "runs" / name / "trial_0001" for name in ("first", "second")]
+    sets = as_sets([read_run(make_run(place, 0.8, number, lr=number + 1.0)) for number, place in enumerate(places)])
+    assert [each.name for each in sets] == ["first/trial_0001", "second/trial_0001"]
+
+
 def test_seeds_pair_up_or_not(tmp_path: Path) -> None:
     def sets(first: int, **settings: object) -> list:
         parent = tmp_path / f"from{first}"

@@ -212,7 +212,7 @@ def claim(pair: Pair, metric: str, comparisons: int) -> str:
     where = f"95 % interval {found.low:+.4f} to {found.high:+.4f}"
     p = f"{found.test} p {written_p(found.p).replace('<', '< ') if found.p < 0.0001 else '= ' + written_p(found.p)}"
     if comparisons > 1 and not math.isnan(found.p):
-        p += f", {written_p(pair.holm[metric])} when corrected for {comparisons} comparisons"
+        p += f", {written_p(pair.holm[metric]).replace('<', '< ')} when corrected for {comparisons} comparisons"
     single = found.test == "McNemar"
     over = f"{pair.other.counted} against {pair.baseline.counted}"
     if single:
@@ -467,14 +467,14 @@ def write_page(
     if rows:
         note = (
             f"From and to: the 95 % interval. Holm p: p of the first test of each, corrected for {comparisons} "
-            "comparisons. Effect: Hedges' g, the difference in standard deviations. Folds share training samples, for "
+            f"comparison{'s' if comparisons != 1 else ''}. Effect: Hedges' g, the difference in standard deviations. Folds share training samples, for "
             "which their t test is corrected (Nadeau and Bengio 2003). McNemar's interval is from a bootstrap."
         )
         parts.append(page.table(header, rows, note=note, title="Statistics"))
     for title, block in blocks.items():
         names = list(dict.fromkeys(name for _, each in block for name in each.differing))
         lines = [
-            (number, each.name, each.counted, *(each.mean(name) for name in metrics), half_of(each, metric),
+            (number, each.name, each.counted.replace(" ", "\u00a0"), *(each.mean(name) for name in metrics), half_of(each, metric),
              *(each.differing.get(name, "–") for name in names))
             for number, each in block
         ]  # fmt: skip

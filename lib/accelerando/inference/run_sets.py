@@ -230,9 +230,9 @@ def as_sets(found: Iterable[FinishedRun]) -> list[RunSet]:
         if named[each.name] > 1:
             each.name = _first_and_more(each.runs)
     named = Counter(each.name for each in sets)
-    for each in sets:
-        if named[each.name] > 1:  # folders of one name in several places
-            each.name = str(each.runs[0].folder)
+    same = [each for each in sets if named[each.name] > 1]  # folders of one name in several places
+    for each, name in zip(same, _shortest_paths([each.runs[0].folder for each in same]), strict=True):
+        each.name = name
     by_data: dict[tuple[str, str], list[RunSet]] = {}
     for each in sets:
         by_data.setdefault((each.runs[0].task, each.runs[0].data), []).append(each)
@@ -271,6 +271,14 @@ def _name_of(members: Sequence[FinishedRun]) -> str:
     return (
         names[0] if len(members) == 1 else left.pop() if len(left) == 1 and "" not in left else _first_and_more(members)
     )
+
+
+def _shortest_paths(folders: Sequence[Path]) -> list[str]:
+    """The ends of the paths, of as many folders as it takes to tell them apart."""
+    paths = [folder.absolute().parts for folder in folders]
+    longest = max(map(len, paths), default=1)
+    ends = ([str(Path(*parts[-length:])) for parts in paths] for length in range(1, longest + 1))
+    return next((names for names in ends if len(set(names)) == len(names)), [str(folder) for folder in folders])
 
 
 def _first_and_more(members: Sequence[FinishedRun]) -> str:
