@@ -41,7 +41,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "lib"), *filter(None, [os
 # Many short processes: one thread each is faster than many that wait for each other, and bit-exact comparisons need
 # the same number everywhere.
 ENVIRONMENT = {
-    **{key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))},
+    **{key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_", "PARALLELISM_"))},
     "OMP_NUM_THREADS": "1",
     "HF_HUB_OFFLINE": "1",
     "WANDB_MODE": "offline",

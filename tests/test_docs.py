@@ -109,7 +109,7 @@ def test_every_launch_config_is_one_that_accelerate_takes() -> None:
     for path in ROOT.glob("accelerate_configs/*.yaml"):
         loaded = load_config_from_file(str(path))
         assert loaded.num_processes >= 1
-        if path.stem == "fsdp":
+        if path.stem in ("fsdp", "multi_node_hsdp"):
             assert yaml.safe_load(path.read_text())["fsdp_config"]["fsdp_version"] == 2
 
 

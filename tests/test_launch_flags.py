@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 
+import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -16,6 +18,7 @@ from accelerando.base.config import parse_args
 from accelerando.base.errors import UserError
 from accelerando.base.log import log
 from accelerando.train.accelerator import make_accelerator
+from accelerando.train.machines import check_mesh, choose_interface, interface_to
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +160,39 @@ def test_one_thread_is_kept_where_the_user_chose_it(monkeypatch: pytest.MonkeyPa
         assert threads(("accelerate", "launch", "x.py"), {}) == cores
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"DP_SHARD": 4}, "dp_replicate_size 1 x dp_shard_size 4 of the launch config is not the number of processes, 8: "),
+        ({"DP_REPLICATE": 8}, "one process a machine leaves nothing to shard within it: use .*multi_node.yaml, or "
+                              "dp_replicate_size 1 and dp_shard_size 8"),
+        ({"DP_SHARD": 4, "TP": 2}, "tp_size of the launch config is not supported: use dp_replicate_size, dp_shard_size"),
+        ({"DP_REPLICATE": 2, "DP_SHARD": 4}, None),
+    ],
+)  # fmt: skip
+def test_the_mesh_of_a_launch_config_is_data_parallelism(sizes, message, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for name, size in sizes.items():
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}_SIZE", str(size))
+    check_mesh()  # the sizes alone are not asked for
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    with pytest.raises(UserError, match=f"^{message}") if message else nullcontext():
+        check_mesh()
+
+
+def test_machines_meet_on_the_interface_that_leads_to_the_main_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine's own name often stands for 127.0.0.1, at which the others find nobody."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    loopback = next(
+        name for name, found in psutil.net_if_addrs().items() if any(a.address == "127.0.0.1" for a in found)
+    )
+    for own, variables in ((None, {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}), (loopback, {"LOCAL_WORLD_SIZE": "1"}),
+                           ("chosen", {"GLOO_SOCKET_IFNAME": "chosen"})):  # fmt: skip
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        choose_interface()
+        assert os.environ.get("GLOO_SOCKET_IFNAME") == own
+    assert interface_to("name.invalid") is None

@@ -1,6 +1,7 @@
 """Runs a script and keeps the gradient of each optimizer step: ``window_gradients.py FOLDER SCRIPT [ARGUMENT ...]``.
 
-Each rank writes ``rank0_step1.safetensors`` and so on, gradients by the name of their parameter, before they are used.
+Each rank writes ``rank0_step1.safetensors`` and so on, gradients by the name of their parameter, before they are used. Of
+a sharded model they are this rank's shards, and the file's metadata says how each parameter is placed on which mesh.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import accelerate
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 NAMES: dict[int, str] = {}
 prepare, step = accelerate.Accelerator.prepare, AcceleratedOptimizer.step
@@ -21,11 +23,12 @@ taken = 0
 
 
 def prepare_and_name(self: accelerate.Accelerator, *objects: object, **options: object) -> object:
-    """Notes the parameters' names."""
+    """Notes the parameters' names, after FSDP has replaced them."""
+    prepared = prepare(self, *objects, **options)
     for thing in objects:
         if isinstance(thing, torch.nn.Module):
             NAMES.update({id(parameter): name for name, parameter in thing.named_parameters()})
-    return prepare(self, *objects, **options)
+    return prepared
 
 
 def keep_and_step(self: AcceleratedOptimizer, closure: object = None) -> object:
@@ -33,8 +36,14 @@ def keep_and_step(self: AcceleratedOptimizer, closure: object = None) -> object:
     global taken
     taken += 1
     parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-    gradients = {NAMES[id(p)]: p.grad.detach().contiguous() for p in parameters if p.grad is not None}
-    save_file(gradients, Path(FOLDER) / f"rank{os.environ.get('RANK', '0')}_step{taken}.safetensors")
+    gradients = {NAMES[id(p)]: p.grad.detach() for p in parameters if p.grad is not None}
+    shards = {
+        name: g.to_local().contiguous() if isinstance(g, DTensor) else g.contiguous() for name, g in gradients.items()
+    }
+    placed = {
+        NAMES[id(p)]: f"{p.placements} of {p.device_mesh.mesh.tolist()}" for p in parameters if isinstance(p, DTensor)
+    }
+    save_file(shards, Path(FOLDER) / f"rank{os.environ.get('RANK', '0')}_step{taken}.safetensors", metadata=placed)
     return step(self, closure)
 
 

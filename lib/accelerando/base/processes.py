@@ -95,7 +95,7 @@ def command_line() -> str:
 
 
 # Variables on which a run depends: Accelerate's, and those of devices and threads.
-NEEDED_VARIABLES = r"ACCELERATE_|FSDP_|(CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS)$"
+NEEDED_VARIABLES = r"ACCELERATE_|FSDP_|PARALLELISM_CONFIG_|(CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS)$"
 
 
 def _environment_of(process: int) -> dict[str, str]:

@@ -6,12 +6,14 @@ import datetime
 import gc
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from accelerando.base.config import asked_of_launch
 from accelerando.base.errors import UserError
 from accelerando.base.log import log, start_log
 from accelerando.base.processes import threads_are_chosen
+from accelerando.train.machines import check_mesh, choose_interface
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,7 @@ def make_accelerator(seed: int, amp: str | None, deterministic: bool = False, ch
     """
     start_log()
     _check_launch_environment()
+    choose_interface()
     _import_libraries()
     import torch
     from accelerate import Accelerator
@@ -108,6 +111,7 @@ def _check_launch_environment() -> None:
     for name in ("DEEPSPEED", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
             raise UserError(f"{name} of the launch config is not supported: use accelerate_configs/fsdp.yaml")
+    check_mesh()
     # Otherwise each process would train on its own.
     processes, devices = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.accelerator.device_count()
     if processes > max(1, devices) and not parse_flag_from_env("ACCELERATE_USE_CPU"):
@@ -212,6 +216,9 @@ def describe_processes(accelerator: Accelerator) -> str:
     number = torch.get_num_threads()
     threads = f", {number} thread{'s' if number > 1 else ''} each" if accelerator.device.type == "cpu" else ""
     count = accelerator.num_processes
+    mesh = accelerator.parallelism_config
+    if mesh is not None and mesh.dp_replicate_enabled:
+        kind += f", {mesh.dp_replicate_size} copies sharded over {mesh.dp_shard_size} each"
     precision = {"no": "float32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     return f"{count} process{'es' if count > 1 else ''} ({kind}) on {device}{threads}, precision {precision}"
 
@@ -232,7 +239,10 @@ def prepare(
 
         model = torch.compile(model, dynamic=dynamic)
     choose_sharded_layers(accelerator, model)
-    return accelerator.prepare(model, optimizer)
+    with warnings.catch_warnings():
+        # Of torch, about how Accelerate asks for its mesh of shards and copies.
+        warnings.filterwarnings("ignore", message="Slicing a flattened dim")
+        return accelerator.prepare(model, optimizer)
 
 
 def log_trained(model: torch.nn.Module, what: str) -> None:
