@@ -19,7 +19,7 @@ Run = Iterator[Callable[..., Path]]
 CallTool = Callable[..., tuple[int, str, str]]
 # Groups of tests (see tests/tasks.py for those of the invariants) that take long: they start first.
 LONGEST = (
-    "text-resume", "clip-parallel", "test_parallel", "test_privacy", "test_docs", "clip-resume", "image-resume", "sign-resume", "test_text_options",
+    "text-resume", "clip-parallel", "nodes", "hsdp", "test_parallel", "test_privacy", "test_docs", "clip-resume", "image-resume", "sign-resume", "test_text_options",
     "test_image", "test_sign", "test_clip", "har-resume", "test_har", "text-parallel", "test_cross_validate", "test_remote",
 )  # fmt: skip
 
