@@ -467,15 +467,16 @@ def write_page(
     if rows:
         note = (
             f"From and to: the 95 % interval. Holm p: p of the first test of each, corrected for {comparisons} "
-            f"comparison{'s' if comparisons != 1 else ''}. Effect: Hedges' g, the difference in standard deviations. Folds share training samples, for "
-            "which their t test is corrected (Nadeau and Bengio 2003). McNemar's interval is from a bootstrap."
+            f"comparison{'s' if comparisons != 1 else ''}. Effect: Hedges' g, the difference in standard deviations. "
+            "Folds share training samples, for which their t test is corrected (Nadeau and Bengio 2003). McNemar's "
+            "interval is from a bootstrap."
         )
         parts.append(page.table(header, rows, note=note, title="Statistics"))
     for title, block in blocks.items():
         names = list(dict.fromkeys(name for _, each in block for name in each.differing))
         lines = [
-            (number, each.name, each.counted.replace(" ", "\u00a0"), *(each.mean(name) for name in metrics), half_of(each, metric),
-             *(each.differing.get(name, "–") for name in names))
+            (number, each.name, each.counted.replace(" ", "\u00a0"), *(each.mean(name) for name in metrics),
+             half_of(each, metric), *(each.differing.get(name, "–") for name in names))
             for number, each in block
         ]  # fmt: skip
         parts.append(page.table(["#", "set", "runs", *metrics, "±", *names], lines, title=f"Results: {title}",

@@ -106,14 +106,14 @@ def plot_parallel(trials: Sequence[Tried], settings: Sequence[Setting], metric: 
     shades = heights[-1][0]
     for rank in reversed(range(len(ranked))):
         shade = shades[rank] if higher else 1 - shades[rank]
-        colour, width = ("#111111", 2.4) if rank == 0 else (colormaps["viridis"](0.95 * shade), 1.2)
+        colour, width = ("#111111", 2.4) if rank == 0 else (colormaps["viridis"](0.85 * shade), 1.2)
         line = [places[rank] for places, _ in heights]
         axes.plot(range(len(heights)), line, "-", color=colour, lw=width, alpha=1.0 if rank == 0 else 0.8)
     for number, (_, ticks) in enumerate(heights):
         axes.axvline(number, color="#888888", lw=0.8, zorder=0)
         for height, name in ticks:
             axes.text(number + 0.02, height, name, fontsize=7.5, va="center", parse_math=False,
-                      bbox={"facecolor": "white", "alpha": 0.75, "lw": 0, "pad": 0.6})  # fmt: skip
+                      bbox={"facecolor": "white", "alpha": 0.9, "lw": 0, "pad": 0.6})  # fmt: skip
     axes.set_xticks(range(len(heights)), [*(shorten(setting.name, 18) for setting in settings), metric], fontsize=9)
     axes.set(yticks=[], xlim=(-0.1, len(heights) - 0.55), ylim=(-0.06, 1.06))
     axes.spines[:].set_visible(False)
@@ -175,6 +175,10 @@ def _plot_setting(axes: Axes, complete: Sequence[Tried], setting: Setting) -> No
         axes.set_xlim(-0.5, len(names) - 0.5)
     elif log:
         axes.set_xscale("log")
+        if max(places) < 10 * min(places):  # no power of ten is in it, and the names of all others overlap
+            ends = sorted({min(places), max(places)})
+            axes.set_xticks(ends, [f"{end:.3g}" for end in ends])
+            axes.set_xticks([], minor=True)
     axes.tick_params(labelsize=8)
     axes.grid(color="#e6e6e6", lw=0.6)
     axes.set_axisbelow(True)
@@ -205,9 +209,9 @@ def write_page(
         best = complete[0]
         mean, half = mean_interval(list(best.results.values()))
         over = f"± {half:.4f} over {len(best.results)} seeds" if half is not None else "one seed"
-        tiles.insert(0, (f"best {metric}", f"{mean:.4f}", f"{over}, trial {best.number}"))
+        tiles.insert(0, (f"best {metric}", f"{mean:.4f}", over))
         chosen = ", ".join(f"{one.name} {one.shown(best.values[one.name])}" for one in settings)
-        tiles.append(("best settings", shorten(chosen, 90), ""))
+        tiles.insert(1, ("best trial", str(best.number), shorten(chosen, 120)))
     seconds = sum(trial.seconds or 0 for trial in trials)
     tiles.append(("training", f"{seconds:,.0f} s", "all trials"))
     heading, *rows = trial_rows(ranked, settings, metric)
@@ -217,9 +221,12 @@ def write_page(
     blocks = [page.headline(tiles), page.table(heading, rows, sides, " ".join(map(one_line, notes)), title="Trials")]
     if shares:
         told = "Functional ANOVA: how much of the metric's variance over the trials each setting explains by itself"
-        told += ", mean and 95 % interval over the seeds." if len(next(iter(shares.values()))) > 1 else "."
-        bars = [(name, shown, min(1.0, statistics.fmean(shares[name]))) for name, shown in importance_rows(shares)]
-        blocks.append(page.table(["setting", "importance", "share"], bars, ["left", "right", "left"], told, heat=(2,),
+        several = len(next(iter(shares.values()))) > 1
+        told += ", mean and 95 % interval over the seeds." if several else "."
+        bars = [(name, min(1.0, statistics.fmean(shares[name])), shown) for name, shown in importance_rows(shares)]
+        heading = ["setting", "importance", "over the seeds"][: 2 + several]
+        bars = [bar[: len(heading)] for bar in bars]
+        blocks.append(page.table(heading, bars, ["left", "left", "right"][: len(heading)], told, heat=(1,),
                                  title="Importance"))  # fmt: skip
     blocks += [page.picture(image, name, name) for name, image in pictures.items()]
     blocks += [page.command(text, name) for name, text in commands.items()]
