@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PYTHONPATH := $(CURDIR)/lib
 
-.PHONY: setup demo demo_clip demo_har demo_text demo_sign demo_image compiled test test-fast test-all bench bench_clip bench_text bench_techniques bench_sign bench_image bench_har bench_gpu torture fuzz lint link
+.PHONY: setup demo demo_clip demo_har demo_text demo_sign demo_image compiled test test-fast test-all bench bench_clip bench_text bench_techniques bench_sign bench_image bench_har bench_scale bench_gpu bench_checkpoint gpu-check torture fuzz lint link
 
 setup: $(STAMP) link
 
@@ -128,6 +128,14 @@ bench_scale: setup
 
 bench_gpu: setup
 	$(BIN)/python benchmarks/gpu.py
+
+# ARGS="--parameters 1.5e9 --dtype bfloat16": a larger model.
+bench_checkpoint: setup
+	$(BIN)/python benchmarks/checkpoint.py $(ARGS)
+
+# What only a GPU shows, in at most nine minutes; ARGS=--dry_run tries the check itself on the CPU.
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

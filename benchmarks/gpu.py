@@ -146,12 +146,14 @@ MAKERS: dict[str, tuple[str, Callable[[Path, int], list[str]]]] = {
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def train_ours(task: str, flags: list[str], folder: Path, steps: int, warm_up: int) -> dict[str, float]:
+def train_ours(
+    task: str, flags: list[str], folder: Path, steps: int, warm_up: int, config: str = "single_gpu"
+) -> dict[str, float]:
     """Samples per second, peak memory and the share of waiting for data, of a script."""
     amp = [] if "--amp" in flags else ["--amp", "bf16"]
     command = [
         sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file",
-        str(ROOT / "accelerate_configs" / "single_gpu.yaml"), str(ROOT / "scripts" / MAKERS[task][0]), *flags, *amp,
+        str(ROOT / "accelerate_configs" / f"{config}.yaml"), str(ROOT / "scripts" / MAKERS[task][0]), *flags, *amp,
         "--max_steps", str(warm_up + steps), "--epochs", "1000", "--log_every", "1", "--eval_every", str(10**9),
         "--save_every", str(10**9), "--num_workers", str(WORKERS), "--output_dir", str(folder), "--run_name", "ours",
         "--overwrite", "--report_to", "tensorboard", "--lr", "1e-4",

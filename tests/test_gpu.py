@@ -61,38 +61,6 @@ def validation_loss(run: Path) -> float:
     return history(run, "validation")[-1]["loss"]
 
 
-def test_the_gpu_gives_what_the_cpu_gives(task: Task, tmp_path: Path) -> None:
-    flags = ("--amp", "no", "--max_steps", "4", *task.without_dropout)
-    cpu = train(task, tmp_path, "cpu", *flags, config="cpu")
-    gpu = train(task, tmp_path, "gpu", *flags)
-    assert "cuda" not in (cpu / "logs" / "train.log").read_text().lower()
-    assert torch.cuda.get_device_name() in (gpu / "logs" / "train.log").read_text()
-    assert losses(gpu) == pytest.approx(losses(cpu), rel=5e-3)
-    assert validation_loss(gpu) == pytest.approx(validation_loss(cpu), rel=5e-3)
-    assert history(gpu, "validation")[-1]["gpu_allocated_mb"] > 0
-
-
-@pytest.mark.parametrize("amp", ["no", "bf16", "fp16"])
-def test_a_run_that_goes_on_ends_with_the_same_bytes(task: Task, amp: str, tmp_path: Path) -> None:
-    flags = ("--amp", amp, "--max_steps", "6", "--save_every", "3", "--keep_checkpoints", "5", "--deterministic")
-    run = train(task, tmp_path, "a", *flags)
-    unbroken, curve = weights(run / "last"), losses(run)
-    assert all(map(math.isfinite, curve))
-    again = train(task, tmp_path, "a", *flags, "--resume", str(run / "checkpoints" / "step_000003"))
-    assert losses(again) == curve
-    assert weights(again / "last") == unbroken
-    scaler = json.loads((run / "checkpoints" / "step_000006" / "state.json").read_text())["scaler"]
-    assert bool(scaler) == (amp == "fp16")
-
-
-@pytest.mark.parametrize("amp", ["bf16", "fp16"])
-def test_half_precision_learns_as_float32_does(task: Task, amp: str, tmp_path: Path) -> None:
-    flags = ("--max_steps", "4", *task.without_dropout)
-    full, half = (train(task, tmp_path, name, "--amp", name, *flags) for name in ("no", amp))
-    assert losses(half) == pytest.approx(losses(full), rel=0.05)
-    assert losses(half) != losses(full)
-
-
 def test_sharded_training_gives_the_same_curve_and_goes_on(task: Task, tmp_path: Path) -> None:
     flags = ("--max_steps", "4", "--save_every", "2", "--keep_checkpoints", "5", *task.without_dropout)
     whole = train(task, tmp_path, "whole", "--amp", "bf16", *flags)
@@ -107,6 +75,14 @@ def test_sharded_training_gives_the_same_curve_and_goes_on(task: Task, tmp_path:
     step = str(sharded / "checkpoints" / "step_000002")
     again = train(task, tmp_path, "sharded", "--amp", "bf16", *flags, "--resume", step, config="fsdp")
     assert losses(again) == pytest.approx(curve, rel=1e-3)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_half_precision_learns_as_float32_does(task: Task, amp: str, tmp_path: Path) -> None:
+    flags = ("--max_steps", "4", *task.without_dropout)
+    full, half = (train(task, tmp_path, name, "--amp", name, *flags) for name in ("no", amp))
+    assert losses(half) == pytest.approx(losses(full), rel=0.05)
+    assert losses(half) != losses(full)
 
 
 def test_a_compiled_model_trains_alike(task: Task, tmp_path: Path) -> None:
@@ -131,6 +107,30 @@ def test_8_bit_states_are_bytes_and_go_on(task: Task, optimizer: str, tmp_path: 
     curve, unbroken = losses(run), weights(run / "last")
     again = train(task, tmp_path, "a", "--amp", "bf16", *flags, "--resume", str(run / "checkpoints" / "step_000002"))
     assert losses(again) == curve and weights(again / "last") == unbroken
+
+
+@pytest.mark.parametrize("amp", ["no", "bf16", "fp16"])
+def test_a_run_that_goes_on_ends_with_the_same_bytes(task: Task, amp: str, tmp_path: Path) -> None:
+    flags = ("--amp", amp, "--max_steps", "6", "--save_every", "3", "--keep_checkpoints", "5", "--deterministic")
+    run = train(task, tmp_path, "a", *flags)
+    unbroken, curve = weights(run / "last"), losses(run)
+    assert all(map(math.isfinite, curve))
+    again = train(task, tmp_path, "a", *flags, "--resume", str(run / "checkpoints" / "step_000003"))
+    assert losses(again) == curve
+    assert weights(again / "last") == unbroken
+    scaler = json.loads((run / "checkpoints" / "step_000006" / "state.json").read_text())["scaler"]
+    assert bool(scaler) == (amp == "fp16")
+
+
+def test_the_gpu_gives_what_the_cpu_gives(task: Task, tmp_path: Path) -> None:
+    flags = ("--amp", "no", "--max_steps", "4", *task.without_dropout)
+    cpu = train(task, tmp_path, "cpu", *flags, config="cpu")
+    gpu = train(task, tmp_path, "gpu", *flags)
+    assert "cuda" not in (cpu / "logs" / "train.log").read_text().lower()
+    assert torch.cuda.get_device_name() in (gpu / "logs" / "train.log").read_text()
+    assert losses(gpu) == pytest.approx(losses(cpu), rel=5e-3)
+    assert validation_loss(gpu) == pytest.approx(validation_loss(cpu), rel=5e-3)
+    assert history(gpu, "validation")[-1]["gpu_allocated_mb"] > 0
 
 
 def test_private_training_on_a_gpu_adds_the_noise_of_the_cpu(
