@@ -160,7 +160,7 @@ def table(
             if heat and column in heat and sort_key:
                 share = min(1.0, max(0.0, float(value)))
                 bar = f'<i class="bar" style="--v:{share:.3f}"></i>'
-                cells.append(f'<td class="{side} heat"{sort_key}><span>{_number(value)}</span>{bar}</td>')
+                cells.append(f'<td class="{side} heat"{sort_key}><span>{_share(value)}</span>{bar}</td>')
             else:
                 cells.append(f'<td class="{side}"{sort_key}>{_cell(value)}</td>')
         body.append(f"<tr>{''.join(cells)}</tr>")
@@ -295,7 +295,7 @@ def class_scores(rows: Sequence[Mapping[str, Any]], title: str = "Scores", limit
         ranked = sorted(row["scores"].items(), key=lambda each: -each[1])
         bars = "".join(
             f"<tr{marked if name == row['true'] else ''}><td>{_text(name)}</td>"
-            f'<td class="heat"><span>{_number(share)}</span><i class="bar" style="--v:{share:.3f}"></i></td></tr>'
+            f'<td class="heat"><span>{_share(share)}</span><i class="bar" style="--v:{share:.3f}"></i></td></tr>'
             for name, share in ranked[:limit]
         )
         more = f'<p class="note">and {len(ranked) - limit:,} more</p>' if len(ranked) > limit else ""
@@ -399,6 +399,11 @@ def _setting(value: object) -> str:
     if isinstance(value, list | tuple):
         value = " ".join(str(item) for item in value)
     return _text(value) if value not in ("", None) else '<span class="none">none</span>'
+
+
+def _share(value: Real) -> str:
+    """A share with three decimals, so that the bars after them stand below each other; others as numbers."""
+    return f"{value:.3f}" if 0 <= value <= 1 else _number(value)
 
 
 def _number(value: Real) -> str:

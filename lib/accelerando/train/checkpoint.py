@@ -101,18 +101,19 @@ class Saver:
         from torch import distributed
 
         found: dict[str, Any] = {}
-        problem = None
+        problem = defect = None
         try:
             found = write()
         except Exception as error:
             problem = what_failed(error)
-            if problem is None:
-                raise
-        if self._group is None:
-            everything = [(found, problem)]
-        else:
+            if problem is None:  # the others must not wait for this process
+                problem, defect = f"{type(error).__name__}: {error}", error
+        everything = [(found, problem)]
+        if self._group is not None:
             everything = [None] * distributed.get_world_size()
             distributed.all_gather_object(everything, (found, problem), group=self._group)
+        if defect is not None:
+            raise defect
         for _, problem in everything:
             if problem:
                 raise UserError(problem)
