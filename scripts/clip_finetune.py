@@ -53,7 +53,7 @@ from accelerando.data.table_formats import table_suffix
 from accelerando.data.transforms import AugmentationName, normalise
 from accelerando.inference.hub import Hub, check_push
 from accelerando.models import clip
-from accelerando.models.cpu import speed_up_dropout, use_eager_attention
+from accelerando.models.cpu import speed_up_dropout, use_eager_attention, use_patch_products
 from accelerando.models.pretrained import add_embeddings
 from accelerando.report import page, results
 from accelerando.report.metrics import contrastive_metrics, retrieval_metrics, zero_shot_metrics
@@ -382,6 +382,7 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
     if on_cpu:
         longest = clip.tokens_at_most(model, data.preprocessing.max_length)
         use_eager_attention(model, accelerator.mixed_precision, longest)
+        use_patch_products(model, accelerator.mixed_precision)
     if args.activation_checkpointing:
         model.activation_checkpointing_enable()
     clip.embed_in_forward(model)

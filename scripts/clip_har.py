@@ -49,7 +49,7 @@ from accelerando.data.media import (
 from accelerando.data.transforms import normalise
 from accelerando.inference.hub import Hub, check_push
 from accelerando.models import clip
-from accelerando.models.cpu import speed_up_dropout, use_eager_attention
+from accelerando.models.cpu import speed_up_dropout, use_eager_attention, use_patch_products
 from accelerando.models.pretrained import add_embeddings
 from accelerando.report import page, results
 from accelerando.report.metrics import classification_metrics, nearest_neighbours_accuracy, top_k_accuracy
@@ -444,6 +444,7 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
     if on_cpu:
         longest = clip.tokens_at_most(tower, data.preprocessing.max_length)
         use_eager_attention(tower, accelerator.mixed_precision, longest)
+        use_patch_products(tower, accelerator.mixed_precision)
     if args.activation_checkpointing:
         tower.activation_checkpointing_enable()
     if args.strategy == "lora":

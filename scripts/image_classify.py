@@ -35,7 +35,7 @@ from accelerando.data.tables import ProblemType, encode_labels, label_names, rea
 from accelerando.data.targets import PROBLEM_TYPES, as_targets, strata
 from accelerando.data.transforms import normalise
 from accelerando.inference.hub import Hub, check_push
-from accelerando.models.cpu import speed_up_dropout
+from accelerando.models.cpu import speed_up_dropout, use_patch_products
 from accelerando.models.pretrained import (
     class_labels,
     colour_statistics,
@@ -402,6 +402,7 @@ def build_model(args: Args, data: Data, accelerator: Accelerator) -> PreTrainedM
         make_valid(model, args.image_size)
     elif accelerator.device.type == "cpu" and not args.compile_model:
         speed_up_dropout(model)
+        use_patch_products(model, accelerator.mixed_precision)
     if args.channels_last and not is_sharded(accelerator):
         model = model.to(memory_format=torch.channels_last)
     log_trained(model, f"Strategy {args.strategy}")
