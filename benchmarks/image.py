@@ -1,6 +1,7 @@
 """Reading and training of image_classify.py, beside torchvision's recipe and beside a loop that reads nothing.
 
   python benchmarks/image.py [--data data/hymenoptera --rounds 3 --steps 6]
+  python benchmarks/image.py --parts peers --timm FOLDER --transformers FOLDER
 
 FOLDER of --data holds train/<class>/* and val/<class>/*; without it JPEGs of the sizes of the hymenoptera photos are
 made. The job is that of the guide: ResNet-18, 224 pixels, batches of 32, on the cores that this process may use.
@@ -21,6 +22,11 @@ Contestants take turns, each in a process of its own, and the order turns each r
               From the end of the warm-up to the last step; ours goes through several epochs, evaluation and saving not
               counted.
   alone       reading without workers; not measured unless it is named.
+  peers       `train.py` of timm and `run_image_classification.py` of transformers, FOLDER a checkout of each; measured
+              with these flags alone. The same net, pictures, batch, crops, flips, precision, AdamW (fused), threads and
+              1 worker; timm in channels_last with its fast norms, and `timm_compiled` compiled too. Their first epoch
+              beside our second one (ours decodes each JPEG in full in the first), after two steps of warm-up, by the
+              clock of benchmarks/step_clock.py, which also takes the processor time.
 
 Beside samples/s stands the processor time of reader and workers for a picture, which other work on the machine changes
 less, and their memory together (a page that several share counted once). Ratios are medians over the rounds, above 1
@@ -42,27 +48,44 @@ from pathlib import Path
 from typing import Any
 
 # Of the benchmark beside this one: pictures, and how figures are taken and shown.
-from clip import Figures, cpu_seconds, in_turns, make_picture, resident_mb, step_times
+from clip import Figures, in_turns, make_picture, resident_mb, step_times
+from step_clock import cpu_seconds, speeds
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("reading", "evaluation", "training", "alone")
+CLOCK = ROOT / "benchmarks" / "step_clock.py"
+PARTS = ("reading", "evaluation", "training", "alone", "peers")
 BATCH, SIZE, WORKERS = 32, 224, 2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 READERS = ("ours", "cache", "imagefolder")
+# A ViT-Tiny of transformers: model_type and what differs from the base net.
+VIT_TINY = {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3, "intermediate_size": 768}
+# The examples of transformers ask the Hub for this metric, and look for a folder of its name first.
+ACCURACY = """
+import datasets
+import evaluate
+
+class Accuracy(evaluate.Metric):
+    def _info(self):
+        numbers = datasets.Features({"predictions": datasets.Value("int32"), "references": datasets.Value("int32")})
+        return evaluate.MetricInfo(description="", citation="", features=numbers)
+
+    def _compute(self, predictions, references):
+        return {"accuracy": sum(a == b for a, b in zip(predictions, references)) / len(references)}
+"""
 TARGETS = {"reading": {"ours": 1.8, "cache": 6.0}, "training": {"ours": 1.0}}
 # Height, width and how many in a hundred of the hymenoptera photos, which are 4:4:4 at 0.6 bytes a pixel.
 SIZES = ((333, 500, 27), (375, 500, 27), (500, 375, 10), (500, 333, 6), (400, 500, 8), (500, 500, 8), (332, 500, 6),
          (281, 500, 4), (200, 300, 3), (1200, 1600, 1))  # fmt: skip
 
 
-def make_pictures(folder: Path, count: int) -> Path:
-    """``count`` pictures in train/ and half as many in val/, of two classes, as JPEGs."""
+def make_pictures(folder: Path, count: int, held_out: int | None = None) -> Path:
+    """``count`` pictures in train/ and half as many (or ``held_out``) in val/, of two classes, as JPEGs."""
     import numpy as np
     from PIL import Image
 
     rng = np.random.default_rng(0)
     shares = np.array([share for *_, share in SIZES])
-    for side, number in (("train", count), ("val", count // 2)):
+    for side, number in (("train", count), ("val", count // 2 if held_out is None else held_out)):
         for row in range(number):
             height, width, _ = SIZES[rng.choice(len(SIZES), p=shares / shares.sum())]
             path = folder / side / ("ants", "bees")[row % 2] / f"{row:05d}.jpg"
@@ -210,8 +233,19 @@ def train_loop(channels_last: bool, bf16: bool, steps: int, warm_up: int) -> dic
     return {"samples_per_second": BATCH * (steps - warm_up) / (ends[-1] - ends[warm_up - 1])}
 
 
+def make_vit(folder: str) -> dict[str, Any]:
+    """A ViT-Tiny with random weights, as a folder that both sides open."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    config = ViTConfig(**VIT_TINY, num_labels=2, id2label={0: "ants", 1: "bees"}, label2id={"ants": 0, "bees": 1})
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(image_mean=list(MEAN), image_std=list(STD)).save_pretrained(folder)
+    return {}
+
+
 CHILDREN = {
     "read_ours": read_ours, "read_imagefolder": read_imagefolder, "make_cache": make_cache, "train_loop": train_loop,
+    "make_vit": make_vit,
 }  # fmt: skip
 
 
@@ -240,13 +274,51 @@ def train_ours(args: argparse.Namespace, folder: Path, data: Path, bf16: bool, c
     return {"samples_per_second": samples / (ends[-1] - ends[args.warm_up - 1]), "memory_mb": memory}
 
 
+def train_beside_peers(args: argparse.Namespace, folder: Path, data: Path, who: str, net: str, bf16: bool):
+    """The speeds of a script that trains ``net``: image_classify.py, or a peer's."""
+    clocked = [sys.executable, str(CLOCK), str(folder / "times")]
+    epoch = args.warm_up + args.steps  # pictures are made for so many batches
+    common = {"ours": [
+        str(ROOT / "scripts" / "image_classify.py"), "--data_dir", str(data), "--image_size", str(SIZE), "--batch_size",
+        str(BATCH), "--amp", "bf16" if bf16 else "no", "--epochs", "2", "--log_every", str(10**9), "--eval_every",
+        str(10**9), "--save_every", str(10**9), "--num_workers", "1", "--output_dir", str(folder), "--run_name", "ours",
+        "--overwrite", "--report_to", "none",
+        *(["--model_name", net] if Path(net).exists() else ["--architecture", net]),
+    ], "timm": [
+        f"{args.timm}/train.py", "--data-dir", str(data), "--model", net.removeprefix("timm/"), "--num-classes", "2",
+        "--img-size", str(SIZE), "--device", "cpu", "--batch-size", str(BATCH), "--workers", "1", "--epochs", "1",
+        "--opt", "adamw", "--opt-kwargs", "fused=True", "--lr", "1e-3", "--weight-decay", "0", "--warmup-epochs", "0",
+        "--smoothing", "0", "--color-jitter", "0", "--train-interpolation", "bilinear", "--channels-last",
+        "--fast-norm", "--log-interval", "100000", "--output", str(folder / "timm"),
+        *(["--amp", "--amp-dtype", "bfloat16"] if bf16 else []),
+    ], "transformers": [
+        f"{args.transformers}/examples/pytorch/image-classification/run_image_classification.py", "--train_dir",
+        f"{data}/train", "--validation_dir", f"{data}/val", "--model_name_or_path", net, "--do_train", "--use_cpu",
+        "--per_device_train_batch_size", str(BATCH), "--num_train_epochs", "1", "--learning_rate", "1e-3", "--optim",
+        "adamw_torch_fused", "--dataloader_num_workers", "1", "--remove_unused_columns", "False", "--save_strategy",
+        "no", "--logging_strategy", "no", "--report_to", "none", "--disable_tqdm", "True", "--output_dir",
+        str(folder / "transformers"), "--bf16", str(bf16),
+    ]}  # fmt: skip
+    compiled = {"timm": ["--torchcompile"], "transformers": ["--torch_compile"]}
+    peer, _, compiles = who.partition("_")
+    command = [*clocked, *common[peer], *(compiled[peer] if compiles else [])]
+    metric = folder / "accuracy" / "accuracy.py"
+    metric.parent.mkdir(exist_ok=True)
+    metric.write_text(ACCURACY)
+    paths = {"PYTHONPATH": args.timm} if peer == "timm" else {}  # its own package, not an installed one
+    call(command, folder, ACCELERATE_USE_CPU="true", HF_DATASETS_CACHE=str(folder / "datasets"), **paths)
+    warm_up, steps = (epoch + args.warm_up, 2 * epoch) if who == "ours" else (args.warm_up, epoch)
+    return speeds(folder / "times", steps, warm_up, BATCH)
+
+
 # ---------------------------------------------------------------------------------------------------------- measuring
 
 
-def call(command: list[str]) -> str:
+def call(command: list[str], folder: Path | None = None, **variables: str) -> str:
     """What a command prints. Ends the benchmark with its output where it fails."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(":")}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    environment |= variables
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     if done.returncode:
         sys.exit("\n".join([" ".join(command), *(done.stdout + done.stderr).splitlines()[-40:]]))
     return done.stdout
@@ -295,6 +367,29 @@ def measure_training(args: argparse.Namespace, folder: Path, data: Path, bf16: b
             figures.ratio(f"training_ratio_{who}_to_{other}", *pair, at_least=target)
 
 
+def measure_peers(args: argparse.Namespace, folder: Path, bf16: bool, figures: Figures) -> None:
+    data = make_pictures(folder / "beside_peers", BATCH * (args.warm_up + args.steps), 8)
+    call_self("make_vit", folder=folder / "vit")
+    args.timm, args.transformers = (where and str(Path(where).resolve()) for where in (args.timm, args.transformers))
+    precisions = [name for name in args.precisions if bf16 or name == "float32"]
+    pairs = {"resnet18": ["timm"], "timm/vit_tiny_patch16_224": ["timm"], str(folder / "vit"): ["transformers"]}
+    contestants = []
+    for net, peers in pairs.items():
+        peers = [peer for peer in peers if getattr(args, peer)]
+        peers += [f"{peer}_compiled" for peer in peers if args.compiled]
+        contestants += [(net, who, precision) for precision in precisions for who in ("ours", *peers) if peers]
+    ratios = {}
+    for number, (net, who, precision) in in_turns(args.rounds, contestants):
+        found = train_beside_peers(args, folder, data, who, net, precision == "bf16")
+        for clock in ("second", "cpu_second"):
+            name = f"peers_{Path(net).name}_{precision}_samples_per_{clock}"
+            figures.add(number, f"{name}_{who}", found[f"samples_per_{clock}"])
+            if who != "ours":
+                ratios[name.replace("samples_per", "ratio") + f"_to_{who}"] = (f"{name}_ours", f"{name}_{who}")
+    for name, pair in ratios.items():
+        figures.ratio(name, *pair, at_least=1.3)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS[:3]), help="what is measured")
@@ -304,6 +399,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2048, help="reading: pictures that are timed")
     parser.add_argument("--steps", type=int, default=6, help="training: optimizer steps that are timed")
     parser.add_argument("--warm_up", type=int, default=2, help="training: optimizer steps before them")
+    parser.add_argument("--timm", help="peers: folder of timm's repository")
+    parser.add_argument("--transformers", help="peers: folder of transformers' repository")
+    parser.add_argument("--precisions", nargs="+", choices=("float32", "bf16"), default=["float32", "bf16"])
+    parser.add_argument("--compiled", action="store_true", help="peers: also compiled, which takes minutes to begin")
     parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     parser.add_argument("--values", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -322,11 +421,15 @@ def main() -> None:
     figures = Figures(args.rounds)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data = args.data or make_pictures(folder / "pictures", args.pictures)
-        made = call_self("make_cache", data=data, cache=folder / "cache")
-        print(f"{made['pictures']:,} pictures decoded, once: {made['seconds']:.1f} s, {made['megabytes']:.0f} MB")
+        made = {}
+        if set(args.parts) != {"peers"}:
+            data = args.data or make_pictures(folder / "pictures", args.pictures)
+            made = call_self("make_cache", data=data, cache=folder / "cache")
+            print(f"{made['pictures']:,} pictures decoded, once: {made['seconds']:.1f} s, {made['megabytes']:.0f} MB")
         for part in [part for part in PARTS if part in args.parts]:
-            if part == "training":
+            if part == "peers":
+                measure_peers(args, folder, bf16, figures)
+            elif part == "training":
                 measure_training(args, folder, data, bf16, figures)
             else:
                 measure_reading(args, part, data, folder / "cache", figures)
