@@ -7,7 +7,7 @@ A stack of linear layers with random weights and AdamW is trained by one process
 process of its own, in turn:
 
   ours         the scripts' default: copied, then written, hashed and synced while training goes on
-  waiting      the same with --no_background_save
+  waiting      the same with --background_save false
   accelerate   accelerator.save_state: not hashed, not synced
   async_save   torch.distributed.checkpoint.async_save, which keeps its copies; files synced, not hashed
 
