@@ -445,7 +445,9 @@ def test_shards_are_read_where_they_lie(proxy: Proxy, s3: Server, tmp_path: Path
     assert len(proxy.gets) <= 18 + 18 + 3
     assert there.where(7) == "s3://bucket/1.tar: 002.jpg"
     assert (there.epoch_order(1, 2) == here.epoch_order(1, 2)).all()
-    assert sorted(path.suffix for path in (tmp_path / "there").rglob("*.*")) == [".lock"] * 3 + [".npy"] * 3
+    assert (
+        sorted(path.suffix for path in (tmp_path / "there").rglob("*.*")) == [".lock"] * 4 + [".npy"] * 4
+    )  # of each shard, and of the set
     write_members(s3.root / "bucket" / "2.tar", {"0.jpg": b"short", "0.txt": b"now"})
     s3.settle()
     with pytest.raises(UserError) as error:
@@ -703,7 +705,7 @@ def test_an_upload_is_tried_again_and_ends_in_one_line(proxy: Proxy, s3: Server,
     with monkeypatch.context() as patch:
         patch.setattr(server, "put_file", shaky)
         upload_checkpoint(path, URL)
-    assert len(calls) == len(REQUIRED) + 3 + 3  # each file of the checkpoint once, the manifest, and two again
+    assert len(calls) == len(REQUIRED) + 4 + 3  # each file of the checkpoint once, the manifest, and two again
     assert find_damage(s3.root / "bucket/runs/a/step_000100") is None
     for url, words in (("s3://nobucket/a", "no bucket nobucket"), (f"s3://{KEY}:{SECRET}@bucket/a", "put keys in")):
         with pytest.raises(UserError, match=words) as error:

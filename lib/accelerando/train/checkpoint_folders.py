@@ -102,10 +102,12 @@ def find_damage(checkpoint: Path) -> str | None:
                 if digest != files[name]["sha256"]:
                     return f"{name} is corrupted (its checksum differs)"
         known = "state.json" not in files or _read_state(checkpoint).get("format") in (WHOLE, SHARDED)
-        unlisted = [name for name in REQUIRED if name not in files]
-        for kind in TENSORS:
-            if not any(name == f"{kind}.safetensors" or name.startswith(f"{kind}/shard-") for name in files):
-                unlisted.append(f"{kind}.safetensors")
+        unlisted = [
+            f"{kind}.safetensors"
+            for kind in TENSORS
+            if not any(name == f"{kind}.safetensors" or name.startswith(f"{kind}/shard-") for name in files)
+        ]
+        unlisted += [name for name in REQUIRED if name not in files]
         if unlisted and known:
             return f"{MANIFEST} does not list {', '.join(unlisted)}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
