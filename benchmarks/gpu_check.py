@@ -50,7 +50,7 @@ class Row(NamedTuple):
 
 ROWS = {
     "ResNet-50": Row("image", ["--architecture", "resnet50"], ["--architecture", "resnet18", "--image_size", "32"]),
-    "ViT-B/16": Row("image", ["--architecture", "vit_b_16"], ["--architecture", "timm/vit_tiny_patch16_224"]),
+    "ViT-B/16": Row("image", ["--architecture", "vit_b_16"], ["--architecture", "resnet18", "--image_size", "32"]),
     "CLIP ViT-B/32": Row(
         "clip",
         ["--micro_batch_size", "256"],
@@ -74,8 +74,9 @@ def bare_model(name: str, folder: Path, batch: int, device: str, tiny: bool) -> 
     if task == "image":
         import torchvision
 
-        nets = {"ResNet-50": "resnet18" if tiny else "resnet50", "ViT-B/16": "resnet18" if tiny else "vit_b_16"}
-        model = getattr(torchvision.models, nets[name])(num_classes=gpu.LABELS)
+        nets = {"ResNet-50": "resnet50", "ViT-B/16": "vit_b_16"}
+        net = "resnet18" if tiny else nets[name]
+        model = getattr(torchvision.models, net)(num_classes=gpu.LABELS)
         pixels = torch.randn(size, 3, *(2 * [32 if tiny else 224]), device=device)
         if name == "ResNet-50":
             model, pixels = (one.to(memory_format=torch.channels_last) for one in (model, pixels))

@@ -187,7 +187,7 @@ def save_checkpoint(
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in history),
     }
 
-    draft, opened = None, contextlib.ExitStack()
+    draft = None
     with main_process_writes(accelerator, f"checkpoint {target}"), contextlib.ExitStack() as stack:
         if main:
             draft = stack.enter_context(whole_folder(target))
@@ -220,10 +220,8 @@ def save_checkpoint(
             prune(folder, keep, newest=target)
             when_saved(target)
 
-    def nothing() -> None:
-        """Where the main process has all tensors."""
-
-    saver.start(f"checkpoint {target}", write if main or sharded else nothing, in_background)
+    # Without shards the main process has everything.
+    saver.start(f"checkpoint {target}", write if main or sharded else lambda: None, in_background)
     return target
 
 
