@@ -23,12 +23,12 @@ def run(name: str, *flags: str, folder: Path) -> str:
 
 @pytest.mark.launch
 def test_checkpoints_in_the_background_are_complete_later(tmp_path: Path) -> None:
-    text = run("checkpoint", "--parameters", "30e6", "--rounds", "2", "--ways", "ours", "waiting", folder=tmp_path)
+    text = run("checkpoint", "--parameters", "12e6", "--rounds", "1", "--ways", "ours", "waiting", folder=tmp_path)
     table = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith(("ours", "waiting"))}
     still, complete = (float(table["ours"][column]) for column in (0, 2))
     assert still < complete and table["ours"][3] != "-"
     assert table["waiting"][0] == table["waiting"][2]
-    assert float(table["ours"][-1]) > 0.2  # GB: 29 million parameters with two moments each
+    assert float(table["ours"][-1]) > 0.1  # GB: 13 million parameters with two moments each
 
 
 @pytest.mark.launch
