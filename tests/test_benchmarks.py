@@ -32,6 +32,7 @@ def test_checkpoints_in_the_background_are_complete_later(tmp_path: Path) -> Non
 
 
 @pytest.mark.launch
+@pytest.mark.exhaustive
 def test_the_check_of_a_gpu_runs_without_one(tmp_path: Path) -> None:
     """Each test of the GPU is named, and the row of a model has what the table promises."""
     text = run("gpu_check", "--dry_run", "--steps", "2", "--models", "BERT-base", folder=tmp_path)
